@@ -1,0 +1,410 @@
+"""Every knob of a run, in one place: strict, with units, readable without torch.
+
+A config is a YAML or JSON file (`load_config`), changed key by key with `--set section.key=value`. Unknown keys, wrong
+types and combinations that can't work are refused here, before any process group is formed; what needs the shards
+themselves (fingerprints, block sizes, enough blocks for the lanes) is checked in `revpatch.training.preflight`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=64)]
+
+
+class ConfigError(ValueError):
+    """A config that can't be used; the message names the file, every wrong key, what was found and what to do."""
+
+
+class Section(BaseModel):
+    """Base of all sections: no unknown keys, no silent conversion of types, immutable."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+
+class BaseConfig(Section):
+    """The frozen base model."""
+
+    model: str
+    """Hugging Face name or a local folder, as `AutoModelForCausalLM.from_pretrained` takes it."""
+    revision: str | None = None
+    """Revision (branch, tag or commit) of a hub model; null is the default branch."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type in which the base is stored and run. The sidecars are float32 in either case."""
+    block_size: Positive = 1024
+    """Tokens a block; must be that of the shards and at most what the base can read."""
+    compile: bool = False
+    """Compile the base's blocks with torch.compile."""
+    activation_checkpointing: bool = False
+    """Recompute each base block in the backward pass (non-reentrant) instead of keeping its activations."""
+
+
+class SidecarConfig(Section):
+    """The gated sidecar after each block. The defaults are argued in docs/DESIGN.md."""
+
+    bottleneck: Positive = 64
+    """r, the inner width of F and G."""
+    activation: Literal["gelu", "relu", "silu", "tanh"] = "gelu"
+    """Nonlinearity of F and G."""
+    init_scale: PositiveFloat = 1.0
+    """s at the start; the last projections are zero, so the patch begins as the identity at any scale."""
+    normalize: Literal["rms", "none"] = "rms"
+    """Parameter-free RMS norm on what the gate, F and G see."""
+    gate: Literal["prefix", "seq", "token"] = "prefix"
+    """Gate on the mean of the prefix (causal), of the whole sequence (sees the future), or on each token (causal)."""
+    placement: Literal["residual", "coupled"] = "residual"
+    """Gate around the coupling, h = u + g·(C(u) − u), or inside of it (inverted in closed form)."""
+    layers: Literal["all"] | list[NonNegative] = "all"
+    """Indices of the blocks that get a sidecar."""
+    check_invertibility: bool = True
+    """Test at start-up that the map in use can be inverted, and log the error."""
+
+    @field_validator("layers")
+    @classmethod
+    def _layers_are_distinct(cls, layers: Literal["all"] | list[int]) -> Literal["all"] | list[int]:
+        if layers != "all" and (not layers or len(set(layers)) != len(layers)):
+            raise ValueError(f"needs at least one block and no block twice, found {layers}")
+        return layers
+
+
+class ObjectiveConfig(Section):
+    """Weights of the terms of the loss; the names are those under which each term is logged."""
+
+    replay_loss_weight: Weight = 1.0
+    """Weight of the LM loss on replayed blocks."""
+    distill_kl_weight: Weight = 1.0
+    """Weight of T²·KL(teacher ‖ student) on replayed blocks."""
+    distill_temperature: PositiveFloat = 1.0
+    """T, the temperature of both distributions in the KL."""
+    gate_l1_weight: Weight = 0.0
+    """Weight of the mean gate over tokens and layers."""
+    patch_l2_weight: Weight = 0.0
+    """Weight of the mean ‖h − u‖² over tokens and layers."""
+    scale_l2_weight: Weight = 1.0e-3
+    """Weight of the mean (log s − log s₀)² over layers."""
+    stats_drift_weight: Weight = 0.0
+    """Weight of the squared distance of the block outputs' mean and deviation on replay from the teacher's."""
+
+
+class OptimizerConfig(Section):
+    """AdamW, with warm-up and decay anew in each phase."""
+
+    lr: PositiveFloat = 6.0e-3
+    """Peak learning rate of F, G and log s."""
+    gate_lr_factor: PositiveFloat = 5.0
+    """The gates learn at lr times this."""
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.95]
+    """Decay of the first and second moments."""
+    eps: PositiveFloat = 1.0e-8
+    """Added to the root of the second moment."""
+    weight_decay: Weight = 0.0
+    """Decoupled weight decay; gates and scales are exempt."""
+    warmup_steps: NonNegative = 100
+    """Optimizer steps of linear warm-up at the start of each phase."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Learning rate after the warm-up; the cosine ends at zero with the phase's last step."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradients are clipped to this global L2 norm."""
+
+
+class BatchConfig(Section):
+    """Blocks per optimizer step."""
+
+    new_blocks: Positive = 32
+    """New blocks per optimizer step over all ranks; also the number of lanes."""
+    replay_blocks: NonNegative = 16
+    """Replayed blocks per optimizer step over all ranks."""
+    micro_blocks: Positive = 4
+    """At most this many blocks, new and replayed together, go through the model at once on a rank."""
+
+    def accumulation(self, world: int) -> int:
+        """Micro-batches per optimizer step on each of `world` ranks: the fewest that split new and replay evenly.
+
+        Raises:
+            ConfigError: the blocks can't be split over the ranks, or into micro-batches this small.
+        """
+        for key, blocks in (("batch.new_blocks", self.new_blocks), ("batch.replay_blocks", self.replay_blocks)):
+            if blocks % world:
+                raise ConfigError(
+                    f"{key} = {blocks} can't be split evenly over {world} ranks ({blocks} % {world} = "
+                    f"{blocks % world}): choose a multiple of {world}, or another number of ranks"
+                )
+        new, replay = self.new_blocks // world, self.replay_blocks // world
+        for steps in range(1, new + 1):
+            if new % steps == 0 and replay % steps == 0 and (new + replay) // steps <= self.micro_blocks:
+                return steps
+        raise ConfigError(
+            f"batch.micro_blocks = {self.micro_blocks}: {new} new and {replay} replayed blocks a rank can't be split "
+            f"into equal micro-batches of at most {self.micro_blocks} blocks; raise micro_blocks, or choose new_blocks "
+            "and replay_blocks with a larger common divisor"
+        )
+
+
+class ReplayConfig(Section):
+    """What is rehearsed."""
+
+    base: str | None = None
+    """Folder of shards of the base model's own distribution, rehearsed from phase 1 on."""
+    blocks_per_phase: Positive = 4096
+    """Blocks kept of each phase (a bottom-k sample) for the phases after it."""
+
+
+class StreamConfig(Section):
+    """How blocks are read."""
+
+    on_error: Literal["stop"] = "stop"
+    """What a broken shard does: stop every rank, naming the shard."""
+    shuffle_blocks: Positive = 8192
+    """Blocks in the shuffling window."""
+
+
+class PhaseConfig(Section):
+    """One new corpus."""
+
+    name: Name
+    """Name of the phase; it names the files of the ledger."""
+    shards: str
+    """Folder of token shards, built by `revpatch shards build`."""
+    steps: Positive
+    """Optimizer steps."""
+    repeat: bool = True
+    """Begin another epoch when the shards are used up; if false, steps must fit in one epoch."""
+
+
+class ProbeSetConfig(Section):
+    """One held-out set."""
+
+    name: Name
+    """Name under which its losses are logged."""
+    shards: str
+    """Folder of token shards that no phase trains on."""
+    tolerance: PositiveFloat = 0.03
+    """Nats per token by which the loss may rise from one good state to the next."""
+    guard_after: str | None = None
+    """Name of the phase that teaches this corpus: the set is guarded after that phase, and only measured until then.
+    Null guards it from the start."""
+    max_blocks: Positive | None = None
+    """Use only the first blocks; null is all of them."""
+
+
+class ProbesConfig(Section):
+    """Held-out losses, measured at each phase's start and end and every so many steps."""
+
+    every: Positive = 500
+    """Optimizer steps between probes."""
+    placement: Literal["rank0"] = "rank0"
+    """Who evaluates: rank 0, while the others wait."""
+    sets: list[ProbeSetConfig] = []
+    """The held-out sets."""
+
+
+class RollbackConfig(Section):
+    """When a probe regresses."""
+
+    confidence: Fraction = 0.95
+    """Confidence of the interval that must exclude zero."""
+    max_drift: PositiveFloat = 0.06
+    """Nats per token by which a guarded set may rise in all since its phase began."""
+    max_rollbacks: NonNegative = 5
+    """Rollbacks in a phase; the next regression ends the phase with its last good patch."""
+    lr_factor: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """The learning rate is multiplied by this at each rollback, to the end of the phase."""
+
+
+class LedgerConfig(Section):
+    """The record of patches."""
+
+    format: Literal["pt"] = "pt"
+    """File format of the entries."""
+    keep_good: Positive = 3
+    """Newest `good` entries kept of each phase; start, rollback and commit entries are always kept."""
+
+
+class EngineConfig(Section):
+    """The distributed engine."""
+
+    kind: Literal["deepspeed", "accelerate"] = "deepspeed"
+    """DeepSpeed (ZeRO 0, 1 or 2), or plain data parallel through accelerate."""
+    deepspeed: str | None = None
+    """DeepSpeed's JSON file; null is ZeRO 0. Batch sizes, optimizer and precision are set by this config."""
+    timeout_minutes: PositiveFloat = 30.0
+    """Ranks that wait longer than this for one another stop the run."""
+
+
+class MonitoringConfig(Section):
+    """What people see."""
+
+    every: Positive = 20
+    """Optimizer steps between log lines; also how often the loss is checked to be finite."""
+    tensorboard: bool = True
+    """Write TensorBoard event files."""
+
+
+class Config(Section):
+    """A run."""
+
+    output_dir: str
+    """Folder of the run; it must not hold another run."""
+    seed: int = 0
+    """Seed of the sidecars' start, the order of the data and the replay."""
+    base: BaseConfig
+    sidecar: SidecarConfig = SidecarConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    batch: BatchConfig = BatchConfig()
+    replay: ReplayConfig = ReplayConfig()
+    stream: StreamConfig = StreamConfig()
+    phases: Annotated[list[PhaseConfig], Field(min_length=1)]
+    probes: ProbesConfig = ProbesConfig()
+    rollback: RollbackConfig = RollbackConfig()
+    ledger: LedgerConfig = LedgerConfig()
+    engine: EngineConfig = EngineConfig()
+    monitoring: MonitoringConfig = MonitoringConfig()
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Config:
+        for key, names in (
+            ("phases", [p.name for p in self.phases]),
+            ("probes.sets", [s.name for s in self.probes.sets]),
+        ):
+            twice = sorted({name for name in names if names.count(name) > 1})
+            if twice:
+                raise ValueError(f"{key}: the name {twice[0]!r} is used twice; give each its own")
+        phases = [phase.name for phase in self.phases]
+        for probe in self.probes.sets:
+            if probe.guard_after is not None and probe.guard_after not in phases:
+                raise ValueError(
+                    f"probes.sets {probe.name!r}: guard_after = {probe.guard_after!r} is no phase; phases are {phases}"
+                )
+        rehearses = (
+            self.objective.replay_loss_weight or self.objective.distill_kl_weight or self.objective.stats_drift_weight
+        )
+        if self.batch.replay_blocks and self.replay.base is None:
+            raise ValueError(
+                "replay.base is missing: the first phase has no past phase to rehearse. Name shards of the base "
+                "model's own distribution, or set batch.replay_blocks to 0 to train without replay"
+            )
+        if self.batch.replay_blocks and not rehearses:
+            raise ValueError(
+                f"batch.replay_blocks = {self.batch.replay_blocks}, but every weight on replay is 0 "
+                "(replay_loss_weight, distill_kl_weight, stats_drift_weight): set one, or batch.replay_blocks to 0"
+            )
+        if not self.batch.replay_blocks and self.replay.base is not None:
+            raise ValueError("replay.base is given, but batch.replay_blocks = 0: raise it, or leave out replay.base")
+        for phase in self.phases:
+            if self.optimizer.warmup_steps >= phase.steps:
+                raise ValueError(
+                    f"optimizer.warmup_steps = {self.optimizer.warmup_steps} leaves phase {phase.name!r} of "
+                    f"{phase.steps} steps no step at the full rate: choose fewer"
+                )
+        return self
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Reads a YAML or JSON config and applies `section.key=value` overrides, whose values are read as YAML.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ConfigError: it isn't YAML or JSON, or doesn't make a valid config.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"config {path}: no such file; pass the path of a YAML or JSON config, e.g. configs/demo.yaml"
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+        data = json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader=_Loader)  # noqa: S506
+    except (yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config {path}: can't be read as {path.suffix[1:] or 'YAML'}: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"config {path}: expected keys and values, found {type(data).__name__}")
+    for override in overrides or []:
+        _apply_override(data, override)
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(_explain(path, error)) from None
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as YAML that `load_config` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-3 is a number, as people expect (YAML 1.1 asks for 1.0e-3), and a key given twice an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
+)
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    """Sets one dotted key; list items are named by their number (`phases.0.steps=10`)."""
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {override!r}: expected section.key=value, e.g. --set optimizer.lr=1e-3")
+    *parents, last = key.strip().split(".")
+    target: Any = data
+    for part in parents:
+        if isinstance(target, list):
+            target = target[_item(target, part, override)]
+        elif isinstance(target, dict):
+            target = target.setdefault(part, {})
+        else:
+            raise ConfigError(f"--set {override!r}: {part!r} lies under a single value; give a whole key")
+    try:
+        parsed = yaml.load(value, Loader=_Loader)  # noqa: S506
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override!r}: the value is not YAML: {error}") from error
+    if isinstance(target, list):
+        target[_item(target, last, override)] = parsed
+    elif isinstance(target, dict):
+        target[last] = parsed
+    else:
+        raise ConfigError(f"--set {override!r}: {last!r} lies under a single value; give a whole key")
+
+
+def _item(items: list[Any], part: str, override: str) -> int:
+    if not part.isdigit() or int(part) >= len(items):
+        raise ConfigError(
+            f"--set {override!r}: {part!r} is no item of a list of {len(items)}; use 0 to {len(items) - 1}"
+        )
+    return int(part)
+
+
+def _explain(path: Path, error: ValidationError) -> str:
+    lines = [f"config {path}: {error.error_count()} mistake(s)"]
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"]) or "(the whole)"
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            message = "no such key; remove it or mend its spelling"
+        elif item["type"] == "missing":
+            message = "is missing; add it"
+        elif not isinstance(item["input"], dict):
+            message += f"; found {item['input']!r} ({type(item['input']).__name__})"
+        lines.append(f"  {key}: {message}")
+    return "\n".join(lines)

@@ -1,0 +1,76 @@
+"""The model families that can be patched: one row each, saying where the parts are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where a causal language model keeps its parts, as dotted paths from the model."""
+
+    body: str
+    """The module that maps token ids to the last hidden states."""
+    blocks: str
+    """The ModuleList of transformer blocks."""
+    head: str = "lm_head"
+    """The linear map from the last hidden states to logits."""
+
+
+FAMILIES: dict[str, Family] = {
+    "gpt2": Family(body="transformer", blocks="transformer.h"),
+    "llama": Family(body="model", blocks="model.layers"),
+    "qwen2": Family(body="model", blocks="model.layers"),
+    "qwen3": Family(body="model", blocks="model.layers"),
+}
+"""By `model.config.model_type`."""
+
+
+def family_of(model: nn.Module) -> Family:
+    """The row of a model.
+
+    Raises:
+        ValueError: there is none; the message says how to add one.
+    """
+    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    if kind not in FAMILIES:
+        raise ValueError(
+            f"no row for models of type {kind!r} (known: {', '.join(sorted(FAMILIES))}): add one to FAMILIES in "
+            "revpatch/patch/families.py that says where the model keeps its body, its blocks and its head"
+        )
+    return FAMILIES[kind]
+
+
+def body_of(model: nn.Module) -> nn.Module:
+    """The module that maps token ids to the last hidden states (batch, time, d)."""
+    return model.get_submodule(family_of(model).body)
+
+
+def blocks_of(model: nn.Module) -> nn.ModuleList:
+    """The transformer blocks, first to last."""
+    return cast(nn.ModuleList, model.get_submodule(family_of(model).blocks))
+
+
+def head_of(model: nn.Module) -> nn.Linear:
+    """The head.
+
+    Raises:
+        ValueError: it is not a plain linear map without a bias, or the model scales or caps its logits.
+    """
+    head = model.get_submodule(family_of(model).head)
+    if not isinstance(head, nn.Linear) or head.bias is not None:
+        raise ValueError(f"the head is {head}: only a linear map without a bias is supported")
+    for key in ("logit_scale", "logits_scaling", "final_logit_softcapping"):
+        if getattr(model.config, key, None) not in (None, 1, 1.0):
+            raise ValueError(
+                f"the model's {key} = {getattr(model.config, key)}: scaled or capped logits are not supported"
+            )
+    return head
+
+
+def width_of(model: nn.Module) -> int:
+    """d, the width of the residual stream."""
+    return int(model.config.hidden_size)  # type: ignore[union-attr, arg-type]

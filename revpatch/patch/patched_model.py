@@ -1,0 +1,314 @@
+"""A patch on a Hugging Face causal language model: attach, switch, record, detach.
+
+    patch = attach(model, SidecarConfig(bottleneck=64))     # in place; the base is frozen, logits do not change yet
+    with patch_disabled(model): ...                         # the base, bit for bit
+    with active_patch(model, other): ...                    # another patch on the same base: the teacher
+    detach(model)                                           # the very same modules as before
+
+`PatchedBlock` wraps a block and asks the model's one `Switchboard` which patch is on. A switched-off patch is a branch
+not taken, never a multiplication by zero. The sidecars live in `Patch`, apart from the base's modules.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from typing import Any, Literal, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.cache_utils import Cache
+
+from revpatch.config import SidecarConfig
+from revpatch.patch.decoding import gate_histories
+from revpatch.patch.families import blocks_of, body_of, family_of, width_of
+from revpatch.patch.sidecar import Sidecar, SidecarOutput
+
+GateMode = Literal["learned", "on", "off"]
+
+
+class Patch(nn.Module):
+    """The sidecars of one patch, by block.
+
+    Args:
+        width: d, the base's width.
+        blocks: number of blocks of the base.
+        config: the knobs.
+
+    Raises:
+        ValueError: `config.layers` names a block that isn't there, or the width is odd.
+    """
+
+    def __init__(self, width: int, blocks: int, config: SidecarConfig) -> None:
+        super().__init__()
+        layers = list(range(blocks)) if config.layers == "all" else sorted(config.layers)
+        if layers[-1] >= blocks:
+            raise ValueError(f"sidecar.layers names block {layers[-1]}, and the base has blocks 0 to {blocks - 1}")
+        self.config = config
+        self.layers = layers
+        self.sidecars = nn.ModuleDict({f"{layer:02d}": Sidecar(width, config) for layer in layers})
+
+    def sidecar(self, layer: int) -> Sidecar | None:
+        """The sidecar after block `layer`, or None."""
+        name = f"{layer:02d}"
+        return cast(Sidecar, self.sidecars[name]) if name in self.sidecars else None
+
+    def scales(self) -> Tensor:
+        """s of every sidecar, (layers,)."""
+        return torch.cat([cast(Sidecar, sidecar).coupling.scale for sidecar in self.sidecars.values()])
+
+
+class Recorder(Protocol):
+    """Sees what each sidecar does, in the forward pass."""
+
+    def record(self, layer: int, output: SidecarOutput) -> None: ...
+
+    def record_plain(self, layer: int, hidden: Tensor) -> None:
+        """Sees the output of a block without an active sidecar."""
+        ...
+
+
+class Switchboard:
+    """What the patched blocks of one model share."""
+
+    def __init__(self, patch: Patch, trained: dict[str, bool]) -> None:
+        self.attached = patch
+        self.active: Patch | None = patch
+        self.gate_open = False
+        self.checkpointing = False
+        self.mask: Tensor | None = None
+        self.recorder: Recorder | None = None
+        self.required_grad = trained
+        self.hook: torch.utils.hooks.RemovableHandle | None = None
+
+
+class PatchedBlock(nn.Module):
+    """A transformer block and, after it, the active patch's sidecar."""
+
+    def __init__(self, block: nn.Module, layer: int, switchboard: Switchboard) -> None:
+        super().__init__()
+        self.block = block
+        self.layer = layer
+        # In a tuple, so that the sidecars are not registered as parameters of the base.
+        self._switchboard = (switchboard,)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("block"), name)  # models read attributes of their blocks
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        board = self._switchboard[0]
+        if board.checkpointing and torch.is_grad_enabled():
+            output = checkpoint(self.block, *args, use_reentrant=False, **kwargs)
+        else:
+            output = self.block(*args, **kwargs)
+        hidden = output[0] if isinstance(output, tuple) else output
+        sidecar = board.active.sidecar(self.layer) if board.active is not None else None
+        if sidecar is None:
+            if board.recorder is not None:
+                board.recorder.record_plain(self.layer, hidden)
+            return output
+        cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
+        history = None
+        if cache is not None and not board.gate_open:
+            history = gate_histories(cache, sidecar.gates, self._slot(), len(board.attached.layers), hidden.shape[1])
+        result: SidecarOutput = sidecar(hidden, board.mask, history, board.gate_open)
+        if board.recorder is not None:
+            board.recorder.record(self.layer, result)
+        return (result.hidden, *output[1:]) if isinstance(output, tuple) else result.hidden
+
+    def _slot(self) -> int:
+        active = self._switchboard[0].active
+        assert active is not None
+        return active.layers.index(self.layer)
+
+
+def attach(model: nn.Module, patch: Patch | SidecarConfig) -> Patch:
+    """Wraps every block of `model`, in place, and freezes the base.
+
+    Args:
+        model: a Hugging Face causal language model of a family in `FAMILIES`.
+        patch: a patch for this base, or the knobs of a new one. It is moved to the base's device.
+
+    Raises:
+        ValueError: the family is unknown, the model is patched already, or the patch is of another shape.
+    """
+    if is_patched(model):
+        raise ValueError("the model carries a patch already: detach(model) first")
+    blocks, width = blocks_of(model), width_of(model)
+    if isinstance(patch, SidecarConfig):
+        patch = Patch(width, len(blocks), patch)
+    check_fits(model, patch)
+    patch.to(next(model.parameters()).device)
+    board = Switchboard(patch, {name: parameter.requires_grad for name, parameter in model.named_parameters()})
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    board.hook = body_of(model).register_forward_pre_hook(_MaskReader(board), with_kwargs=True)
+    for layer, block in enumerate(blocks):
+        blocks[layer] = PatchedBlock(block, layer, board)
+    return patch
+
+
+def detach(model: nn.Module) -> Patch:
+    """Puts the base's own blocks back, with requires_grad as `attach` found it, and returns the patch.
+
+    Raises:
+        ValueError: the model carries no patch.
+    """
+    board, blocks = switchboard(model), blocks_of(model)
+    for layer, block in enumerate(blocks):
+        blocks[layer] = cast(PatchedBlock, block).block
+    assert board.hook is not None
+    board.hook.remove()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(board.required_grad[name])
+    return board.attached
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether `attach` has wrapped the model's blocks."""
+    return isinstance(blocks_of(model)[0], PatchedBlock)
+
+
+def switchboard(model: nn.Module) -> Switchboard:
+    """The model's switchboard.
+
+    Raises:
+        ValueError: the model carries no patch.
+    """
+    block = blocks_of(model)[0]
+    if not isinstance(block, PatchedBlock):
+        raise ValueError("the model carries no patch: attach(model, patch) first")
+    return block._switchboard[0]
+
+
+@contextlib.contextmanager
+def active_patch(model: nn.Module, patch: Patch | None) -> Iterator[None]:
+    """Runs the model with another patch on the same base, or with none."""
+    board = switchboard(model)
+    before, board.active = board.active, patch
+    try:
+        yield
+    finally:
+        board.active = before
+
+
+def patch_disabled(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Runs the base alone; its logits are bit-identical to those of the model before `attach`."""
+    return active_patch(model, None)
+
+
+def set_gate(model: nn.Module, mode: GateMode) -> None:
+    """Sets the gates: as learned, all held at 1 ("on"), or the patch bypassed ("off").
+
+    Raises:
+        ValueError: another mode, or the model carries no patch.
+    """
+    if mode not in ("learned", "on", "off"):
+        raise ValueError(f"gate mode {mode!r} is unknown: choose 'learned', 'on' or 'off'")
+    board = switchboard(model)
+    board.active = None if mode == "off" else board.attached
+    board.gate_open = mode == "on"
+
+
+@contextlib.contextmanager
+def recording(model: nn.Module, recorder: Recorder) -> Iterator[None]:
+    """Shows the recorder what every sidecar does."""
+    board = switchboard(model)
+    assert board.recorder is None, "recordings do not nest"
+    board.recorder = recorder
+    try:
+        yield
+    finally:
+        board.recorder = None
+
+
+def check_fits(model: nn.Module, patch: Patch) -> None:
+    """Raises a ValueError that shows both sides if the patch was made for another width or number of blocks."""
+    blocks, width = len(blocks_of(model)), width_of(model)
+    if patch.layers[-1] >= blocks:
+        raise ValueError(
+            f"the patch has a sidecar for block {patch.layers[-1]}, the model only blocks 0 to {blocks - 1}"
+        )
+    sidecar = patch.sidecar(patch.layers[0])
+    assert sidecar is not None
+    patch_width = 2 * sidecar.coupling.f.down.in_features
+    if patch_width != width:
+        raise ValueError(f"the patch is for a width of {patch_width}, the model's width is {width}")
+
+
+def patch_state(patch: Patch | nn.Module) -> dict[str, Tensor]:
+    """The sidecars' tensors by name, as detached float32 copies on the CPU, in a fixed order."""
+    patch = patch if isinstance(patch, Patch) else switchboard(patch).attached
+    state = patch.sidecars.state_dict()
+    return {name: state[name].detach().to("cpu", torch.float32, copy=True).contiguous() for name in sorted(state)}
+
+
+def load_patch(patch: Patch | nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Copies `patch_state` tensors into a patch, or into the one a model carries. All or nothing.
+
+    Raises:
+        ValueError: a tensor is missing, unknown or of another shape; nothing is changed then.
+    """
+    patch = patch if isinstance(patch, Patch) else switchboard(patch).attached
+    own = patch.sidecars.state_dict()
+    missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    if missing or unknown:
+        raise ValueError(
+            f"not the tensors of this patch: missing {missing[:3] or 'none'}, unknown {unknown[:3] or 'none'} "
+            f"({len(missing)} and {len(unknown)} in all); check gate, placement and layers"
+        )
+    for name, tensor in own.items():
+        if tensors[name].shape != tensor.shape:
+            raise ValueError(f"{name}: expected shape {tuple(tensor.shape)}, found {tuple(tensors[name].shape)}")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+
+
+def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The base's parameters by the names they have without a patch, sorted; tied ones once."""
+    prefix = family_of(model).blocks + "."
+    named = []
+    for name, parameter in model.named_parameters():
+        if name.startswith(prefix):
+            layer, _, rest = name.removeprefix(prefix).partition(".")
+            name = f"{prefix}{layer}.{rest.removeprefix('block.') if is_patched(model) else rest}"
+        named.append((name, parameter))
+    return iter(sorted(named, key=lambda item: item[0]))
+
+
+def base_sha256(model: nn.Module, rounded: bool = False) -> str:
+    """The sha256 of names, shapes and values of the base's parameters, patched or not.
+
+    Args:
+        rounded: hash the values rounded to bfloat16, so that a base has one identity whether it is held in float32 or
+            bfloat16. Patches carry this one; the exact one proves that training changed nothing.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in base_parameters(model):
+        value = parameter.detach().to(torch.bfloat16) if rounded else parameter.detach()
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
+        digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+class _MaskReader:
+    """A pre-hook of the body: keeps the padding mask of the tokens of this call for the gates."""
+
+    def __init__(self, board: Switchboard) -> None:
+        self.board = board
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        mask, inputs = kwargs.get("attention_mask"), kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+        inputs = args[0] if inputs is None else inputs
+        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+            raise ValueError(
+                f"the gates need a padding mask of shape (batch, time), found {getattr(mask, 'shape', type(mask))}: "
+                "pass a two-dimensional attention_mask, or none for packed blocks"
+            )
+        self.board.mask = None if mask is None else mask[:, -inputs.shape[1] :]

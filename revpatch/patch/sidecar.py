@@ -1,0 +1,126 @@
+"""The sidecar: gate and coupling as one residual map, and its inverse.
+
+residual   h = u + g(n(u))·(C(u) − u)           inverted by a fixed-point iteration that reports convergence
+coupled    a' = a + g₁(n(b))·s·F(n(b)), b' = b + g₂(n(a'))·s·G(n(a'))      inverted in closed form
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from revpatch.config import SidecarConfig
+from revpatch.patch.coupling import AdditiveCoupling
+from revpatch.patch.gates import GATES, History
+
+
+class SidecarOutput(NamedTuple):
+    """What a sidecar did to a block's output."""
+
+    hidden: Tensor
+    """h: (batch, time, d), in the dtype of u."""
+    gate: Tensor
+    """(batch, time, 1), in the compute dtype; the mean of g₁ and g₂ when coupled."""
+    update: Tensor
+    """h − u before rounding to the dtype of u: (batch, time, d), in the compute dtype."""
+
+
+class Inversion(NamedTuple):
+    """The result of inverting a sidecar."""
+
+    hidden: Tensor
+    """The estimate of u."""
+    converged: bool
+    """Always true for the closed form."""
+    iterations: int
+    """0 for the closed form."""
+    residual: float
+    """max |h − sidecar(u)| over max |h|."""
+
+
+class Sidecar(nn.Module):
+    """The gated residual after one block.
+
+    It computes in the wider of its own dtype and its input's, and returns the dtype it was given: a float32 sidecar
+    works on a bfloat16 base.
+
+    Args:
+        width: d, even.
+        config: the knobs.
+    """
+
+    def __init__(self, width: int, config: SidecarConfig) -> None:
+        super().__init__()
+        self.coupling = AdditiveCoupling(
+            width, config.bottleneck, config.activation, config.init_scale, config.normalize
+        )
+        self.coupled = config.placement == "coupled"
+        gate = GATES[config.gate]
+        self.gates = nn.ModuleList([gate(width // 2), gate(width // 2)] if self.coupled else [gate(width)])
+
+    @property
+    def causal(self) -> bool:
+        """Whether position t sees no token after t."""
+        return all(bool(gate.causal) for gate in self.gates)
+
+    def forward(
+        self, u: Tensor, mask: Tensor | None = None, history: list[History] | None = None, gate_open: bool = False
+    ) -> SidecarOutput:
+        """Applies the sidecar.
+
+        Args:
+            u: (batch, time, d), the block's output.
+            mask: (batch, time), 1 for real tokens; None is all real.
+            history: one for each gate, when decoding with a cache.
+            gate_open: hold every gate at 1 (the coupling alone).
+        """
+        x = u.to(torch.promote_types(u.dtype, self.coupling.log_scale.dtype))
+        if gate_open:
+            update, gate = self.coupling.shift(x), x.new_ones(*x.shape[:-1], 1)
+        elif self.coupled:
+            update, gate = self._coupled(x, mask, history)
+        else:
+            gate = self.gates[0](self.coupling.norm(x), mask, history[0] if history else None)
+            update = gate * self.coupling.shift(x)
+        return SidecarOutput((x + update).to(u.dtype), gate, update)
+
+    def inverse(
+        self, h: Tensor, mask: Tensor | None = None, tolerance: float | None = None, max_iterations: int = 200
+    ) -> Inversion:
+        """u such that forward(u).hidden = h.
+
+        Args:
+            h: (batch, time, d).
+            mask: as in `forward`.
+            tolerance: of the residual at which the fixed-point iteration stops; default 16 machine epsilons.
+            max_iterations: at which it gives up, with converged = False.
+        """
+        x = h.to(torch.promote_types(h.dtype, self.coupling.log_scale.dtype))
+        if self.coupled:
+            u = self.coupling.inverse(x, *(lambda half, g=gate: g(half, mask) for gate in self.gates))
+            return Inversion(u.to(h.dtype), True, 0, self._residual(u, x, mask))
+        tolerance = 16 * torch.finfo(x.dtype).eps if tolerance is None else tolerance
+        u = x
+        for iteration in range(1, max_iterations + 1):
+            u = x - self.forward(u, mask).update
+            residual = self._residual(u, x, mask)
+            if residual <= tolerance:
+                return Inversion(u.to(h.dtype), True, iteration, residual)
+        return Inversion(u.to(h.dtype), False, max_iterations, residual)
+
+    def _coupled(self, x: Tensor, mask: Tensor | None, history: list[History] | None) -> tuple[Tensor, Tensor]:
+        seen: list[Tensor] = []
+
+        def gate(index: int, half: Tensor) -> Tensor:
+            value: Tensor = self.gates[index](half, mask, history[index] if history else None)
+            seen.append(value)
+            return value
+
+        update = self.coupling.shift(x, lambda b: gate(0, b), lambda a: gate(1, a))
+        return update, (seen[0] + seen[1]) / 2
+
+    def _residual(self, u: Tensor, h: Tensor, mask: Tensor | None) -> float:
+        error = (h - self.forward(u, mask).hidden).abs().max()
+        return float(error / h.abs().max().clamp(min=torch.finfo(h.dtype).tiny))
