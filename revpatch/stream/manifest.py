@@ -1,0 +1,228 @@
+"""What a folder of shards holds: counts, sizes, hashes, and the tokenizer that made the tokens.
+
+`manifest.json` is written last, so a folder that has one is whole. It is meant to be read by people and is read
+strictly by us: an unknown key, a wrong type or sums that do not add up are refused, with key, expected and found.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+MANIFEST_NAME = "manifest.json"
+MANIFEST_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar: its file name in the folder, how many blocks it holds, its size and its sha256 (hex)."""
+
+    name: str
+    blocks: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class TokenizerInfo:
+    """What must agree between the shards and the model that trains on them."""
+
+    name: str
+    fingerprint: str
+    vocab_size: int
+    eos_token_id: int
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> TokenizerInfo:
+        """Describe a fast tokenizer.
+
+        Raises ValueError when it is not a fast one or has no end-of-text token.
+        """
+        fingerprint = tokenizer_fingerprint(tokenizer)
+        name = str(tokenizer.name_or_path or "unnamed")
+        if Path(name).is_dir():
+            name = Path(name).resolve().name  # where it lay on this machine says nothing on another
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                f"tokenizer {name!r} has no end-of-text token, and every document is ended by one; "
+                "set it: tokenizer.eos_token = '<|endoftext|>' (a token of its vocabulary)"
+            )
+        highest_id = max(tokenizer.get_vocab().values())  # ids may have holes, so the count alone is not enough
+        return cls(name, fingerprint, max(len(tokenizer), highest_id + 1), int(tokenizer.eos_token_id))
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A set of shards.
+
+    `tokens` counts what the documents gave, their end-of-text tokens included; `dropped_tokens` of them did not
+    fill a last block. `split` is 'all', 'train' or 'probe' (the two sides of `holdout`), or 'replay'.
+    """
+
+    version: int
+    split: str
+    block_size: int
+    dtype: str
+    documents: int
+    empty_documents: int
+    tokens: int
+    dropped_tokens: int
+    blocks: int
+    shards: tuple[Shard, ...]
+    tokenizer: TokenizerInfo
+    sources: tuple[str, ...]
+    text_column: str | None
+    holdout: float
+    max_tokens: int | None
+    licence: str | None
+    note: str | None
+
+    @property
+    def digest(self) -> str:
+        """sha256 (hex) of the canonical JSON: two sets of one digest hold the same blocks in the same order."""
+        return hashlib.sha256(_canonical_json(asdict(self)).encode()).hexdigest()
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block's tokens, without header and padding."""
+        return self.block_size * {"uint16": 2, "uint32": 4}[self.dtype]
+
+    @classmethod
+    def read(cls, directory: str | Path) -> Manifest:
+        """Read `directory/manifest.json`.
+
+        Raises FileNotFoundError when there is none and ValueError when it is not a sound manifest.
+        """
+        path = Path(directory) / MANIFEST_NAME
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path}: there is no manifest, so {directory} is not a whole set of shards; "
+                "build it with `revpatch shards build`, or check the path"
+            )
+        return cls.from_json(path.read_bytes(), str(path))
+
+    @classmethod
+    def from_json(cls, text: str | bytes, where: str) -> Manifest:
+        """Parse a manifest; `where` is the path or URL that error messages name."""
+        try:
+            value = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{where}: not valid JSON ({error}); copy or build the shards again") from None
+        # Looked at first: a newer version may well have other keys, and the person should be told of the version.
+        if isinstance(value, dict) and value.get("version") != MANIFEST_VERSION:
+            _fail(where, "version", MANIFEST_VERSION, value.get("version"))
+        manifest: Manifest = _parse(cls, value, where, "")
+        manifest._check(where)
+        return manifest
+
+    def write(self, directory: str | Path) -> None:
+        """Write `directory/manifest.json` atomically: there is either the old one or all of the new one."""
+        path = Path(directory) / MANIFEST_NAME
+        temporary = path.with_name(f".{MANIFEST_NAME}.{os.getpid()}")
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_directory(path.parent)
+
+    def _check(self, where: str) -> None:
+        if self.dtype not in ("uint16", "uint32"):
+            _fail(where, "dtype", "'uint16' or 'uint32'", self.dtype)
+        if self.block_size < 1:
+            _fail(where, "block_size", "at least 1", self.block_size)
+        if self.blocks < 1:
+            _fail(where, "blocks", "at least 1", self.blocks)
+        if sum(shard.blocks for shard in self.shards) != self.blocks:
+            _fail(where, "blocks", f"{sum(shard.blocks for shard in self.shards)} (the shards' sum)", self.blocks)
+        if self.blocks * self.block_size + self.dropped_tokens != self.tokens:
+            expected = self.blocks * self.block_size + self.dropped_tokens
+            _fail(where, "tokens", f"{expected} (blocks × block_size + dropped_tokens)", self.tokens)
+        if len({shard.name for shard in self.shards}) != len(self.shards):
+            _fail(where, "shards", "names that differ", [shard.name for shard in self.shards])
+        for i, shard in enumerate(self.shards):
+            if not re.fullmatch(r"[\w][\w.\-]*", shard.name):
+                _fail(where, f"shards[{i}].name", "a plain file name, so that it can't leave the folder", shard.name)
+            if not re.fullmatch(r"[0-9a-f]{64}", shard.sha256):
+                _fail(where, f"shards[{i}].sha256", "64 hexadecimal digits", shard.sha256)
+            if shard.blocks < 1:
+                _fail(where, f"shards[{i}].blocks", "at least 1", shard.blocks)
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """sha256 (hex) of everything that decides which ids a text becomes: vocabulary, merges, normaliser, ...
+
+    Truncation, padding and the post-processor (which only adds special tokens) are left out: they are states that
+    people set and reset, and building uses none of them. Neither the tokenizer's path nor its name counts.
+    Raises ValueError when the tokenizer is not a fast one.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or not hasattr(backend, "to_str"):
+        raise ValueError(
+            f"{type(tokenizer).__name__} is not a fast tokenizer, which building needs; "
+            "load it with AutoTokenizer.from_pretrained(name, use_fast=True)"
+        )
+    state = json.loads(backend.to_str())
+    for key in ("truncation", "padding", "post_processor"):
+        state.pop(key, None)
+    merges = state["model"].get("merges")
+    if merges:  # written as "a b" by older versions of tokenizers and as ["a", "b"] by newer ones
+        state["model"]["merges"] = [m.split(" ", 1) if isinstance(m, str) else m for m in merges]
+    return hashlib.sha256(_canonical_json(state).encode()).hexdigest()
+
+
+def sync_directory(directory: Path) -> None:
+    """Make a rename in this folder last through a loss of power."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _canonical_json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+
+def _fail(where: str, key: str, expected: Any, found: Any) -> None:
+    raise ValueError(
+        f"{where}: {key}: expected {expected}, found {found!r}; "
+        "if nobody has edited the file, copy or build the shards again"
+    )
+
+
+def _parse(cls: type, value: Any, where: str, key: str) -> Any:
+    """Make a dataclass of this module from parsed JSON; its annotations, which are strings here, are the schema."""
+    prefix = f"{key}." if key else ""
+    if not isinstance(value, dict):
+        _fail(where, key or "the whole file", "an object", value)
+    names = [field.name for field in fields(cls)]
+    for name in (*(n for n in names if n not in value), *(n for n in value if n not in names)):
+        _fail(where, f"{prefix}{name}", "a value" if name in names else "no such key", value.get(name, "nothing"))
+    return cls(**{f.name: _parse_field(str(f.type), value[f.name], where, f"{prefix}{f.name}") for f in fields(cls)})
+
+
+def _parse_field(kind: str, value: Any, where: str, key: str) -> Any:
+    if kind.endswith(" | None"):
+        return None if value is None else _parse_field(kind.removesuffix(" | None"), value, where, key)
+    if kind == "TokenizerInfo":
+        return _parse(TokenizerInfo, value, where, key)
+    if kind.startswith("tuple["):
+        if not isinstance(value, list):
+            _fail(where, key, "a list", value)
+        item_kind = kind.removeprefix("tuple[").removesuffix(", ...]")
+        if item_kind == "Shard":
+            return tuple(_parse(Shard, item, where, f"{key}[{i}]") for i, item in enumerate(value))
+        return tuple(_parse_field(item_kind, item, where, f"{key}[{i}]") for i, item in enumerate(value))
+    if kind == "int" and not (type(value) is int and value >= 0):
+        _fail(where, key, "a whole number, 0 or more", value)
+    if kind == "float" and type(value) not in (int, float):
+        _fail(where, key, "a number", value)
+    if kind == "str" and not isinstance(value, str):
+        _fail(where, key, "text", value)
+    return float(value) if kind == "float" else value
