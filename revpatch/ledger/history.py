@@ -1,0 +1,230 @@
+"""A run's ledger: entry files and the journal that vouches for them, kept in step.
+
+    RUN/ledger/journal.jsonl      one `entry` event for each file: its name, sha256, kind, phase, step
+    RUN/ledger/*.pt               the entries
+
+An entry's file is written first and its journal line second, so a crash between the two leaves a file that nothing
+vouches for: an orphan, which the next start names and sets aside. Removing goes the other way round: first the line,
+then the file, and the next start finishes what a crash interrupted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from revpatch.ledger.durable import TEMPORARY_SUFFIX, sha256_of_file, sync_directory
+from revpatch.ledger.entry import KINDS, SUFFIXES, EntryError, check_name, entry_name, read_entry, write_entry
+from revpatch.ledger.journal import EVENT_FIELDS, Journal, JournalError
+
+JOURNAL_NAME = "journal.jsonl"
+_ENTRY_FIELDS = ("kind", "phase", "phase_index", "step", "file", "sha256", "bytes")
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What the journal says about one entry. `step` counts optimizer steps of the phase, `bytes` the file's size;
+    `fields` is what else was recorded."""
+
+    name: str
+    kind: str
+    phase: str
+    phase_index: int
+    step: int
+    sha256: str
+    bytes: int
+    time: str
+    seq: int
+    fields: dict[str, Any]
+
+
+def recorded(event: dict[str, Any]) -> Recorded:
+    """An `entry` event as a Recorded. Raises JournalError if it lacks a field or its file name is no entry's."""
+    try:
+        name = check_name(event["file"], "entry name")
+        rest = {key: value for key, value in event.items() if key not in (*_ENTRY_FIELDS, *EVENT_FIELDS)}
+        return Recorded(
+            name,
+            str(event["kind"]),
+            str(event["phase"]),
+            int(event["phase_index"]),
+            int(event["step"]),
+            str(event["sha256"]),
+            int(event["bytes"]),
+            str(event["time"]),
+            int(event["seq"]),
+            rest,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise JournalError(f"{JOURNAL_NAME} line {event['seq'] + 1} is no proper `entry` event: {error!r}") from error
+
+
+def pruned_in(event: dict[str, Any]) -> list[str]:
+    """The names that a `pruned` event took away; none for any other event."""
+    names = event.get("files") if event["event"] == "pruned" else None
+    return [str(name) for name in names] if isinstance(names, list) else []
+
+
+def live_entries(events: list[dict[str, Any]], problems: list[str] | None = None) -> dict[str, Recorded]:
+    """The entries that should be on disk after these events, by name, oldest first.
+
+    An `entry` event that is not a proper one raises JournalError, or is passed over and named in `problems`.
+    """
+    live: dict[str, Recorded] = {}
+    for event in events:
+        if event["event"] == "entry":
+            try:
+                entry = recorded(event)
+            except JournalError as error:
+                if problems is None:
+                    raise
+                problems.append(str(error))
+                continue
+            live.pop(entry.name, None)  # recorded again, after a resume: it moves to its new place in time
+            live[entry.name] = entry
+        for name in pruned_in(event):
+            live.pop(name, None)
+    return live
+
+
+def pruned_names(events: list[dict[str, Any]]) -> set[str]:
+    """Every name that was ever pruned."""
+    return {name for event in events for name in pruned_in(event)}
+
+
+def stray_files(directory: Path, live: dict[str, Recorded]) -> list[Path]:
+    """Files in `directory` that no live entry vouches for: orphans, half-written temporary files, half-done prunes."""
+    strays = (path for path in directory.iterdir() if path.suffix in (*SUFFIXES, TEMPORARY_SUFFIX) and path.is_file())
+    return sorted(path for path in strays if path.name not in live)
+
+
+class Ledger:
+    """The ledger in `directory` (RUN/ledger): opened for writing, or `readonly`, which changes nothing on disk.
+
+    `suffix` is the format of new entries, `.pt` or `.safetensors`; both are read. Raises JournalError when the
+    journal is damaged (see `Journal`). One process may write; call `set_aside_orphans()` before anything else then.
+    """
+
+    def __init__(self, directory: Path, readonly: bool = False, suffix: str = ".pt") -> None:
+        self.directory = directory
+        self.suffix = suffix
+        self.journal = Journal(directory / JOURNAL_NAME, readonly=readonly)
+        self._live = live_entries(self.journal.records())
+
+    def record(
+        self,
+        kind: str,
+        phase_index: int,
+        phase: str,
+        step: int,
+        tensors: dict[str, Tensor],
+        metadata: dict[str, Any],
+        **journal_fields: Any,
+    ) -> tuple[Path, str]:
+        """Writes an entry and journals it, with `journal_fields` (such as the probes' `sets`); returns path, sha256.
+
+        `step` is the optimizer step of the phase at which it was taken (0 for a start), `tensors` the patch (any
+        shapes, CPU or GPU), `metadata` plain values. Recording the same content again, as after a resume, is
+        fine; raises EntryError for other content under the same name, JournalError for fields that are not plain,
+        OSError when the disk fails. Whatever fails, no line vouches for a file that isn't whole.
+        """
+        if clash := sorted(set(journal_fields) & set(_ENTRY_FIELDS)):
+            raise JournalError(f"the field {clash[0]!r} is the ledger's own; choose another name")
+        numbered = kind in ("good", "rollback")
+        name = entry_name(phase_index, phase, kind, step if numbered else None, self.suffix)
+        path = self.directory / name
+        sha256 = write_entry(path, tensors, metadata)
+        event = self.journal.append(
+            "entry",
+            kind=kind,
+            phase=phase,
+            phase_index=phase_index,
+            step=step,
+            file=name,
+            sha256=sha256,
+            bytes=path.stat().st_size,
+            **journal_fields,
+        )
+        self._live.pop(name, None)
+        self._live[name] = recorded(event)
+        return path, sha256
+
+    def entries(self) -> list[Recorded]:
+        """The entries that are kept, oldest first."""
+        return list(self._live.values())
+
+    def newest(self, kind: str | None = None) -> Recorded | None:
+        """The entry recorded last (of `kind`: start, good, rollback, commit); None if there is none.
+
+        The newest `good` may be of an earlier phase. Raises EntryError for an unknown kind.
+        """
+        if kind is not None and kind not in KINDS:
+            raise EntryError(f"kind {kind!r} is none of {', '.join(KINDS)}")
+        return next((entry for entry in reversed(self.entries()) if kind in (None, entry.kind)), None)
+
+    def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The tensors (CPU) and metadata of an entry, its file checked against the journal's sha256 first.
+
+        Raises EntryError for a name that isn't in the journal or was pruned, and as `read_entry` does.
+        """
+        if name not in self._live:
+            gone = name in pruned_names(self.journal.records())
+            raise EntryError(
+                f"{name!r} {'was pruned from' if gone else 'is not in'} {self.directory}. "
+                f"Entries there: {', '.join(self._live) or 'none'}"
+            )
+        return read_entry(self.directory / name, self._live[name].sha256)
+
+    def set_aside_orphans(self) -> list[str]:
+        """Deals with what a crash left, and returns the names of the files that no journal line vouches for.
+
+        Entry files are renamed to `NAME.orphan` (`.orphan-2`, ...: never over another) and kept; half-written
+        temporary files, and files whose pruning was journalled, are deleted. Journals one `orphan` event for each
+        file but the pruned. Raises OSError.
+        """
+        names = []
+        pruned = pruned_names(self.journal.records())
+        for path in stray_files(self.directory, self._live):
+            if path.name in pruned:
+                path.unlink()
+                continue
+            names.append(path.name)
+            if path.suffix == TEMPORARY_SUFFIX:
+                self.journal.append("orphan", file=path.name, moved_to=None, bytes=path.stat().st_size)
+                path.unlink()
+                continue
+            aside, number = path.with_name(f"{path.name}.orphan"), 1
+            while aside.exists():
+                number += 1
+                aside = path.with_name(f"{path.name}.orphan-{number}")
+            sha256, size = sha256_of_file(path), path.stat().st_size
+            self.journal.append("orphan", file=path.name, moved_to=aside.name, sha256=sha256, bytes=size)
+            path.rename(aside)
+        sync_directory(self.directory)
+        return names
+
+    def prune_good(self, keep: int) -> list[str]:
+        """Removes all but the newest `keep` (at least 1) `good` entries of each phase; returns the names removed.
+
+        Never removes a start, a rollback or a commit. Journals one `pruned` event with names and bytes freed. Raises
+        ValueError for `keep` below 1 (a rollback needs the last good entry), OSError.
+        """
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1 (got {keep}): a rollback needs the last good entry")
+        by_phase: dict[tuple[int, str], list[Recorded]] = {}
+        for entry in self.entries():
+            if entry.kind == "good":
+                by_phase.setdefault((entry.phase_index, entry.phase), []).append(entry)
+        surplus = [entry for entries in by_phase.values() for entry in entries[:-keep]]
+        if not surplus:
+            return []
+        names = [entry.name for entry in surplus]
+        self.journal.append("pruned", files=names, bytes=sum(entry.bytes for entry in surplus))
+        for name in names:
+            del self._live[name]
+            (self.directory / name).unlink(missing_ok=True)
+        sync_directory(self.directory)
+        return names

@@ -1,0 +1,175 @@
+"""The journal: what happened in a run, one JSON line an event, each line carrying the sha256 of the line before.
+
+    {"seq": 4, "time": "2025-01-31T12:00:00.000000+00:00", "event": "commit", ..., "previous": "9f2c..."}
+
+An edited, removed or moved line breaks the chain at the line after it, which is refused by number. What the chain
+alone can't show is whole lines missing at the end, or an edited last line: for that, keep `head` elsewhere (a
+snapshot, a lab book) and ask `holds(head)`. A last line without its newline is what a crash in the middle of a write
+leaves: it is set aside, and said so, when the journal is opened for writing. One process writes; any number read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from revpatch.ledger.durable import sha256_of, sync_directory, write_atomically
+from revpatch.ledger.plain import to_plain
+
+GENESIS = sha256_of(b"revpatch journal, version 1")
+EVENT_FIELDS = ("seq", "time", "event", "previous")
+
+
+class JournalError(ValueError):
+    """A journal that can't be believed, or an event that can't be written to it; names file and line."""
+
+
+@dataclass
+class Scan:
+    """What the bytes of a journal hold: events in order, the sha256 of each line, a torn end, what is wrong."""
+
+    records: list[dict[str, Any]] = field(default_factory=list)
+    digests: list[str] = field(default_factory=list)
+    torn: bytes = b""
+    problems: list[str] = field(default_factory=list)
+
+
+def scan(data: bytes) -> Scan:
+    """Reads as many events as there are, and goes on past what is wrong, so that every broken line is named."""
+    found = Scan()
+    *lines, found.torn = data.split(b"\n")
+    seq, previous = 0, GENESIS
+    for number, line in enumerate(lines, start=1):
+        record = _parsed(line)
+        if record is None:
+            found.problems.append(f"line {number} is not an event ({line[:40]!r}...): it was damaged or edited")
+        else:
+            if record["seq"] != seq:
+                found.problems.append(
+                    f"line {number} has seq {record['seq']}, expected {seq}: lines were removed, added or reordered"
+                )
+            if record["previous"] != previous:
+                found.problems.append(
+                    f"line {number} names the line before it by sha256 {record['previous']}, found {previous}: "
+                    f"line {max(number - 1, 1)} was edited, or lines were removed, added or reordered"
+                )
+            found.records.append(record)
+            found.digests.append(sha256_of(line))
+            seq = record["seq"]
+        seq, previous = seq + 1, sha256_of(line)
+    return found
+
+
+class Journal:
+    """The journal at `path`; opened for writing (created if missing, a torn end set aside) or `readonly`.
+
+    Raises JournalError when a line is damaged or the chain is broken, or `readonly` finds no file. `warnings` says in
+    sentences what was done at opening. A torn end seen `readonly` may be a line that is being written right now.
+    """
+
+    def __init__(self, path: Path, readonly: bool = False) -> None:
+        self.path = path
+        self.readonly = readonly
+        self.warnings: list[str] = []
+        if readonly and not path.is_file():
+            raise JournalError(f"{path} is not there. Is {path.parent.parent} the folder of a run?")
+        data = path.read_bytes() if path.exists() else b""
+        found = scan(data)
+        if found.problems:
+            raise JournalError(
+                f"{path} {found.problems[0]}. Restore the journal from a backup, or start a new run from an entry "
+                "that you trust."
+            )
+        self.torn = found.torn
+        self._records = found.records
+        self._digests = found.digests
+        self._size = len(data)
+        if readonly:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            path.touch()
+            sync_directory(path.parent)
+        if self.torn:
+            self._set_aside_torn()
+
+    @property
+    def head(self) -> str:
+        """The sha256 of the last line (without its newline); GENESIS while there is none."""
+        return self._digests[-1] if self._digests else GENESIS
+
+    def holds(self, head: str) -> bool:
+        """Whether a head that was noted earlier is still part of this history."""
+        return head == GENESIS or head in self._digests
+
+    def records(self) -> list[dict[str, Any]]:
+        """All events, oldest first, each with `seq`, `time`, `event`, its fields, and `previous`."""
+        return list(self._records)
+
+    def append(self, event: str, **fields: Any) -> dict[str, Any]:
+        """Writes an event, synced to disk before this returns, and returns it as recorded.
+
+        Raises JournalError for fields that are not plain, a `readonly` journal, or a file that another process has
+        changed since; OSError when the disk fails, with the file cut back to its whole lines.
+        """
+        if self.readonly:
+            raise JournalError(f"{self.path} was opened for reading only; event {event!r} can't be added")
+        if clash := [name for name in EVENT_FIELDS if name in fields]:
+            raise JournalError(f"event {event!r}: the field {clash[0]!r} is the journal's own; choose another name")
+        try:
+            plain = to_plain(fields, where=f"event {event!r}")
+        except ValueError as error:
+            raise JournalError(str(error)) from error
+        time = datetime.now(timezone.utc).isoformat(timespec="microseconds")
+        record = {"seq": len(self._records), "time": time, "event": event, **plain, "previous": self.head}
+        line = json.dumps(record, separators=(",", ":"), allow_nan=False).encode()
+        self._write(line + b"\n")
+        self._records.append(record)
+        self._digests.append(sha256_of(line))
+        return record
+
+    def _write(self, data: bytes) -> None:
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+        try:
+            if (size := os.fstat(descriptor).st_size) != self._size:
+                raise JournalError(
+                    f"{self.path} has {size} bytes, expected {self._size}: another process writes to this run. Stop "
+                    "one of the two, then start again."
+                )
+            try:
+                written = 0
+                while written < len(data):
+                    written += os.write(descriptor, data[written:])
+                os.fsync(descriptor)
+            except OSError as error:
+                os.ftruncate(descriptor, self._size)
+                raise OSError(error.errno, f"could not record an event ({error.strerror})", str(self.path)) from error
+            self._size += len(data)
+        finally:
+            os.close(descriptor)
+
+    def _set_aside_torn(self) -> None:
+        number = 1
+        while (aside := self.path.with_name(f"{self.path.name}.torn-{number}")).exists():
+            number += 1
+        write_atomically(aside, self.torn)
+        self._size -= len(self.torn)
+        os.truncate(self.path, self._size)
+        self.append("torn", file=aside.name, bytes=len(self.torn))
+        self.warnings.append(
+            f"{self.path}: the last line was cut short by a crash ({len(self.torn)} bytes); it is kept in {aside.name}"
+        )
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or not all(name in record for name in EVENT_FIELDS):
+        return None
+    return record if isinstance(record["seq"], int) and isinstance(record["event"], str) else None
