@@ -1,0 +1,376 @@
+"""The ledger as a whole: files and journal stay in step through crashes, and what is wrong is named."""
+
+import io
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from rich.console import Console
+
+from revpatch.ledger.audit import log_rows, verify
+from revpatch.ledger.durable import sha256_of
+from revpatch.ledger.entry import EntryError, read_entry, write_entry
+from revpatch.ledger.history import Ledger
+from revpatch.ledger.journal import Journal, JournalError
+from revpatch.ledger.show import print_log, print_verify
+
+SETS = {"base": {"loss": 3.42, "reference": 3.40, "rise": 0.02, "tolerance": 0.03, "low": 0.01, "high": 0.03}}
+
+
+def a_patch(value: float = 1.0) -> dict[str, torch.Tensor]:
+    return {"layer_00.gate.weight": torch.full((4,), value)}
+
+
+def a_run(tmp_path, **options):
+    """Two phases; the first has four good entries and a rollback."""
+    run = tmp_path / "runs" / "demo"
+    ledger = Ledger(run / "ledger", **options)
+    ledger.journal.append("run", config="c0ffee", world=2)
+    ledger.record("start", 0, "wikitext", 0, a_patch(0), {"phase": "wikitext"})
+    for step in (100, 200, 300, 400):
+        ledger.record("good", 0, "wikitext", step, a_patch(step), {"step": step}, sets=SETS)
+    ledger.record("rollback", 0, "wikitext", 500, a_patch(500), {"step": 500})
+    ledger.journal.append(
+        "rollback",
+        phase="wikitext",
+        step=500,
+        to_file="000_wikitext_good_step000000400.pt",
+        reason="base rose by 0.1 nats",
+        window=[400, 500],
+        new_lr_factor=0.5,
+    )
+    ledger.record("commit", 0, "wikitext", 600, a_patch(600), {"phase": "wikitext"}, sets=SETS)
+    ledger.record("start", 1, "imdb", 0, a_patch(600), {"phase": "imdb"})
+    ledger.record("good", 1, "imdb", 100, a_patch(700), {"step": 100})
+    return run, ledger
+
+
+def names(ledger):
+    return [entry.name for entry in ledger.entries()]
+
+
+def interrupted(code: str, directory) -> None:
+    """Runs `code` in a process that is to be killed by SIGKILL half-way."""
+    setting = (
+        "import os, signal, sys, torch; from pathlib import Path\n"
+        "from revpatch.ledger.history import Ledger\n"
+        "def die(*_, **__): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "ledger = Ledger(Path(sys.argv[1])); patch = {'layer_00.gate.weight': torch.full((4,), 9.0)}\n"
+    )
+    process = subprocess.run([sys.executable, "-c", setting + code, str(directory)], capture_output=True, text=True)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_what_is_recorded_is_found_and_loaded(tmp_path, suffix):
+    run, ledger = a_run(tmp_path, suffix=suffix)
+    for opened in (ledger, Ledger(run / "ledger"), Ledger(run / "ledger", readonly=True)):
+        assert opened.newest().name == f"001_imdb_good_step000000100{suffix}"
+        assert opened.newest("commit").name == f"000_wikitext_commit{suffix}"
+        good = opened.entries()[2]
+        assert (good.kind, good.phase, good.phase_index, good.step) == ("good", "wikitext", 0, 200)
+        assert good.fields == {"sets": SETS}
+        tensors, metadata = opened.load(good.name)
+        assert tensors["layer_00.gate.weight"].tolist() == [200.0] * 4
+        assert metadata == {"step": 200}
+        assert good.sha256 == sha256_of((run / "ledger" / good.name).read_bytes())
+    assert verify(run).ok
+
+
+def test_the_path_and_sha256_that_are_returned_open_the_entry(tmp_path):
+    _, ledger = a_run(tmp_path)
+    path, sha256 = ledger.record("commit", 1, "imdb", 200, a_patch(3), {"a": 1})
+    assert path == ledger.directory / "001_imdb_commit.pt"
+    assert read_entry(path, sha256)[1] == {"a": 1}
+
+
+def test_an_empty_ledger(tmp_path):
+    ledger = Ledger(tmp_path / "ledger")
+    assert (ledger.entries(), ledger.newest(), ledger.set_aside_orphans(), ledger.prune_good(1)) == ([], None, [], [])
+    assert verify(tmp_path).ok
+
+
+def test_recording_the_same_again_is_fine_and_other_content_is_refused(tmp_path):
+    run, ledger = a_run(tmp_path)
+    before = names(ledger)
+    ledger.record("good", 1, "imdb", 100, a_patch(700), {"step": 100})
+    assert names(ledger) == before
+    with pytest.raises(EntryError, match="other content"):
+        ledger.record("good", 1, "imdb", 100, a_patch(701), {"step": 100})
+    assert ledger.load(before[-1])[0]["layer_00.gate.weight"][0] == 700
+    assert verify(run).ok
+
+
+@pytest.mark.parametrize("phase", ["../other", "a/b", "/tmp/x", "..", "a\0b"])
+def test_a_phase_name_cannot_leave_the_ledger(tmp_path, phase):
+    run, ledger = a_run(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(EntryError, match="can't be used"):
+        ledger.record("start", 0, phase, 0, a_patch(), {})
+    assert sorted(tmp_path.rglob("*")) == before
+    assert verify(run).ok
+
+
+@pytest.mark.parametrize("name", ["../journal.jsonl", "/etc/passwd", "000_nothing_start.pt", ""])
+def test_only_what_is_in_the_journal_is_loaded(tmp_path, name):
+    _, ledger = a_run(tmp_path)
+    with pytest.raises(EntryError, match=r"is not in .*Entries there: 000_wikitext_start\.pt"):
+        ledger.load(name)
+
+
+def test_a_file_that_was_replaced_is_not_loaded(tmp_path):
+    _, ledger = a_run(tmp_path)
+    path = ledger.directory / "000_wikitext_commit.pt"
+    path.unlink()
+    write_entry(path, a_patch(666), {"phase": "wikitext"})
+    with pytest.raises(EntryError, match="is not the file that was recorded"):
+        ledger.load(path.name)
+
+
+def test_a_journal_line_that_points_elsewhere_is_refused(tmp_path):
+    run = tmp_path / "run"
+    Journal(run / "ledger" / "journal.jsonl").append(
+        "entry", kind="commit", phase="a", phase_index=0, step=0, file="../../secret.pt", sha256="0" * 64, bytes=1
+    )
+    with pytest.raises(JournalError, match=r"line 1 .*'\.\./\.\./secret\.pt' can't be used"):
+        Ledger(run / "ledger")
+    (problem,) = verify(run).problems
+    assert "can't be used" in problem.what
+
+
+def test_pruning_keeps_the_newest_good_entries_of_each_phase(tmp_path):
+    run, ledger = a_run(tmp_path)
+    others = [entry.name for entry in ledger.entries() if entry.kind != "good"]
+    removed = ledger.prune_good(2)
+    assert removed == ["000_wikitext_good_step000000100.pt", "000_wikitext_good_step000000200.pt"]
+    assert [name for name in names(ledger) if "good" in name] == [
+        "000_wikitext_good_step000000300.pt",
+        "000_wikitext_good_step000000400.pt",
+        "001_imdb_good_step000000100.pt",
+    ]
+    assert sorted(path.name for path in ledger.directory.glob("*.pt")) == sorted(names(ledger))
+    assert set(others) < set(names(ledger))
+    assert ledger.prune_good(2) == []
+    event = ledger.journal.records()[-1]
+    assert (event["event"], event["files"]) == ("pruned", removed)
+    assert names(Ledger(run / "ledger")) == names(ledger)
+    assert verify(run).ok
+    with pytest.raises(EntryError, match="was pruned"):
+        ledger.load(removed[0])
+
+
+@pytest.mark.parametrize("keep", [0, -1])
+def test_the_last_good_entry_is_never_pruned(tmp_path, keep):
+    _, ledger = a_run(tmp_path)
+    with pytest.raises(ValueError, match="at least 1"):
+        ledger.prune_good(keep)
+
+
+def test_killed_between_entry_and_journal_line(tmp_path):
+    run, ledger = a_run(tmp_path)
+    interrupted("ledger.journal.append = die\nledger.record('commit', 1, 'imdb', 200, patch, {})", ledger.directory)
+    orphan = ledger.directory / "001_imdb_commit.pt"
+    content = orphan.read_bytes()
+    (problem,) = verify(run).problems
+    assert (problem.where, "orphan" in problem.what) == (orphan.name, True)
+
+    started_again = Ledger(run / "ledger")
+    assert started_again.set_aside_orphans() == [orphan.name]
+    assert not orphan.exists()
+    assert orphan.with_name(orphan.name + ".orphan").read_bytes() == content
+    event = started_again.journal.records()[-1]
+    assert (event["event"], event["file"], event["sha256"]) == ("orphan", orphan.name, sha256_of(content))
+    assert started_again.set_aside_orphans() == []
+    assert verify(run).ok
+    started_again.record("commit", 1, "imdb", 200, a_patch(8), {})
+    assert verify(run).ok
+
+
+def test_an_orphan_is_not_written_over_an_earlier_one(tmp_path):
+    run, ledger = a_run(tmp_path)
+    for value in (1, 2, 3):
+        write_entry(ledger.directory / "001_imdb_commit.pt", a_patch(value), {})
+        Ledger(run / "ledger").set_aside_orphans()
+    kept = sorted(ledger.directory.glob("001_imdb_commit.pt.orphan*"))
+    assert [path.name for path in kept] == [f"001_imdb_commit.pt.orphan{end}" for end in ("", "-2", "-3")]
+    assert len({path.read_bytes() for path in kept}) == 3
+
+
+def test_killed_before_an_entry_has_its_name(tmp_path):
+    run, ledger = a_run(tmp_path)
+    interrupted("Path.replace = die\nledger.record('commit', 1, 'imdb', 200, patch, {})", ledger.directory)
+    (half,) = ledger.directory.glob(".*.tmp")
+    assert [problem.where for problem in verify(run).problems] == [half.name]
+    assert Ledger(run / "ledger").set_aside_orphans() == [half.name]
+    assert not half.exists()
+    assert verify(run).ok
+
+
+def test_killed_in_the_middle_of_pruning(tmp_path):
+    run, ledger = a_run(tmp_path)
+    interrupted("Path.unlink = die\nledger.prune_good(1)", ledger.directory)
+    surplus = {f"000_wikitext_good_step000000{step}.pt" for step in (100, 200, 300)}
+    assert {problem.where for problem in verify(run).problems} == surplus
+    started_again = Ledger(run / "ledger")
+    assert started_again.set_aside_orphans() == []
+    assert not any((run / "ledger" / name).exists() for name in surplus)
+    assert verify(run).ok
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a file system needs root")
+def test_a_disk_that_is_really_full(tmp_path):
+    directory = tmp_path / "run" / "ledger"
+    directory.mkdir(parents=True)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(directory)]).returncode != 0:
+        pytest.skip("tmpfs can't be mounted here")
+    try:
+        ledger = Ledger(directory)
+        ledger.record("start", 0, "a", 0, a_patch(), {})
+        with pytest.raises(OSError, match="No space left"):
+            ledger.record("commit", 0, "a", 9, {"w": torch.zeros(50_000)}, {})
+        assert [path.name for path in sorted(directory.iterdir())] == ["000_a_start.pt", "journal.jsonl"]
+        ledger.record("commit", 0, "a", 9, a_patch(2), {})
+        assert verify(tmp_path / "run").ok
+    finally:
+        subprocess.run(["umount", str(directory)], check=True)
+
+
+def test_verify_names_everything_that_is_wrong(tmp_path):
+    run, ledger = a_run(tmp_path)
+    directory = run / "ledger"
+    whole = verify(run)
+    assert (whole.ok, whole.entries, whole.events, whole.head) == (True, 9, 11, ledger.journal.head)
+    assert whole.bytes_hashed == sum(path.stat().st_size for path in directory.glob("*.pt"))
+
+    (directory / "000_wikitext_start.pt").unlink()
+    flipped = directory / "000_wikitext_commit.pt"
+    data = bytearray(flipped.read_bytes())
+    data[len(data) // 2] ^= 1
+    flipped.write_bytes(data)
+    cut = directory / "001_imdb_start.pt"
+    cut.write_bytes(cut.read_bytes()[:-1])
+    write_entry(directory / "002_new_start.pt", a_patch(), {})
+    journal = directory / "journal.jsonl"
+    lines = journal.read_bytes().splitlines()
+    lines[7] = lines[7].replace(b"0.1 nats", b"0.0 nats")
+    journal.write_bytes(b"\n".join([*lines, b'{"seq":11']))
+    problems = {(problem.where, problem.what.split(" ")[0]) for problem in verify(run).problems}
+    assert problems == {
+        ("journal.jsonl", "line"),
+        ("journal.jsonl", "its"),
+        ("000_wikitext_start.pt", "is"),
+        ("000_wikitext_commit.pt", "has"),
+        ("001_imdb_start.pt", "has"),
+        ("002_new_start.pt", "is"),
+    }
+    assert "line 9 names" in verify(run).problems[0].what
+    assert all(problem.advice for problem in verify(run).problems)
+
+
+def test_verify_against_a_head_noted_earlier(tmp_path):
+    run, ledger = a_run(tmp_path)
+    noted = ledger.journal.head
+    ledger.journal.append("phase_end", phase="imdb")
+    assert verify(run, noted).ok
+    journal = run / "ledger" / "journal.jsonl"
+    journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:-2]))
+    (run / "ledger" / "001_imdb_good_step000000100.pt").unlink()
+    assert verify(run).ok, "the chain alone can't show it"
+    (problem,) = verify(run, noted).problems
+    assert noted in problem.what
+
+
+def test_verify_where_there_is_no_ledger(tmp_path):
+    (problem,) = verify(tmp_path).problems
+    assert "is not there" in problem.what
+    assert not (tmp_path / "ledger").exists()
+
+
+def test_reading_functions_change_nothing(tmp_path):
+    run, ledger = a_run(tmp_path)
+    write_entry(ledger.directory / "002_new_start.pt", a_patch(), {})
+    with ledger.journal.path.open("ab") as file:
+        file.write(b"{")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    log_rows(run)
+    verify(run)
+    Ledger(run / "ledger", readonly=True)
+    print_log(run, Console(file=io.StringIO()))
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_the_log_says_what_happened(tmp_path):
+    run, ledger = a_run(tmp_path)
+    ledger.journal.append("quarantined", shard="data/x.tar", phase="imdb")
+    ledger.journal.append("probe", phase="imdb", step=7, sets={"base": {"loss": math.nan, "tolerance": 0.03}})
+    ledger.journal.append("probe", phase=None, step="many", bytes=[1], sets={"base": {"loss": "?"}, "b": 2.0}, x={})
+    ledger.prune_good(1)
+    rows = log_rows(run)
+    assert [row.seq for row in rows] == list(range(15))
+    good = rows[2]
+    assert (good.event, good.kind, good.phase, good.step) == ("entry", "good", "wikitext", 100)
+    assert good.bytes == (run / "ledger" / "000_wikitext_good_step000000400.pt").stat().st_size
+    (probe,) = good.probes
+    assert (probe.name, probe.loss, probe.reference, probe.rise, probe.tolerance) == ("base", 3.42, 3.40, 0.02, 0.03)
+    rollback = rows[7]
+    assert (rollback.event, rollback.kind, rollback.step) == ("rollback", "", 500)
+    for piece in ("base rose by 0.1 nats", "000_wikitext_good_step000000400.pt", "steps 400 to 500", "factor 0.5"):
+        assert piece in rollback.note
+    assert (rows[11].event, rows[11].note) == ("quarantined", "shard data/x.tar")
+    assert math.isnan(rows[12].probes[0].loss)
+    assert (rows[13].step, rows[13].bytes, [p.loss for p in rows[13].probes]) == (None, None, [None, 2.0])
+    assert "000_wikitext_good_step000000100.pt" in rows[14].note
+
+
+def test_the_printed_log(tmp_path):
+    run, ledger = a_run(tmp_path)
+    ledger.journal.append(
+        "probe", phase="[red]imdb[/red]", sets={"bad": {"loss": 3.5, "reference": 3.4, "tolerance": 0.03}}
+    )
+    text = io.StringIO()
+    print_log(run, Console(file=text, width=200))
+    lines = text.getvalue().splitlines()
+    commit = next(line for line in lines if "commit entry" in line)
+    for piece in ("wikitext", "600", "base 3.420 (+0.020 / 0.03)", "kB", ledger.newest("commit").sha256[:12]):
+        assert piece in commit
+    assert any("base rose by 0.1 nats" in line for line in lines)
+    assert any("[red]imdb[/red]" in line and "bad 3.500 (+0.100 / 0.03)" in line for line in lines)
+
+
+def test_the_printed_verdict(tmp_path):
+    run, _ = a_run(tmp_path)
+    text = io.StringIO()
+    assert print_verify(run, Console(file=text, width=200)) is True
+    assert "11 events, 9 entries" in text.getvalue()
+    (run / "ledger" / "000_wikitext_commit.pt").unlink()
+    text = io.StringIO()
+    assert print_verify(run, Console(file=text, width=200)) is False
+    assert "000_wikitext_commit.pt: is missing (journal line 9)" in text.getvalue()
+    assert "backup" in text.getvalue()
+
+
+def test_a_damaged_journal_is_not_logged_as_if_it_were_whole(tmp_path):
+    run, ledger = a_run(tmp_path)
+    lines = ledger.journal.path.read_bytes().splitlines(keepends=True)
+    ledger.journal.path.write_bytes(b"".join(lines[1:]))
+    for reader in (log_rows, lambda run: Ledger(run / "ledger"), lambda run: print_log(run, Console())):
+        with pytest.raises(JournalError, match="line 1 "):
+            reader(run)
+
+
+def test_a_ledger_of_ten_thousand_events_is_read_in_moments(tmp_path):
+    journal = Journal(tmp_path / "ledger" / "journal.jsonl")
+    journal._write = lambda data: lines.append(data)  # one write at the end, not ten thousand synced ones
+    lines: list[bytes] = []
+    for step in range(10_000):
+        journal.append("probe", phase="wikitext", step=step, sets=SETS)
+    journal.path.write_bytes(b"".join(lines))
+    begin = time.perf_counter()
+    assert len(log_rows(tmp_path)) == 10_000
+    assert verify(tmp_path).ok
+    assert time.perf_counter() - begin < 5.0
