@@ -21,6 +21,9 @@ from revpatch.stream.manifest import Manifest
 from revpatch.stream.permutation import hash64, permute
 
 ORDER_VERSION = 1  # part of every key: another order is another number here
+_CHUNK_LOOKUPS = 2048
+
+Int64s = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class Lanes:
@@ -52,7 +55,9 @@ class Lanes:
         self._windows = -(-self.blocks // shuffle_blocks)
         self._shard_blocks = np.array([shard.blocks for shard in manifest.shards], dtype=np.int64)
         self._shard_starts = np.cumsum(self._shard_blocks) - self._shard_blocks
-        self._shard_order: tuple[int, np.ndarray[Any, Any], np.ndarray[Any, Any]] | None = None
+        self._shard_order: tuple[int, Int64s, Int64s] | None = None
+        self._chunk_steps = max(1, _CHUNK_LOOKUPS // lanes)
+        self._chunk: tuple[tuple[int, int, int, int], Int64s] | None = None
 
     @property
     def total_steps(self) -> int | None:
@@ -80,7 +85,7 @@ class Lanes:
         """How many blocks of the epoch before come first in this one; always fewer than `lanes`."""
         return epoch * self.blocks % self.lanes
 
-    def block_ids(self, step: int, start: int = 0, stop: int | None = None) -> np.ndarray[Any, np.dtype[np.int64]]:
+    def block_ids(self, step: int, start: int = 0, stop: int | None = None) -> Int64s:
         """The blocks that lanes start..stop-1 take at this step, as (stop - start,) int64.
 
         Raises IndexError for a step outside of the data and ValueError for lanes that are not there.
@@ -89,19 +94,29 @@ class Lanes:
         if not 0 <= start <= stop <= self.lanes:
             raise ValueError(f"lanes {start} to {stop} were asked for; there are {self.lanes}")
         epoch = self.epoch_of(step)
-        k = step - self.first_step(epoch)
+        chunk, row = divmod(step - self.first_step(epoch), self._chunk_steps)
+        key = (epoch, chunk, start, stop)
+        cached = self._chunk
+        if cached is None or cached[0] != key:
+            # Assigned in one go: another thread sees the old pair or the new one.
+            cached = self._chunk = (key, self._compute_chunk(epoch, chunk * self._chunk_steps, start, stop))
+        blocks: Int64s = cached[1][row].copy()
+        return blocks
+
+    def _compute_chunk(self, epoch: int, first: int, start: int, stop: int) -> Int64s:
+        """The blocks of some steps from the epoch's step `first` on, (steps, stop - start): numpy likes company."""
         steps = self.steps_per_epoch(epoch)
         carried = self.carried(epoch)
-
+        k = np.arange(first, min(first + self._chunk_steps, steps), dtype=np.int64)[:, None]
         lane = np.arange(start, stop, dtype=np.int64)
         has_carried = lane < carried
-        part_start = lane * steps - np.minimum(lane, carried)
-        if k == 0 and start < carried:
-            from_before = self._ordered(epoch - 1, self.blocks - carried + lane[has_carried])
-            return np.concatenate([from_before, self._ordered(epoch, part_start[~has_carried])])
-        return self._ordered(epoch, part_start + k - has_carried)
+        positions = lane * steps - np.minimum(lane, carried) + k - has_carried
+        blocks = self._ordered(epoch, np.maximum(positions, 0).ravel()).reshape(positions.shape)
+        if first == 0 and has_carried.any():
+            blocks[0, has_carried] = self._ordered(epoch - 1, self.blocks - carried + lane[has_carried])
+        return blocks
 
-    def _ordered(self, epoch: int, positions: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    def _ordered(self, epoch: int, positions: Int64s) -> Int64s:
         """The blocks at these positions of an epoch's order."""
         # Windows of nearly one size: a small last one would hardly be shuffled.
         window = ((positions + 1) * self._windows - 1) // self.blocks
@@ -113,17 +128,14 @@ class Lanes:
         order, ends = self._shards_of(epoch)
         place = np.searchsorted(ends, shuffled, side="right")
         shard = order[place]
-        result: np.ndarray[Any, np.dtype[np.int64]] = (
-            self._shard_starts[shard] + shuffled - (ends[place] - self._shard_blocks[shard])
-        )
+        result: Int64s = self._shard_starts[shard] + shuffled - (ends[place] - self._shard_blocks[shard])
         return result
 
-    def _shards_of(self, epoch: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    def _shards_of(self, epoch: int) -> tuple[Int64s, Int64s]:
         """The epoch's order of shards, and where each of them ends in it."""
         cached = self._shard_order
         if cached is None or cached[0] != epoch:
             shards = np.arange(len(self._shard_blocks), dtype=np.int64)
             order = np.argsort(hash64(ORDER_VERSION, self.seed, epoch, 0, shards), kind="stable")
-            # Assigned in one go: another thread sees the old triple or the new one.
             cached = self._shard_order = (epoch, order, np.cumsum(self._shard_blocks[order]))
         return cached[1], cached[2]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 UInt64s = np.ndarray[Any, np.dtype[np.uint64]]
-_ROUNDS = 8
+_ROUNDS = 16  # with 12, ranges of 3 to 7 are seen to be permuted unevenly
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -39,7 +39,7 @@ def hash64(*words: Any) -> UInt64s:
 
 
 def permute(index: np.ndarray[Any, Any], size: np.ndarray[Any, Any], key: UInt64s) -> np.ndarray[Any, Any]:
-    """Where a keyed permutation of range(size) sends each index, elementwise; int64.
+    """Where a keyed permutation of range(size) sends each index, elementwise: (n,) -> (n,) int64.
 
     A Feistel network on the next power of two above `size`, walked until it lands below `size`. The power is less
     than 2 × size, so that takes 2 rounds on average; time and memory do not depend on `size`.
@@ -48,6 +48,7 @@ def permute(index: np.ndarray[Any, Any], size: np.ndarray[Any, Any], key: UInt64
     result = index.astype(np.uint64)
     size = np.broadcast_to(size, index.shape).astype(np.uint64)
     key = np.broadcast_to(key, index.shape)
+    assert index.ndim == 1
     todo = np.arange(len(result))
     while len(todo):
         result[todo] = _feistel(result[todo], size[todo], key[todo])

@@ -10,6 +10,7 @@ Time, user, group and mode are fixed: the same blocks give the same bytes.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -89,7 +90,7 @@ class ShardWriter:
     def abandon(self) -> None:
         """Close the open file, if any, without caring for what is in it."""
         if self._open is not None:
-            self._open.file.close()
+            self._open.abandon()
             self._open = None
 
     def _finish_shard(self) -> None:
@@ -114,6 +115,13 @@ class _OpenShard:
         os.fsync(self.file.fileno())
         self.file.close()
         return Shard(self.path.name, self.blocks, self.hashed.bytes, self.hashed.sha256.hexdigest())
+
+    def abandon(self) -> None:
+        # tarfile would write its end when collected, into a file that is closed by then.
+        with contextlib.suppress(OSError):
+            self.tar.close()
+        with contextlib.suppress(OSError):
+            self.file.close()
 
 
 class _HashingFile:

@@ -1,0 +1,163 @@
+"""The sample of past phases that is rehearsed, and which block of it is rehearsed when.
+
+Of all blocks trained on in a phase, keep the k with the smallest hash(seed, block id). That sample is uniform, needs no
+coordination, is the same however the blocks were spread over ranks, and merges by a sort. At commit it is written as
+a small set of shards of its own, so that the corpus need not be there any more to rehearse it.
+Later, which replay block lane i sees at step k is a function of (seed, i, k): nothing to remember here either.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from revpatch.stream.manifest import MANIFEST_VERSION, Manifest
+from revpatch.stream.permutation import hash64
+from revpatch.stream.shard_set import ShardSet
+from revpatch.stream.tars import (
+    DEFAULT_SHARD_BYTES,
+    ShardWriter,
+    blocks_in,
+    install_folder,
+    refuse_foreign,
+    temporary_folder,
+)
+
+SAMPLE_VERSION = 1  # part of every key, as ORDER_VERSION is in lanes.py
+_PRIORITY, _SET, _BLOCK = 0, 1, 2
+_COPY_BLOCKS = 1024
+
+Int64s = np.ndarray[Any, np.dtype[np.int64]]
+
+
+def block_priority(seed: int, block_ids: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    """The hash that decides which blocks are kept, (n,) -> (n,) uint64. No two ids collide under one seed."""
+    return hash64(SAMPLE_VERSION, _PRIORITY, seed, np.asarray(block_ids, dtype=np.int64))
+
+
+def bottom_k(seed: int, block_ids: np.ndarray[Any, Any], k: int) -> Int64s:
+    """The k ids of smallest priority, (n,) -> (min(k, distinct ids),) int64, smallest first.
+
+    An id that was seen several times counts once. Raises ValueError for a negative k.
+    """
+    if k < 0:
+        raise ValueError(f"k is {k}; a sample has 0 or more blocks")
+    distinct = np.unique(np.asarray(block_ids, dtype=np.int64))
+    kept: Int64s = distinct[np.argsort(block_priority(seed, distinct), kind="stable")[:k]]
+    return kept
+
+
+def merge(seed: int, k: int, *samples: np.ndarray[Any, Any]) -> Int64s:
+    """The sample of the union, from the samples (of k or more) of its parts; in any order and grouping."""
+    return bottom_k(seed, np.concatenate([np.empty(0, np.int64), *samples]), k)
+
+
+def write_replay(
+    shard_set: ShardSet, block_ids: np.ndarray[Any, Any], directory: str | Path, name: str, *, note: str | None = None
+) -> Manifest:
+    """Copy these blocks, each once and in the order of their ids, into a set of shards `directory/name`.
+
+    The folder appears when it is whole. One that is there already stays if it is the same and is refused
+    (FileExistsError) if not. Raises ValueError for no blocks or a name that is no plain folder name, IndexError for
+    ids that the set has not, ShardError when the set is broken.
+    """
+    if not re.fullmatch(r"\w[\w.\-]*", name):
+        raise ValueError(f"replay set name {name!r}: use letters, digits, '_', '-' and '.' alone; it names a folder")
+    block_ids = np.unique(np.asarray(block_ids, dtype=np.int64))
+    if not len(block_ids):
+        raise ValueError(f"replay set {name!r}: there is no block to keep; train at least one step before a commit")
+    source = shard_set.manifest
+    folder = Path(directory).resolve() / name
+    refuse_foreign(folder)
+    temporary = temporary_folder(folder)
+    writer = ShardWriter(temporary, source.dtype, blocks_in(DEFAULT_SHARD_BYTES, source.block_bytes), prefix=name)
+    try:
+        for start in range(0, len(block_ids), _COPY_BLOCKS):
+            writer.write(shard_set.read(block_ids[start : start + _COPY_BLOCKS]))
+        manifest = Manifest(
+            version=MANIFEST_VERSION,
+            split="replay",
+            block_size=source.block_size,
+            dtype=source.dtype,
+            documents=0,  # blocks were drawn, not documents
+            empty_documents=0,
+            tokens=len(block_ids) * source.block_size,
+            dropped_tokens=0,
+            blocks=len(block_ids),
+            shards=writer.close(),
+            tokenizer=source.tokenizer,
+            sources=source.sources,
+            text_column=None,
+            holdout=0.0,
+            max_tokens=None,
+            licence=source.licence,
+            note=note or f"{len(block_ids)} of the {source.blocks} blocks of the set with digest {source.digest}",
+        )
+        manifest.write(temporary)
+        install_folder(temporary, folder, manifest)
+        return manifest
+    finally:
+        writer.abandon()
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+class ReplayMixture:
+    """The rehearsed blocks of several sets, each set with an equal share in expectation.
+
+    Draws are with replacement: no two of (seed, lane, step) depend on one another, so there is no state.
+    Raises ValueError for no sets, or for sets of different block sizes or tokenizers.
+    """
+
+    def __init__(self, sets: Sequence[ShardSet], lanes: int, seed: int) -> None:
+        if not sets:
+            raise ValueError("a replay mixture needs at least one set of shards; name one in replay.base")
+        if lanes < 1:
+            raise ValueError(f"lanes is {lanes}; replay needs at least 1 (batch.replay_blocks)")
+        for other in sets[1:]:
+            for what in ("block_size", "tokenizer"):
+                found, expected = getattr(other.manifest, what), getattr(sets[0].manifest, what)
+                if what == "tokenizer":
+                    found, expected = found.fingerprint, expected.fingerprint
+                if found != expected:
+                    raise ValueError(
+                        f"replay sets differ in {what}: {expected} in {sets[0].directory}, {found} in "
+                        f"{other.directory}; build them with the same tokenizer and block_size"
+                    )
+        self.sets = tuple(sets)
+        self.lanes = lanes
+        self.seed = seed
+        self._digests = [shard_set.manifest.digest for shard_set in sets]
+        self._blocks = np.array([len(shard_set) for shard_set in sets], dtype=np.uint64)
+
+    def locate(self, step: int, start: int = 0, stop: int | None = None) -> tuple[Int64s, Int64s]:
+        """(index of the set, block id in it) that lanes start..stop-1 rehearse at this step, (stop - start,) int64.
+
+        Raises ValueError for lanes that are not there and IndexError for a negative step.
+        """
+        stop = self.lanes if stop is None else stop
+        if not 0 <= start <= stop <= self.lanes:
+            raise ValueError(f"replay lanes {start} to {stop} were asked for; there are {self.lanes}")
+        if step < 0:
+            raise IndexError(f"step {step} was asked for; steps count from 0")
+        lane = np.arange(start, stop, dtype=np.int64)
+        # A modulus prefers small numbers by less than blocks / 2^64, which no run is long enough to see.
+        which = hash64(SAMPLE_VERSION, _SET, self.seed, step, lane) % np.uint64(len(self.sets))
+        block = hash64(SAMPLE_VERSION, _BLOCK, self.seed, step, lane) % self._blocks[which]
+        return which.astype(np.int64), block.astype(np.int64)
+
+    def read(self, step: int, start: int = 0, stop: int | None = None) -> tuple[Int64s, list[tuple[str, int]]]:
+        """The blocks of `locate`, (stop - start, block_size) int64, and a key for each: (set's digest, block id).
+
+        Equal keys mean equal tokens, in any run, so that what was computed from a block can be cached under it.
+        """
+        which, block_ids = self.locate(step, start, stop)
+        tokens = np.empty((len(which), self.sets[0].block_size), dtype=np.int64)
+        for i in np.unique(which).tolist():
+            tokens[which == i] = self.sets[i].read(block_ids[which == i])
+        keys = [(self._digests[i], block) for i, block in zip(which.tolist(), block_ids.tolist(), strict=True)]
+        return tokens, keys
