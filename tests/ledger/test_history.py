@@ -327,19 +327,33 @@ def test_the_log_says_what_happened(tmp_path):
     assert "000_wikitext_good_step000000100.pt" in rows[14].note
 
 
-def test_the_printed_log(tmp_path):
+@pytest.mark.parametrize("width", [40, 200])
+def test_the_printed_log(tmp_path, width):
     run, ledger = a_run(tmp_path)
     ledger.journal.append(
         "probe", phase="[red]imdb[/red]", sets={"bad": {"loss": 3.5, "reference": 3.4, "tolerance": 0.03}}
     )
     text = io.StringIO()
-    print_log(run, Console(file=text, width=200))
+    print_log(run, Console(file=text, width=width))
     lines = text.getvalue().splitlines()
-    commit = next(line for line in lines if "commit entry" in line)
-    for piece in ("wikitext", "600", "base 3.420 (+0.020 / 0.03)", "kB", ledger.newest("commit").sha256[:12]):
-        assert piece in commit
+    commit = next(number for number, line in enumerate(lines) if "commit entry" in line)
+    assert lines[commit].startswith("#8  20")
+    for piece in ("wikitext step 600", "kB", ledger.newest("commit").sha256[:12]):
+        assert piece in lines[commit]
+    assert lines[commit + 1 : commit + 3] == ["    000_wikitext_commit.pt", "    base 3.420 (+0.020 / 0.03)"]
     assert any("base rose by 0.1 nats" in line for line in lines)
-    assert any("[red]imdb[/red]" in line and "bad 3.500 (+0.100 / 0.03)" in line for line in lines)
+    assert lines[-2].endswith("[red]imdb[/red]  probe")
+    assert lines[-1] == "     bad 3.500 (+0.100 / 0.03)"
+
+
+def test_a_rise_above_tolerance_stands_out(tmp_path):
+    journal = Journal(tmp_path / "ledger" / "journal.jsonl")
+    for rise in (0.01, 0.5, math.nan):
+        journal.append("probe", sets={"base": {"loss": 3.5, "rise": rise, "tolerance": 0.03}})
+    text = io.StringIO()
+    print_log(tmp_path, Console(file=text, width=200, force_terminal=True, color_system="standard"))
+    readings = [line for line in text.getvalue().splitlines() if "base" in line]
+    assert ["\x1b[31m(" in line for line in readings] == [False, True, True]
 
 
 def test_the_printed_verdict(tmp_path):
