@@ -69,8 +69,8 @@ class SeqGate(Gate):
         if mask is None:
             mean = z.mean(dim=1, keepdim=True)
         else:
-            m = mask.to(z.dtype)
-            mean = (z * m).sum(dim=1, keepdim=True) / m.sum(dim=1, keepdim=True).clamp(min=1)
+            z, m = _real(z, mask)
+            mean = z.sum(dim=1, keepdim=True) / m.sum(dim=1, keepdim=True).clamp(min=1)
         return torch.sigmoid(mean + self.bias).unsqueeze(-1).expand(-1, x.shape[1], -1)
 
 
@@ -82,10 +82,10 @@ class PrefixGate(Gate):
         if mask is None and history is None:
             mean = z.cumsum(dim=1) / torch.arange(1, z.shape[1] + 1, dtype=z.dtype, device=z.device)
         else:
-            m = torch.ones_like(z) if mask is None else mask.to(z.dtype)
-            total, count = (z * m).cumsum(dim=1), m.cumsum(dim=1)
+            z, m = (z, torch.ones_like(z)) if mask is None else _real(z, mask)
+            total, count = z.cumsum(dim=1), m.cumsum(dim=1)
             if history is not None:
-                past_total, past_count = history.extend(z * m, m)
+                past_total, past_count = history.extend(z, m)
                 total, count = total + past_total, count + past_count
             mean = total / count.clamp(min=1)
         return torch.sigmoid(mean + self.bias).unsqueeze(-1)
@@ -96,6 +96,12 @@ class TokenGate(Gate):
 
     def forward(self, x: Tensor, mask: Tensor | None = None, history: History | None = None) -> Tensor:
         return torch.sigmoid(self.scores(x) + self.bias).unsqueeze(-1)
+
+
+def _real(z: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The scores with padding's at zero, whatever they were (0 · inf is not zero), and the mask in their dtype."""
+    real = mask.bool()
+    return z.masked_fill(~real, 0), real.to(z.dtype)
 
 
 GATES: dict[str, type[Gate]] = {"prefix": PrefixGate, "seq": SeqGate, "token": TokenGate}

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 from collections.abc import Iterator
 from typing import Any, Literal, Protocol, cast
 
@@ -47,6 +48,8 @@ class Patch(nn.Module):
         if layers[-1] >= blocks:
             raise ValueError(f"sidecar.layers names block {layers[-1]}, and the base has blocks 0 to {blocks - 1}")
         self.config = config
+        self.width = width
+        self.blocks = blocks
         self.layers = layers
         self.sidecars = nn.ModuleDict({f"{layer:02d}": Sidecar(width, config) for layer in layers})
 
@@ -55,9 +58,9 @@ class Patch(nn.Module):
         name = f"{layer:02d}"
         return cast(Sidecar, self.sidecars[name]) if name in self.sidecars else None
 
-    def scales(self) -> Tensor:
-        """s of every sidecar, (layers,)."""
-        return torch.cat([cast(Sidecar, sidecar).coupling.scale for sidecar in self.sidecars.values()])
+    def log_scales(self) -> Tensor:
+        """log s of every sidecar, (layers,)."""
+        return torch.cat([cast(Sidecar, sidecar).coupling.log_scale for sidecar in self.sidecars.values()])
 
 
 class Recorder(Protocol):
@@ -77,6 +80,7 @@ class Switchboard:
         self.attached = patch
         self.active: Patch | None = patch
         self.gate_open = False
+        # Recompute base blocks in the backward pass; calls with a cache never do, as recomputing would grow the cache.
         self.checkpointing = False
         self.mask: Tensor | None = None
         self.recorder: Recorder | None = None
@@ -102,29 +106,26 @@ class PatchedBlock(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         board = self._switchboard[0]
-        if board.checkpointing and torch.is_grad_enabled():
+        cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
+        if board.checkpointing and cache is None and torch.is_grad_enabled():
             output = checkpoint(self.block, *args, use_reentrant=False, **kwargs)
         else:
             output = self.block(*args, **kwargs)
         hidden = output[0] if isinstance(output, tuple) else output
-        sidecar = board.active.sidecar(self.layer) if board.active is not None else None
-        if sidecar is None:
+        patch = board.active
+        sidecar = patch.sidecar(self.layer) if patch is not None else None
+        if patch is None or sidecar is None:
             if board.recorder is not None:
                 board.recorder.record_plain(self.layer, hidden)
             return output
-        cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
         history = None
         if cache is not None and not board.gate_open:
-            history = gate_histories(cache, sidecar.gates, self._slot(), len(board.attached.layers), hidden.shape[1])
+            slot, slots, now = patch.layers.index(self.layer), len(patch.layers), hidden.shape[1]
+            history = gate_histories(cache, sidecar.gates, slot, slots, now, patch, patch.blocks)
         result: SidecarOutput = sidecar(hidden, board.mask, history, board.gate_open)
         if board.recorder is not None:
             board.recorder.record(self.layer, result)
         return (result.hidden, *output[1:]) if isinstance(output, tuple) else result.hidden
-
-    def _slot(self) -> int:
-        active = self._switchboard[0].active
-        assert active is not None
-        return active.layers.index(self.layer)
 
 
 def attach(model: nn.Module, patch: Patch | SidecarConfig) -> Patch:
@@ -147,7 +148,8 @@ def attach(model: nn.Module, patch: Patch | SidecarConfig) -> Patch:
     board = Switchboard(patch, {name: parameter.requires_grad for name, parameter in model.named_parameters()})
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    board.hook = body_of(model).register_forward_pre_hook(_MaskReader(board), with_kwargs=True)
+    body = body_of(model)
+    board.hook = body.register_forward_pre_hook(_MaskReader(board, body), with_kwargs=True)
     for layer, block in enumerate(blocks):
         blocks[layer] = PatchedBlock(block, layer, board)
     return patch
@@ -188,8 +190,14 @@ def switchboard(model: nn.Module) -> Switchboard:
 
 @contextlib.contextmanager
 def active_patch(model: nn.Module, patch: Patch | None) -> Iterator[None]:
-    """Runs the model with another patch on the same base, or with none."""
+    """Runs the model with another patch on the same base, or with none.
+
+    Raises:
+        ValueError: the patch is of another shape, or the model carries no patch.
+    """
     board = switchboard(model)
+    if patch is not None:
+        check_fits(model, patch)
     before, board.active = board.active, patch
     try:
         yield
@@ -230,15 +238,10 @@ def recording(model: nn.Module, recorder: Recorder) -> Iterator[None]:
 def check_fits(model: nn.Module, patch: Patch) -> None:
     """Raises a ValueError that shows both sides if the patch was made for another width or number of blocks."""
     blocks, width = len(blocks_of(model)), width_of(model)
-    if patch.layers[-1] >= blocks:
-        raise ValueError(
-            f"the patch has a sidecar for block {patch.layers[-1]}, the model only blocks 0 to {blocks - 1}"
-        )
-    sidecar = patch.sidecar(patch.layers[0])
-    assert sidecar is not None
-    patch_width = 2 * sidecar.coupling.f.down.in_features
-    if patch_width != width:
-        raise ValueError(f"the patch is for a width of {patch_width}, the model's width is {width}")
+    if patch.blocks != blocks:
+        raise ValueError(f"the patch is for a model of {patch.blocks} blocks, the model has {blocks}")
+    if patch.width != width:
+        raise ValueError(f"the patch is for a width of {patch.width}, the model's width is {width}")
 
 
 def patch_state(patch: Patch | nn.Module) -> dict[str, Tensor]:
@@ -252,7 +255,7 @@ def load_patch(patch: Patch | nn.Module, tensors: dict[str, Tensor]) -> None:
     """Copies `patch_state` tensors into a patch, or into the one a model carries. All or nothing.
 
     Raises:
-        ValueError: a tensor is missing, unknown or of another shape; nothing is changed then.
+        ValueError: a tensor is missing, unknown, of another shape or not of floats; nothing is changed then.
     """
     patch = patch if isinstance(patch, Patch) else switchboard(patch).attached
     own = patch.sidecars.state_dict()
@@ -263,8 +266,11 @@ def load_patch(patch: Patch | nn.Module, tensors: dict[str, Tensor]) -> None:
             f"({len(missing)} and {len(unknown)} in all); check gate, placement and layers"
         )
     for name, tensor in own.items():
-        if tensors[name].shape != tensor.shape:
-            raise ValueError(f"{name}: expected shape {tuple(tensor.shape)}, found {tuple(tensors[name].shape)}")
+        found = tensors[name]
+        if not isinstance(found, Tensor) or not found.is_floating_point():
+            raise ValueError(f"{name}: expected a tensor of floats, found {getattr(found, 'dtype', type(found))}")
+        if found.shape != tensor.shape:
+            raise ValueError(f"{name}: expected shape {tuple(tensor.shape)}, found {tuple(found.shape)}")
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
@@ -300,15 +306,22 @@ def base_sha256(model: nn.Module, rounded: bool = False) -> str:
 class _MaskReader:
     """A pre-hook of the body: keeps the padding mask of the tokens of this call for the gates."""
 
-    def __init__(self, board: Switchboard) -> None:
+    def __init__(self, board: Switchboard, body: nn.Module) -> None:
         self.board = board
+        self.names = list(inspect.signature(body.forward).parameters)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        mask, inputs = kwargs.get("attention_mask"), kwargs.get("input_ids", kwargs.get("inputs_embeds"))
-        inputs = args[0] if inputs is None else inputs
-        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+        self.board.mask = None
+        if self.board.active is None or self.board.gate_open or self.board.active.config.gate == "token":
+            return  # nothing averages over tokens
+        given = dict(zip(self.names, args, strict=False)) | kwargs
+        mask, inputs = given.get("attention_mask"), given.get("input_ids")
+        inputs = given.get("inputs_embeds") if inputs is None else inputs
+        if mask is None or inputs is None:
+            return
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
             raise ValueError(
                 f"the gates need a padding mask of shape (batch, time), found {getattr(mask, 'shape', type(mask))}: "
                 "pass a two-dimensional attention_mask, or none for packed blocks"
             )
-        self.board.mask = None if mask is None else mask[:, -inputs.shape[1] :]
+        self.board.mask = mask[:, -inputs.shape[1] :]

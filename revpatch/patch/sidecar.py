@@ -6,6 +6,7 @@ coupled    a' = a + g₁(n(b))·s·F(n(b)), b' = b + g₂(n(a'))·s·G(n(a'))   
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -33,18 +34,17 @@ class Inversion(NamedTuple):
     hidden: Tensor
     """The estimate of u."""
     converged: bool
-    """Always true for the closed form."""
+    """Always true for the closed form, unless h or u is not finite."""
     iterations: int
     """0 for the closed form."""
     residual: float
-    """max |h − sidecar(u)| over max |h|."""
+    """The largest, over tokens, of max |h − sidecar(u)| over the larger of max |h| and max |u| of that token."""
 
 
 class Sidecar(nn.Module):
     """The gated residual after one block.
 
-    It computes in the wider of its own dtype and its input's, and returns the dtype it was given: a float32 sidecar
-    works on a bfloat16 base.
+    It computes in its own dtype and returns the dtype it was given: a float32 sidecar works on a bfloat16 base.
 
     Args:
         width: d, even.
@@ -65,6 +65,11 @@ class Sidecar(nn.Module):
         """Whether position t sees no token after t."""
         return all(bool(gate.causal) for gate in self.gates)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the parameters, in which the sidecar computes."""
+        return self.coupling.log_scale.dtype
+
     def forward(
         self, u: Tensor, mask: Tensor | None = None, history: list[History] | None = None, gate_open: bool = False
     ) -> SidecarOutput:
@@ -76,7 +81,7 @@ class Sidecar(nn.Module):
             history: one for each gate, when decoding with a cache.
             gate_open: hold every gate at 1 (the coupling alone).
         """
-        x = u.to(torch.promote_types(u.dtype, self.coupling.log_scale.dtype))
+        x = u.to(self.dtype)
         if gate_open:
             update, gate = self.coupling.shift(x), x.new_ones(*x.shape[:-1], 1)
         elif self.coupled:
@@ -84,12 +89,14 @@ class Sidecar(nn.Module):
         else:
             gate = self.gates[0](self.coupling.norm(x), mask, history[0] if history else None)
             update = gate * self.coupling.shift(x)
-        return SidecarOutput((x + update).to(u.dtype), gate, update)
+        wide = torch.promote_types(u.dtype, self.dtype)
+        return SidecarOutput((u.to(wide) + update.to(wide)).to(u.dtype), gate, update)
 
+    @torch.no_grad()
     def inverse(
         self, h: Tensor, mask: Tensor | None = None, tolerance: float | None = None, max_iterations: int = 200
     ) -> Inversion:
-        """u such that forward(u).hidden = h.
+        """u such that forward(u).hidden = h, without gradients.
 
         Args:
             h: (batch, time, d).
@@ -97,18 +104,22 @@ class Sidecar(nn.Module):
             tolerance: of the residual at which the fixed-point iteration stops; default 16 machine epsilons.
             max_iterations: at which it gives up, with converged = False.
         """
-        x = h.to(torch.promote_types(h.dtype, self.coupling.log_scale.dtype))
+        x = h.to(self.dtype)
         if self.coupled:
             u = self.coupling.inverse(x, *(lambda half, g=gate: g(half, mask) for gate in self.gates))
-            return Inversion(u.to(h.dtype), True, 0, self._residual(u, x, mask))
+            residual = _residual(x, u, self.forward(u, mask).update)
+            return Inversion(u.to(h.dtype), math.isfinite(residual), 0, residual)
         tolerance = 16 * torch.finfo(x.dtype).eps if tolerance is None else tolerance
-        u = x
+        u = x - self.forward(x, mask).update
         for iteration in range(1, max_iterations + 1):
-            u = x - self.forward(u, mask).update
-            residual = self._residual(u, x, mask)
+            update = self.forward(u, mask).update
+            residual = _residual(x, u, update)
             if residual <= tolerance:
                 return Inversion(u.to(h.dtype), True, iteration, residual)
-        return Inversion(u.to(h.dtype), False, max_iterations, residual)
+            if iteration == max_iterations or not math.isfinite(residual):
+                break
+            u = x - update
+        return Inversion(u.to(h.dtype), False, iteration, residual)
 
     def _coupled(self, x: Tensor, mask: Tensor | None, history: list[History] | None) -> tuple[Tensor, Tensor]:
         seen: list[Tensor] = []
@@ -121,6 +132,9 @@ class Sidecar(nn.Module):
         update = self.coupling.shift(x, lambda b: gate(0, b), lambda a: gate(1, a))
         return update, (seen[0] + seen[1]) / 2
 
-    def _residual(self, u: Tensor, h: Tensor, mask: Tensor | None) -> float:
-        error = (h - self.forward(u, mask).hidden).abs().max()
-        return float(error / h.abs().max().clamp(min=torch.finfo(h.dtype).tiny))
+
+def _residual(h: Tensor, u: Tensor, update: Tensor) -> float:
+    """Token by token, as the norms of tokens differ by orders of magnitude, and a large one would hide the others."""
+    error = (h - (u + update)).abs().amax(-1)
+    size = torch.maximum(h.abs().amax(-1), u.abs().amax(-1))
+    return float((error / size.clamp(min=torch.finfo(h.dtype).tiny)).max())

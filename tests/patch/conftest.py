@@ -1,0 +1,140 @@
+"""Tiny random models of every family, built from configs, and sidecars that look trained. Nothing is downloaded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from revpatch.config import SidecarConfig
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+VOCAB, WIDTH, BLOCKS, POSITIONS = 61, 16, 3, 64
+
+Build = Callable[..., nn.Module]
+Randomize = Callable[..., nn.Module]
+Logits = Callable[..., Tensor]
+
+
+@pytest.fixture(autouse=True)
+def _deterministic() -> Iterator[None]:
+    """Small kernels run fastest on one thread, and every test starts from the same seed."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def build() -> Build:
+    """build(family, tied=True, dtype=float32, width=16, blocks=3): a tiny random model in eval mode."""
+    return _build
+
+
+@pytest.fixture
+def randomize() -> Randomize:
+    """randomize(patch_or_sidecar, seed=1, strength=1.0): fills in place what is zero at the start, and returns it."""
+    return _randomize
+
+
+@pytest.fixture
+def logits() -> Logits:
+    """logits(model, ids, mask=None, **kwargs): without a cache, positions counted over real tokens only."""
+    return _logits
+
+
+@pytest.fixture
+def sidecar_config() -> Callable[..., SidecarConfig]:
+    """A SidecarConfig with a small bottleneck."""
+    return lambda **knobs: SidecarConfig(**{"bottleneck": 4, **knobs})
+
+
+def _build(
+    family: str = "gpt2",
+    tied: bool = True,
+    dtype: torch.dtype = torch.float32,
+    width: int = WIDTH,
+    blocks: int = BLOCKS,
+    seed: int = 0,
+) -> nn.Module:
+    torch.manual_seed(seed)
+    model: nn.Module
+    if family == "gpt2":
+        model = GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=VOCAB,
+                n_positions=POSITIONS,
+                n_embd=width,
+                n_layer=blocks,
+                n_head=1 if width % 2 else 2,
+                bos_token_id=1,
+                eos_token_id=2,
+                pad_token_id=0,
+                tie_word_embeddings=tied,
+                initializer_range=0.2,
+            )
+        )
+    else:
+        config, kind = {
+            "llama": (LlamaConfig, LlamaForCausalLM),
+            "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+            "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+        }[family]
+        model = kind(
+            config(
+                vocab_size=VOCAB,
+                max_position_embeddings=POSITIONS,
+                hidden_size=width,
+                intermediate_size=2 * width,
+                num_hidden_layers=blocks,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                head_dim=width // 2,
+                bos_token_id=1,
+                eos_token_id=2,
+                pad_token_id=0,
+                tie_word_embeddings=tied,
+                initializer_range=0.2,
+            )
+        )
+    return model.to(dtype).eval()
+
+
+def _randomize(module: nn.Module, seed: int = 1, strength: float = 1.0) -> nn.Module:
+    """Weights of the size that training reaches: gates well away from one half, updates comparable to the stream."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            if name.endswith("log_scale"):
+                parameter.copy_(0.2 * noise)
+            elif "gates." in name:
+                parameter.copy_(1.5 * noise)
+            elif parameter.dim() == 2:
+                parameter.copy_(strength * noise / parameter.shape[1] ** 0.5)
+            else:
+                parameter.copy_(0.3 * strength * noise)
+    return module
+
+
+def _logits(model: nn.Module, ids: Tensor, mask: Tensor | None = None, **kwargs: object) -> Tensor:
+    if mask is not None:
+        kwargs.setdefault("position_ids", (mask.long().cumsum(1) - 1).clamp(min=0))
+    with torch.no_grad():
+        out: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False, **kwargs).logits
+    return out
