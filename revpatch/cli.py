@@ -1,0 +1,150 @@
+"""The command line: `revpatch train | generate | shards build | ledger log | ledger verify`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from revpatch.monitoring.terminal import console, quiet_libraries
+
+app = typer.Typer(
+    help="Teach a frozen causal language model new corpora as a small removable patch.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+shards_app = typer.Typer(help="Build token shards.", no_args_is_help=True)
+ledger_app = typer.Typer(help="Read a run's ledger.", no_args_is_help=True)
+app.add_typer(shards_app, name="shards")
+app.add_typer(ledger_app, name="ledger")
+
+RunArgument = Annotated[Path, typer.Argument(help="Folder of the run.")]
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML or JSON config.")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="section.key=value, over what the config says.")
+    ] = None,
+    local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
+) -> None:
+    """Train every phase of a config; start it with deepspeed, torchrun, accelerate launch or plain python."""
+    # The deepspeed launcher passes --local_rank; LOCAL_RANK, which it sets too, is what is used.
+    from revpatch.config import load_config
+    from revpatch.monitoring.summary import print_summary
+    from revpatch.training.trainer import train as run
+
+    directory = run(load_config(config, overrides))
+    if os.environ.get("RANK", "0") == "0":
+        print_summary(directory, console)
+        console.print(f"Ledger, log and TensorBoard files are in {directory}", markup=False, highlight=False)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Option(help="Text to go on from.")],
+    patch: Annotated[
+        Path, typer.Option("--patch", "--patch-ckpt", help="A patch file (.pt or .safetensors) of a ledger.")
+    ],
+    base: Annotated[
+        str | None, typer.Option(help="Base model; default: the name that the patch was trained with.")
+    ] = None,
+    gate: Annotated[str, typer.Option(help="learned, on (all gates 1) or off (the base alone).")] = "learned",
+    greedy: Annotated[bool, typer.Option("--greedy", help="The likeliest token each time.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write.")] = 80,
+    temperature: Annotated[float, typer.Option(min=0.01, help="Of the sampling.")] = 0.8,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="Mass of the nucleus.")] = 0.9,
+    repetition_penalty: Annotated[float, typer.Option(min=1.0, help="1 is none.")] = 1.15,
+    no_repeat_ngram: Annotated[int, typer.Option(min=0, help="No n-gram of this size twice; 0 allows it.")] = 4,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+) -> None:
+    """Write text with a patch on, off, or as its gates have learned."""
+    from revpatch.generate import Sampling, generate_text
+
+    sampling = Sampling(greedy, max_new_tokens, temperature, top_p, repetition_penalty, no_repeat_ngram, seed)
+    console.print(generate_text(patch, prompt, gate, sampling, base), markup=False, highlight=False)
+
+
+@shards_app.command("build")
+def shards_build(
+    sources: Annotated[list[Path], typer.Argument(help=".txt, .jsonl or .jsonl.gz files.")],
+    tokenizer: Annotated[str, typer.Option(help="Hugging Face name or local folder of the tokenizer.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; it must not exist.")],
+    block_size: Annotated[int, typer.Option(min=2, help="Tokens a block.")] = 1024,
+    text_column: Annotated[str, typer.Option(help="Field of a JSONL line that holds the text.")] = "text",
+    holdout: Annotated[float, typer.Option(help="Fraction of the documents that goes to OUT_probe.")] = 0.0,
+    max_tokens: Annotated[int | None, typer.Option(help="Stop after so many tokens.")] = None,
+    licence: Annotated[str | None, typer.Option(help="Rights in the text, kept in the manifest.")] = None,
+    note: Annotated[str | None, typer.Option(help="What the text is, kept in the manifest.")] = None,
+) -> None:
+    """Turn documents into webdataset tars of token blocks with a manifest."""
+    from transformers import AutoTokenizer
+
+    from revpatch.stream.build import Progress, build_shards
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(tokenizer)
+    except OSError as error:
+        raise ValueError(f"--tokenizer {tokenizer}: {str(error).splitlines()[0]}") from error
+    with console.status("reading") as status:
+
+        def show(progress: Progress) -> None:
+            status.update(f"{progress.documents:,} documents, {progress.tokens:,} tokens, {progress.blocks:,} blocks")
+
+        manifest = build_shards(
+            sources,
+            loaded,
+            block_size,
+            out,
+            text_column=text_column,
+            licence=licence,
+            note=note,
+            holdout=holdout,
+            max_tokens=max_tokens,
+            progress=show,
+        )
+    console.print(
+        f"{out}: {manifest.blocks:,} blocks of {manifest.block_size} tokens from {manifest.documents:,} documents in "
+        f"{len(manifest.shards)} shards",
+        markup=False,
+        highlight=False,
+    )
+
+
+@ledger_app.command("log")
+def ledger_log(run: RunArgument) -> None:
+    """List what happened in a run: entries, probes, rollbacks, commits."""
+    from revpatch.ledger.show import print_log
+
+    print_log(run, console)
+
+
+@ledger_app.command("verify")
+def ledger_verify(run: RunArgument) -> None:
+    """Check the journal's hash chain and every entry's sha256."""
+    from revpatch.ledger.show import print_verify
+
+    if not print_verify(run, console):
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Runs the command line; a user's mistake is one message and exit code 2, on rank 0 alone."""
+    quiet_libraries()
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        if os.environ.get("REVPATCH_TRACEBACK"):
+            raise
+        if os.environ.get("RANK", "0") == "0":
+            sys.stderr.write(f"revpatch: {error}\n")
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Text from a base with a patch on it, off, or gated as learned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from revpatch.config import SidecarConfig
+from revpatch.ledger.entry import EntryError, read_entry
+from revpatch.patch.patched_model import GateMode, attach, base_sha256, load_patch, set_gate, switchboard
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn."""
+
+    greedy: bool = False
+    max_new_tokens: int = 80
+    temperature: float = 0.8
+    top_p: float = 0.9
+    repetition_penalty: float = 1.15
+    no_repeat_ngram: int = 4
+    """No n-gram of this size twice; 0 allows it."""
+    seed: int = 0
+
+
+def load_patched(patch: Path, base: str | None = None) -> tuple[nn.Module, Any]:
+    """The base with the patch of an entry attached, in eval mode, and the tokenizer.
+
+    Args:
+        patch: a ledger's entry (.pt or .safetensors). Where a journal lies beside it, the file is checked against it.
+        base: name or folder of the base; None is the name that the entry gives.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no entry, is damaged, or belongs to another base.
+    """
+    if not patch.is_file():
+        raise FileNotFoundError(
+            f"patch {patch}: no such file; entries are in RUN/ledger/, see `revpatch ledger log RUN`"
+        )
+    tensors, metadata = read_entry(patch)
+    try:
+        of_base, sidecar = metadata["base"], SidecarConfig.model_validate(metadata["sidecar"])
+        name, sha256, dtype = base or of_base["model"], of_base["sha256"], of_base["dtype"]
+    except (KeyError, TypeError) as error:
+        raise EntryError(
+            f"{patch}: expected metadata of a base and a sidecar, found none ({error}): not a patch"
+        ) from error
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except OSError as error:
+        raise ValueError(f"base {name}: {str(error).splitlines()[0]}; name its folder with --base") from error
+    found = base_sha256(model, rounded=True)
+    if found != sha256:
+        raise ValueError(
+            f"{patch} is a patch of a base with sha256 {sha256[:16]}…, but {name} has {found[:16]}…: name the right "
+            "base with --base"
+        )
+    model.eval()
+    attach(model, sidecar)
+    load_patch(model, tensors)
+    return cast(nn.Module, model), tokenizer
+
+
+def generate_text(patch: Path, prompt: str, gate: str, sampling: Sampling, base: str | None = None) -> str:
+    """The prompt and what the model writes after it.
+
+    Args:
+        patch, base: as in `load_patched`.
+        prompt: at least one token long.
+        gate: "learned", "on" or "off".
+
+    Raises:
+        ValueError: as `load_patched`; an unknown gate mode; an empty prompt, or one that leaves no room to write.
+    """
+    if gate not in ("learned", "on", "off"):
+        raise ValueError(f"--gate {gate!r}: choose learned, on or off")
+    model, tokenizer = load_patched(patch, base)
+    set_gate(model, cast(GateMode, gate))
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    room = model.config.max_position_embeddings - ids.shape[1]  # type: ignore[union-attr, operator]
+    if ids.shape[1] == 0:
+        raise ValueError("--prompt is empty: give the model at least one token to go on from")
+    if room < 1:
+        raise ValueError(
+            f"--prompt has {ids.shape[1]} tokens and leaves no room in the model's {room + ids.shape[1]}: cut it"
+        )
+    torch.manual_seed(sampling.seed)
+    drawn = {} if sampling.greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p}
+    out = model.generate(  # type: ignore[operator]
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=not sampling.greedy,
+        max_new_tokens=min(sampling.max_new_tokens, room),
+        repetition_penalty=sampling.repetition_penalty,
+        no_repeat_ngram_size=sampling.no_repeat_ngram,
+        pad_token_id=tokenizer.eos_token_id,
+        use_cache=switchboard(model).attached.config.gate != "seq",
+        **drawn,
+    )
+    text: str = tokenizer.decode(out[0], skip_special_tokens=True)
+    return text

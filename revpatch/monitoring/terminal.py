@@ -1,0 +1,47 @@
+"""The terminal: log lines of rank 0 alone, above its progress bar, and quiet libraries."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+
+from rich.console import Console
+
+console = Console(soft_wrap=True)
+"""The one console: log lines, tables and the progress bar share it."""
+
+_NOISY = ("DeepSpeed", "deepspeed", "transformers", "accelerate", "datasets", "torch.distributed", "tensorboard")
+
+
+def quiet_libraries() -> None:
+    """Keeps warnings that mean nothing here from the person; errors still come through. Call before their imports."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def log_to(file: Path) -> None:
+    """Sends the log of `revpatch` to the console and, with times, to a file."""
+    log = logging.getLogger("revpatch")
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
+        handler.close()
+    written = logging.FileHandler(file, encoding="utf-8")
+    written.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    log.addHandler(written)
+    log.addHandler(_ConsoleHandler())
+
+
+class _ConsoleHandler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        console.print(self.format(record), markup=False, highlight=False)

@@ -1,0 +1,273 @@
+"""The engines: gradients averaged over the ranks, and the optimizer's whole state in and out.
+
+The only file that imports deepspeed and accelerate. Both engines take the same `PatchObjective`, whose parameters are
+the sidecars alone, so what is broadcast, flattened, partitioned or reduced is the sidecars and nothing else.
+
+`state` and `load` move the state in a form that knows no world size and no ZeRO stage: by parameter name, the float32
+master weight and Adam's two moments, and one step count. Under ZeRO 1 and 2 the next optimizer step copies the
+partitioned masters over the module's parameters, so a load that forgets them is undone one step later; `load` writes
+masters, moments, step and parameters.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from revpatch.config import Config
+from revpatch.patch.patched_model import Patch
+from revpatch.training.launch import Peers
+from revpatch.training.objective import PatchObjective, StepOutput
+from revpatch.training.schedule import make_optimizer, set_learning_rate
+from revpatch.training.zero_config import read_deepspeed_config
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+MicroBatch = tuple[Tensor, Tensor | None]
+"""(new, replay): (n, time) and (r, time) int64."""
+
+
+@dataclass
+class EngineState:
+    """What an optimizer is, whatever the engine: CPU tensors by parameter name."""
+
+    master: dict[str, Tensor]
+    moments: dict[str, dict[str, Tensor]]
+    """"exp_avg" and "exp_avg_sq", each by parameter name."""
+    step: int
+
+
+class Engine(Protocol):
+    """One optimizer step over all ranks, and the state around it."""
+
+    kind: str
+    zero_stage: int
+    world: int
+
+    def train_step(self, micro_batches: Iterable[MicroBatch], rate: float) -> tuple[Tensor, Tensor]:
+        """Forward, backward and optimizer step; the mean of `StepOutput.terms` and `.layers` on this rank."""
+        ...
+
+    def grad_norm(self) -> float | Tensor | None:
+        """Global L2 norm of the last step's gradient before clipping."""
+        ...
+
+    def state(self) -> EngineState:
+        """The whole state, the same on every rank; all ranks take part."""
+        ...
+
+    def load(self, state: EngineState) -> None:
+        """Writes masters, moments, step and the module's parameters; all ranks take part."""
+        ...
+
+
+def fresh_state(patch: Patch) -> EngineState:
+    """The state of an optimizer that has made no step, at the patch's present weights."""
+    master = {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in patch.named_parameters()}
+    zeros = {key: {name: torch.zeros_like(p) for name, p in master.items()} for key in MOMENTS}
+    return EngineState(master, zeros, 0)
+
+
+def make_engine(config: Config, objective: PatchObjective, peers: Peers) -> Engine:
+    """The engine that the config asks for.
+
+    Raises:
+        ConfigError: see `read_deepspeed_config`.
+        RuntimeError: the engine's world is not the launcher's.
+    """
+    accumulation = config.batch.accumulation(peers.world)
+    if config.engine.kind == "accelerate":
+        engine: Engine = AccelerateEngine(config, objective, peers, accumulation)
+    else:
+        engine = DeepSpeedEngine(config, objective, peers, accumulation)
+    if engine.world != peers.world:
+        raise RuntimeError(
+            f"the {engine.kind} engine sees {engine.world} ranks, the launcher started {peers.world}: each would train "
+            "alone; check that the launcher's variables reach every process"
+        )
+    return engine
+
+
+class _TorchState:
+    """State in and out of a plain torch AdamW over the module's own parameters."""
+
+    def __init__(self, patch: Patch, optimizer: torch.optim.Optimizer) -> None:
+        self.patch, self.optimizer = patch, optimizer
+
+    def state(self) -> EngineState:
+        state = fresh_state(self.patch)
+        for name, parameter in self.patch.named_parameters():
+            held = self.optimizer.state.get(parameter)
+            if held:
+                state.step = int(held["step"])
+                for key in MOMENTS:
+                    state.moments[key][name] = held[key].detach().to("cpu", copy=True)
+        return state
+
+    @torch.no_grad()
+    def load(self, state: EngineState) -> None:
+        for name, parameter in self.patch.named_parameters():
+            parameter.copy_(state.master[name])
+            held = _held(self.optimizer, parameter)
+            held["step"].fill_(state.step)
+            for key in MOMENTS:
+                held[key].copy_(state.moments[key][name])
+
+
+class _ZeroState:
+    """State in and out of DeepSpeed's ZeRO 1 and 2, whose masters and moments are flat partitions."""
+
+    def __init__(self, patch: Patch, zero: Any) -> None:
+        self.patch, self.zero = patch, zero
+        for group in zero.optimizer.param_groups:
+            for partition in group["params"]:
+                _held(zero.optimizer, partition)
+        zero._lazy_init_hp_params_optimizer_state()
+
+    def state(self) -> EngineState:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        master, moments = {}, {key: {} for key in MOMENTS}  # type: dict[str, Tensor], dict[str, dict[str, Tensor]]
+        for name, parameter in self.patch.named_parameters():
+            master[name] = safe_get_full_fp32_param(parameter).cpu()
+            for key in MOMENTS:
+                moments[key][name] = safe_get_full_optimizer_state(parameter, key).cpu()
+        first = self.zero.optimizer.param_groups[0]["params"][0]
+        return EngineState(master, moments, int(self.zero.optimizer.state[first]["step"]))
+
+    @torch.no_grad()
+    def load(self, state: EngineState) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        for name, parameter in self.patch.named_parameters():
+            parameter.copy_(state.master[name])
+            safe_set_full_fp32_param(parameter, state.master[name].to(parameter.device))
+            for key in MOMENTS:
+                safe_set_full_optimizer_state(parameter, state.moments[key][name].to(parameter.device), key)
+        for group in self.zero.optimizer.param_groups:
+            for partition in group["params"]:
+                self.zero.optimizer.state[partition]["step"].fill_(state.step)
+
+
+def _held(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Any]:
+    """The state of one tensor, made as torch's fused AdamW makes it if there is none yet."""
+    held: dict[str, Any] = optimizer.state[parameter]
+    if not held:
+        held["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        for key in MOMENTS:
+            held[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    return held
+
+
+class DeepSpeedEngine:
+    """DeepSpeed with ZeRO 0, 1 or 2 over float32 sidecars."""
+
+    kind = "deepspeed"
+
+    def __init__(self, config: Config, objective: PatchObjective, peers: Peers, accumulation: int) -> None:
+        settings = read_deepspeed_config(config.engine.deepspeed)
+        if peers.device.type == "cpu":
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        import deepspeed
+
+        # DeepSpeed's shared-memory all-reduce for CPUs is compiled at first use behind a lock file that outlives a
+        # killed process; gloo needs none of it.
+        importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
+        deepspeed.init_distributed(dist_backend="nccl" if peers.device.type == "cuda" else "gloo", verbose=False)
+        settings |= {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": accumulation,
+            "gradient_clipping": config.optimizer.max_grad_norm,
+            "steps_per_print": None,
+        }
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=objective,
+            optimizer=make_optimizer(objective.patch, config.optimizer),
+            config=settings,
+            dist_init_required=False,
+        )
+        self.zero_stage = int(self.engine.zero_optimization_stage())
+        self.world = int(self.engine.world_size)
+        patch = objective.patch
+        self._state = _ZeroState(patch, self.optimizer) if self.zero_stage else _TorchState(patch, self.optimizer)
+
+    def train_step(self, micro_batches: Iterable[MicroBatch], rate: float) -> tuple[Tensor, Tensor]:
+        """See `Engine.train_step`."""
+        set_learning_rate(self.optimizer, rate)
+        outputs = []
+        for new, replay in micro_batches:
+            output: StepOutput = self.engine(new, replay)
+            self.engine.backward(output.loss)
+            self.engine.step()
+            outputs.append((output.terms, output.layers))
+        return _means(outputs)
+
+    def grad_norm(self) -> float | Tensor | None:
+        """See `Engine.grad_norm`."""
+        norm: float | Tensor | None = self.engine.get_global_grad_norm()
+        return norm
+
+    def state(self) -> EngineState:
+        """See `Engine.state`."""
+        return self._state.state()
+
+    def load(self, state: EngineState) -> None:
+        """See `Engine.load`."""
+        self._state.load(state)
+
+
+class AccelerateEngine:
+    """Plain data parallel through accelerate."""
+
+    kind = "accelerate"
+    zero_stage = 0
+
+    def __init__(self, config: Config, objective: PatchObjective, peers: Peers, accumulation: int) -> None:
+        from accelerate import Accelerator
+
+        self.accelerator = Accelerator(cpu=peers.device.type == "cpu", gradient_accumulation_steps=accumulation)
+        self.optimizer = make_optimizer(objective.patch, config.optimizer)
+        self.module = self.accelerator.prepare_model(objective)
+        self.patch = objective.patch
+        self.max_grad_norm = config.optimizer.max_grad_norm
+        self.world = int(self.accelerator.num_processes)
+        self._norm: Tensor | None = None
+        self._state = _TorchState(objective.patch, self.optimizer)
+
+    def train_step(self, micro_batches: Iterable[MicroBatch], rate: float) -> tuple[Tensor, Tensor]:
+        """See `Engine.train_step`."""
+        set_learning_rate(self.optimizer, rate)
+        outputs = []
+        for new, replay in micro_batches:
+            with self.accelerator.accumulate(self.module):
+                output: StepOutput = self.module(new, replay)
+                self.accelerator.backward(output.loss)
+            outputs.append((output.terms, output.layers))
+        assert self.accelerator.sync_gradients
+        self._norm = torch.nn.utils.clip_grad_norm_(self.patch.parameters(), self.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return _means(outputs)
+
+    def grad_norm(self) -> float | Tensor | None:
+        """See `Engine.grad_norm`."""
+        return self._norm
+
+    def state(self) -> EngineState:
+        """See `Engine.state`."""
+        return self._state.state()
+
+    def load(self, state: EngineState) -> None:
+        """See `Engine.load`."""
+        self._state.load(state)
+
+
+def _means(outputs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    terms, layers = zip(*outputs, strict=True)
+    return torch.stack(terms).mean(0), torch.stack(layers).mean(0)

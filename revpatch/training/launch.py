@@ -1,0 +1,130 @@
+"""Where this process stands among its peers, and how it talks to them.
+
+Every launcher (deepspeed, torchrun, accelerate launch) sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT;
+plain python sets none, and is one process. Tensors go over nccl on GPUs and gloo on CPUs; verdicts and states go over a
+gloo group beside it, so that no rank needs its GPU to hear what rank 0 decided.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher said."""
+
+    rank: int
+    world: int
+    local_rank: int
+
+    @classmethod
+    def from_environment(cls) -> Launch:
+        """Reads the launcher's variables, and sets those of a single process where there was no launcher.
+
+        Raises:
+            ValueError: some of the variables are set and others missing, or they contradict one another.
+        """
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+        found = {name: os.environ[name] for name in names if name in os.environ}
+        if not {"RANK", "WORLD_SIZE"} & found.keys():
+            single = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+            os.environ.update(single, MASTER_PORT=str(_free_port()))
+            return cls(0, 1, 0)
+        missing = [name for name in names if name not in found]
+        if missing:
+            raise ValueError(
+                f"the launcher set {', '.join(sorted(found))} but not {', '.join(missing)}: start with torchrun, "
+                "deepspeed or accelerate launch, or set all of them"
+            )
+        try:
+            rank, world, local_rank = (int(found[name]) for name in names[:3])
+        except ValueError:
+            raise ValueError(f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers, found {found}") from None
+        if not 0 <= rank < world or not 0 <= local_rank < world:
+            raise ValueError(f"RANK={rank} and LOCAL_RANK={local_rank} must lie in 0 to WORLD_SIZE-1={world - 1}")
+        return cls(rank, world, local_rank)
+
+    def device(self) -> torch.device:
+        """This rank's GPU, or the CPU where there is none.
+
+        Raises:
+            ValueError: there are GPUs, but fewer than ranks on this machine.
+        """
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        if self.local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"LOCAL_RANK={self.local_rank}, but this machine shows {torch.cuda.device_count()} GPUs: start at most "
+                "one rank a GPU"
+            )
+        return torch.device("cuda", self.local_rank)
+
+
+class Peers:
+    """The other ranks.
+
+    Args:
+        launch: where this one stands.
+        device: where its tensors live.
+        control: the group for verdicts and states; None for the default one.
+    """
+
+    def __init__(self, launch: Launch, device: torch.device, control: dist.ProcessGroup | None) -> None:
+        self.rank, self.world, self.device = launch.rank, launch.world, device
+        self.control = control
+
+    def from_rank0(self, value: Any) -> Any:
+        """Rank 0's value, on every rank; the others pass None."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, by rank, on every rank."""
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def mean_(self, tensor: Tensor) -> Tensor:
+        """The mean over ranks, in place; a NaN on one rank is a NaN on all."""
+        dist.all_reduce(tensor)
+        return tensor.div_(self.world)
+
+    def barrier(self) -> None:
+        """Waits for all ranks."""
+        dist.barrier(group=self.control)
+
+
+@contextmanager
+def process_group(launch: Launch, device: torch.device, timeout_minutes: float) -> Iterator[Peers]:
+    """Joins the process group, and leaves it."""
+    timeout = timedelta(minutes=timeout_minutes)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", timeout=timeout, device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=timeout)
+    try:
+        control = dist.new_group(backend="gloo", timeout=timeout) if device.type == "cuda" else None
+        yield Peers(launch, device, control)
+    finally:
+        dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

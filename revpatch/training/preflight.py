@@ -1,0 +1,159 @@
+"""What can be refused before any process group is formed: shards, tokenizer, base and engine against the config."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer
+
+from revpatch.config import BaseConfig, Config, ConfigError
+from revpatch.patch.families import FAMILIES
+from revpatch.stream.lanes import Lanes
+from revpatch.stream.manifest import Manifest, tokenizer_fingerprint
+from revpatch.stream.shard_set import ShardSet
+from revpatch.training.zero_config import read_deepspeed_config
+
+
+@dataclass
+class Plan:
+    """What a run reads, opened and checked."""
+
+    phases: list[ShardSet]
+    """In the order of the config's phases."""
+    lanes: list[Lanes]
+    """The order of each phase's blocks."""
+    replay_base: ShardSet | None
+    probes: list[ShardSet]
+    """In the order of the config's probe sets."""
+    tokenizer: str
+    """Fingerprint of the tokenizer of base and shards."""
+
+
+def check(config: Config, world: int) -> Plan:
+    """Opens what the config names.
+
+    Raises:
+        ConfigError: a combination can't work; the message names key, value, and what to do.
+        FileNotFoundError, ValueError: a folder of shards is missing or broken.
+    """
+    config.batch.accumulation(world)
+    read_deepspeed_config(config.engine.deepspeed)
+    architecture = _architecture(config.base)
+    fingerprint = tokenizer_fingerprint(_tokenizer(config.base))
+    opened: dict[str, ShardSet] = {}
+    for key, folder in _folders(config):
+        shards = opened[key] = ShardSet(folder)
+        _check_shards(key, folder, shards.manifest, config, fingerprint, architecture)
+    lanes = []
+    for index, phase in enumerate(config.phases):
+        key = f"phases.{index}.shards"
+        try:
+            order = Lanes(
+                opened[key].manifest,
+                config.batch.new_blocks,
+                config.seed + index,
+                config.stream.shuffle_blocks,
+                phase.repeat,
+            )
+        except ValueError as error:
+            raise ConfigError(f"{key} = {phase.shards}: {error}") from None
+        if order.total_steps is not None and phase.steps > order.total_steps:
+            raise ConfigError(
+                f"phases.{index}.steps = {phase.steps}, but {phase.shards} holds {order.total_steps} steps an epoch "
+                f"of {config.batch.new_blocks} blocks: set repeat: true, or steps to at most {order.total_steps}"
+            )
+        lanes.append(order)
+    _check_held_out(config, opened)
+    return Plan(
+        phases=[opened[f"phases.{index}.shards"] for index in range(len(config.phases))],
+        lanes=lanes,
+        replay_base=opened.get("replay.base"),
+        probes=[opened[f"probes.sets.{index}.shards"] for index in range(len(config.probes.sets))],
+        tokenizer=fingerprint,
+    )
+
+
+def _folders(config: Config) -> Iterator[tuple[str, str]]:
+    for index, phase in enumerate(config.phases):
+        yield f"phases.{index}.shards", phase.shards
+    if config.replay.base is not None:
+        yield "replay.base", config.replay.base
+    for index, probe in enumerate(config.probes.sets):
+        yield f"probes.sets.{index}.shards", probe.shards
+
+
+def _architecture(base: BaseConfig) -> Any:
+    try:
+        architecture = AutoConfig.from_pretrained(base.model, revision=base.revision)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"base.model = {base.model}: no such local folder, and not to be had from the hub: {_first_line(error)}"
+        ) from error
+    if architecture.model_type not in FAMILIES:
+        raise ConfigError(
+            f"base.model = {base.model}: models of type {architecture.model_type!r} have no row in FAMILIES "
+            f"(revpatch/patch/families.py); known are {', '.join(sorted(FAMILIES))}"
+        )
+    if architecture.hidden_size % 2:
+        raise ConfigError(
+            f"base.model = {base.model}: its width {architecture.hidden_size} is odd, and the coupling splits it in "
+            "halves: choose a model of even width"
+        )
+    positions = architecture.max_position_embeddings
+    if base.block_size > positions:
+        raise ConfigError(
+            f"base.block_size = {base.block_size}, but {base.model} reads at most {positions} tokens: lower it"
+        )
+    return architecture
+
+
+def _tokenizer(base: BaseConfig) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(base.model, revision=base.revision)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"base.model = {base.model}: its tokenizer can't be loaded: {_first_line(error)}") from error
+
+
+def _check_shards(
+    key: str, folder: str, manifest: Manifest, config: Config, fingerprint: str, architecture: Any
+) -> None:
+    if manifest.block_size != config.base.block_size:
+        raise ConfigError(
+            f"{key} = {folder}: its blocks have {manifest.block_size} tokens, base.block_size is "
+            f"{config.base.block_size}: set one to the other, or build the shards anew"
+        )
+    if manifest.tokenizer.fingerprint != fingerprint:
+        raise ConfigError(
+            f"{key} = {folder}: built with tokenizer {manifest.tokenizer.name!r} of fingerprint "
+            f"{manifest.tokenizer.fingerprint[:16]}…, {config.base.model} has {fingerprint[:16]}…: build the shards "
+            f"anew with --tokenizer {config.base.model}"
+        )
+    if manifest.tokenizer.vocab_size > architecture.vocab_size:
+        raise ConfigError(
+            f"{key} = {folder}: token ids up to {manifest.tokenizer.vocab_size - 1}, but {config.base.model} has only "
+            f"{architecture.vocab_size} embeddings"
+        )
+
+
+def _check_held_out(config: Config, opened: dict[str, ShardSet]) -> None:
+    trained = {opened[key].manifest.digest: (key, folder) for key, folder in _folders(config) if "probes" not in key}
+    for index, probe in enumerate(config.probes.sets):
+        shards = opened[f"probes.sets.{index}.shards"]
+        if shards.manifest.digest in trained:
+            key, _ = trained[shards.manifest.digest]
+            raise ConfigError(
+                f"probes.sets.{index}.shards = {probe.shards} is the set that {key} trains on: a probe must be held "
+                "out; build with --holdout and use the _probe folder"
+            )
+        used = min(len(shards), probe.max_blocks or len(shards))
+        if used < 2:
+            raise ConfigError(
+                f"probes.sets.{index} = {probe.name}: {used} block, but a paired comparison needs at least 2: hold out "
+                "more, or raise max_blocks"
+            )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

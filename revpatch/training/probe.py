@@ -1,0 +1,83 @@
+"""Held-out losses of the patch that is on the model now, block by block, and the gates on each set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from revpatch.config import ProbeSetConfig
+from revpatch.patch.families import body_of, head_of
+from revpatch.patch.patched_model import recording
+from revpatch.stream.shard_set import ShardSet
+from revpatch.training.head_loss import token_nll
+from revpatch.training.recorder import LayerRecorder
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One set, one patch."""
+
+    losses: np.ndarray
+    """(blocks,) float64: mean nats per predicted token of each block."""
+    gates: list[float]
+    """Mean gate of each sidecar, first block first."""
+    changes: list[float]
+    """Root mean square over tokens of ‖h − u‖, for each sidecar."""
+
+    @property
+    def loss(self) -> float:
+        """Mean over blocks."""
+        return float(self.losses.mean())
+
+    @property
+    def gate(self) -> float:
+        """Mean over sidecars."""
+        return float(np.mean(self.gates))
+
+    @property
+    def patch_norm(self) -> float:
+        """Mean over sidecars of the root mean square of ‖h − u‖."""
+        return float(np.mean(self.changes))
+
+
+class Prober:
+    """Measures every probe set; leaves no trace in the model.
+
+    Args:
+        base: the patched base model, in eval mode.
+        sets: the sets' configs and their shards.
+        rows: blocks a forward pass.
+    """
+
+    def __init__(self, base: nn.Module, sets: list[tuple[ProbeSetConfig, ShardSet]], rows: int) -> None:
+        self.base, self.rows = base, rows
+        self.blocks = {config.name: shards.read(_spread(len(shards), config.max_blocks)) for config, shards in sets}
+
+    def measure(self) -> dict[str, Measurement]:
+        """A measurement of each set, by name."""
+        return {name: self._measure(blocks) for name, blocks in self.blocks.items()}
+
+    @torch.no_grad()
+    def _measure(self, blocks: np.ndarray) -> Measurement:
+        device, head = next(self.base.parameters()).device, head_of(self.base).weight
+        losses, gates, changes = [], [], []
+        for rows in torch.from_numpy(blocks).split(self.rows):
+            tokens = rows.to(device)
+            recorder = LayerRecorder()
+            with recording(self.base, recorder):
+                hidden = body_of(self.base)(tokens, use_cache=False).last_hidden_state
+            nll = token_nll(hidden[:, :-1].reshape(-1, hidden.shape[-1]), tokens[:, 1:].reshape(-1), head)
+            losses.append(nll.view(len(tokens), -1).double().mean(1))
+            gates.append(recorder.gate_mean().double() * len(tokens))
+            changes.append(recorder.change_mean().double() * len(tokens))
+        mean_gates, mean_changes = (torch.stack(parts).sum(0) / len(blocks) for parts in (gates, changes))
+        return Measurement(torch.cat(losses).cpu().numpy(), mean_gates.tolist(), mean_changes.sqrt().tolist())
+
+
+def _spread(blocks: int, wanted: int | None) -> np.ndarray:
+    """Ids of `wanted` blocks, evenly spread, so that a small probe still sees many documents."""
+    count = blocks if wanted is None else min(wanted, blocks)
+    return np.linspace(0, blocks - 1, count).round().astype(np.int64)

@@ -1,0 +1,154 @@
+"""What rank 0 writes and shows: ledger, journal, TensorBoard, log lines and the progress bar.
+
+Every rank holds a `Record`; on the others it does nothing, so the trainer reads the same on all.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from revpatch.ledger.history import Ledger
+from revpatch.monitoring.board import Board
+from revpatch.monitoring.terminal import console
+from revpatch.training.objective import TERMS
+
+log = logging.getLogger("revpatch")
+
+
+class Record:
+    """The record of a run in `directory`.
+
+    Args:
+        directory: the run's folder, made by `prepare_run`.
+        enabled: whether this is rank 0.
+        tensorboard: whether to write event files.
+    """
+
+    def __init__(self, directory: Path, enabled: bool, tensorboard: bool) -> None:
+        self.enabled = enabled
+        self.board = Board(directory / "tensorboard", enabled=enabled and tensorboard)
+        self.ledger = Ledger(directory / "ledger") if enabled else None
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._progress = Progress(*columns, console=console) if enabled and console.is_terminal else None
+        self._task: Any = None
+        self._since, self._tokens = time.monotonic(), 0
+
+    def event(self, name: str, **fields: Any) -> None:
+        """A line in the journal."""
+        if self.ledger is not None:
+            self.ledger.journal.append(name, **fields)
+
+    def entry(
+        self, kind: str, phase_index: int, phase: str, step: int, patch: dict[str, Tensor], metadata: dict[str, Any]
+    ) -> str:
+        """An entry of the ledger, child of the one recorded before it; its file name ("" on other ranks)."""
+        if self.ledger is None:
+            return ""
+        parent = self.ledger.newest()
+        known = {"kind": kind, "phase": phase, "phase_index": phase_index, "step": step}
+        path, sha256 = self.ledger.record(
+            kind, phase_index, phase, step, patch, {**known, "parent": parent.sha256 if parent else None, **metadata}
+        )
+        if kind == "commit":
+            log.info("commit %s  sha256 %s", path.name, sha256)
+        return path.name
+
+    def begin_phase(self, name: str, steps: int) -> None:
+        """Starts the phase's progress bar and clock."""
+        self._since, self._tokens = time.monotonic(), 0
+        if self._progress is not None:
+            self._progress.start()
+            self._task = self._progress.add_task(name, total=steps)
+
+    def advance(self, tokens: int) -> None:
+        """One optimizer step, of so many tokens over all ranks."""
+        self._tokens += tokens
+        if self._progress is not None:
+            self._progress.advance(self._task)
+
+    def end_phase(self) -> None:
+        """Takes the bar down."""
+        if self._progress is not None:
+            self._progress.remove_task(self._task)
+            self._progress.stop()
+
+    def steps(
+        self,
+        phase: str,
+        step: int,
+        of: int,
+        global_step: int,
+        terms: Tensor,
+        layers: Mapping[str, Tensor],
+        rate: float,
+        norm: Any,
+    ) -> None:
+        """The means since the last call: `terms` (len(TERMS),), `layers` by name (layers,), all on the CPU."""
+        if not self.enabled:
+            return
+        now = time.monotonic()
+        speed = self._tokens / max(now - self._since, 1e-9)
+        self._since, self._tokens = now, 0
+        values = dict(zip(TERMS, terms.tolist(), strict=True))
+        self.board.scalars(global_step, {f"loss/{name}": value for name, value in values.items()})
+        self.board.scalars(global_step, {"optimizer/lr": rate, "speed/tokens_per_second": speed})
+        if norm is not None:
+            self.board.scalars(global_step, {"optimizer/grad_norm": float(norm)})
+        self.board.layers(global_step, {name: numbers.tolist() for name, numbers in layers.items()})
+        gate = float(layers["gate"].mean())
+        parts = [f"{name} {values[name]:.4g}" for name in TERMS if values[name]]
+        log.info(
+            "%s %d/%d  %s  gate %.2f  lr %.2g  %.0f tokens/s", phase, step, of, "  ".join(parts), gate, rate, speed
+        )
+
+    def probed(self, phase: str, step: int, global_step: int, sets: dict[str, dict[str, Any]]) -> None:
+        """The probes' losses against their references, as journalled."""
+        if not self.enabled:
+            return
+        self.event("probe", phase=phase, step=step, sets=sets)
+        shown = []
+        for name, values in sets.items():
+            self.board.probe(global_step, name, values["loss"], values["reference"], values["tolerance"])
+            self.board.scalars(global_step, {f"probe/{name}/gate": values["gate"]})
+            shown.append(f"{name} {values['loss']:.4f} ({values['drift']:+.4f})")
+        log.info("%s probe at %d  %s", phase, step, "  ".join(shown))
+
+    def text(self, global_step: int, tag: str, words: str) -> None:
+        """A line in the log and a text in TensorBoard."""
+        if self.enabled:
+            log.info(words)
+            self.board.text(global_step, tag, words)
+
+    def close(self) -> None:
+        """Flushes TensorBoard and takes the bar down."""
+        self.board.close()
+        if self._progress is not None:
+            self._progress.stop()
+
+
+class Meter:
+    """Sums what the steps give, on the device, so that nothing waits for a GPU between log lines."""
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+        self._count = 0
+
+    def add(self, terms: Tensor, layers: Tensor) -> None:
+        """One step: terms (len(TERMS),), layers (2, layers)."""
+        flat = torch.cat([terms, layers.flatten()])
+        self._sum = flat if self._sum is None else self._sum + flat
+        self._count += 1
+
+    def take(self) -> Tensor | None:
+        """The mean of this rank's steps since the last call, (len(TERMS) + 2·layers,), or None if there were none."""
+        mean = None if self._sum is None else self._sum / self._count
+        self._sum, self._count = None, 0
+        return mean

@@ -1,0 +1,160 @@
+"""What happens once, before the first step: the run's folder, the base, the table, the invertibility test."""
+
+from __future__ import annotations
+
+import logging
+import platform
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from rich.table import Table
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from revpatch.config import BaseConfig, Config, dump_config
+from revpatch.monitoring.terminal import console, log_to
+from revpatch.patch.families import body_of, head_of
+from revpatch.patch.patched_model import Patch, base_sha256, recording
+from revpatch.patch.sidecar import Sidecar, SidecarOutput
+from revpatch.training.engine import Engine
+from revpatch.training.launch import Peers
+
+log = logging.getLogger("revpatch")
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def prepare_run(config: Config, peers: Peers) -> Path:
+    """Makes the run's folder on rank 0 and starts its log; every rank gets the path.
+
+    Raises:
+        FileExistsError: the folder holds a run or other files; nothing is overwritten.
+    """
+    directory = Path(config.output_dir).absolute()
+    refusal = None
+    if peers.rank == 0:
+        refusal = _claim(directory, config)
+    refusal = peers.from_rank0(refusal)
+    if refusal is not None:
+        raise FileExistsError(refusal)
+    return directory
+
+
+def _claim(directory: Path, config: Config) -> str | None:
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        return (
+            f"output_dir = {config.output_dir}: it exists and is not empty. Nothing was overwritten: choose another "
+            "folder (--set output_dir=...), or move that one away"
+        )
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+        log_to(directory / "train.log")
+    except OSError as error:
+        return f"output_dir = {config.output_dir}: can't be written: {error}"
+    return None
+
+
+def load_base(config: BaseConfig, device: torch.device) -> nn.Module:
+    """The frozen base on its device, in eval mode: dropout belongs neither in a teacher nor in a base."""
+    base = AutoModelForCausalLM.from_pretrained(config.model, revision=config.revision, dtype=DTYPES[config.dtype])
+    head_of(base)
+    return cast(nn.Module, base.to(device).eval().requires_grad_(False))
+
+
+def compile_base(base: nn.Module) -> None:
+    """Compiles every block of the base, in place."""
+    from revpatch.patch.families import blocks_of
+
+    for block in blocks_of(base):
+        block.compile()
+
+
+class _InvertibilityTest:
+    """Inverts each sidecar on what it is given in a real forward pass."""
+
+    def __init__(self, patch: Patch, inputs: list[torch.Tensor]) -> None:
+        self.patch, self.inputs = patch, inputs
+
+    def record(self, layer: int, output: SidecarOutput) -> None:
+        self.inputs.append((output.hidden.float() - output.update.float()).detach())
+
+    def record_plain(self, layer: int, hidden: torch.Tensor) -> None:
+        pass
+
+
+@torch.no_grad()
+def check_invertibility(base: nn.Module, patch: Patch, tokens: torch.Tensor) -> float:
+    """The largest relative error of undoing a sidecar, over all sidecars, on the states of real tokens (rows, time).
+
+    The map that is tested is the one in use, gate and norm and all, with weights drawn at random, since the identity
+    of a fresh patch would prove nothing; the patch's own weights are put back.
+
+    Raises:
+        RuntimeError: a sidecar can't be inverted to 1e-3.
+    """
+    inputs: list[torch.Tensor] = []
+    with recording(base, _InvertibilityTest(patch, inputs)):
+        body_of(base)(tokens, use_cache=False)
+    worst = 0.0
+    for (name, module), u in zip(patch.sidecars.items(), inputs, strict=True):
+        sidecar = cast(Sidecar, module)
+        own = {key: value.clone() for key, value in sidecar.state_dict().items()}
+        generator = torch.Generator().manual_seed(0)
+        for parameter in sidecar.parameters():
+            noise = torch.randn(parameter.shape, generator=generator) * 0.02
+            parameter.add_(noise.to(parameter.device))
+        inversion = sidecar.inverse(sidecar(u).hidden)
+        error = float((inversion.hidden - u).norm() / u.norm())
+        sidecar.load_state_dict(own)
+        if not inversion.converged or not error < 1e-3:
+            raise RuntimeError(
+                f"sidecar {name}: its inverse is off by {error:.2g} (converged: {inversion.converged}); use placement: "
+                "coupled, which is inverted in closed form, or sidecar.check_invertibility: false"
+            )
+        worst = max(worst, error)
+    return worst
+
+
+def facts(config: Config, base: nn.Module, patch: Patch, engine: Engine, peers: Peers) -> dict[str, Any]:
+    """What the start-up table shows and the journal keeps."""
+    trainable = sum(p.numel() for p in patch.parameters())
+    frozen = sum(p.numel() for p in base.parameters())
+    accumulation = config.batch.accumulation(peers.world)
+    device = torch.cuda.get_device_name(peers.device) if peers.device.type == "cuda" else "cpu"
+    zero = f", ZeRO {engine.zero_stage}" if engine.kind == "deepspeed" else ""
+    return {
+        "ranks": peers.world,
+        "device": device,
+        "backend": "nccl" if peers.device.type == "cuda" else "gloo",
+        "engine": engine.kind + zero,
+        "base": f"{config.base.model}, {config.base.dtype}",
+        "trainable parameters": trainable,
+        "frozen parameters": frozen,
+        "gradient bytes reduced a step": 4 * trainable if peers.world > 1 else 0,
+        "lanes": config.batch.new_blocks,
+        "batch": f"{config.batch.new_blocks} new + {config.batch.replay_blocks} replayed blocks of "
+        f"{config.base.block_size} tokens, in {accumulation} micro-batches a rank",
+        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, python "
+        f"{platform.python_version()}",
+    }
+
+
+def show(table_of: dict[str, Any]) -> None:
+    """Prints the start-up table."""
+    table = Table(title="revpatch", show_header=False, title_justify="left")
+    for name, value in table_of.items():
+        table.add_row(name, f"{value:,}" if isinstance(value, int) else str(value))
+    console.print(table)
+
+
+def identity(config: Config, base: nn.Module, tokenizer: str) -> dict[str, Any]:
+    """What an entry says of where it belongs; free of times, paths and the number of ranks."""
+    return {
+        "base": {"model": config.base.model, "sha256": base_sha256(base, rounded=True), "dtype": config.base.dtype},
+        "tokenizer": tokenizer,
+        "sidecar": config.sidecar.model_dump(mode="json"),
+        "seed": config.seed,
+    }
