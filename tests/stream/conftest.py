@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toy_shards import make_text, make_tokenizer
+from toy import make_text, make_tokenizer
 
 from revpatch.stream.build import build_shards
 

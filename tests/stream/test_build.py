@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import webdataset
-from toy_shards import make_text, make_tokenizer
+from toy import make_text, make_tokenizer
 
 from revpatch.stream.build import Progress, build_shards, is_held_out
 from revpatch.stream.manifest import Manifest

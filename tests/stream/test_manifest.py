@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toy_shards import make_manifest, make_tokenizer
+from toy import make_tokenizer
+from toy_shards import make_manifest
 from transformers import AutoTokenizer
 
 from revpatch.stream.manifest import Manifest, TokenizerInfo, tokenizer_fingerprint

@@ -1,4 +1,4 @@
-"""A tiny byte-level tokenizer, documents, manifests without files, and sets of shards with chosen blocks."""
+"""Manifests without files, and sets of shards with chosen blocks."""
 
 from __future__ import annotations
 
@@ -6,33 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 from revpatch.stream.manifest import MANIFEST_VERSION, Manifest, Shard, TokenizerInfo
 from revpatch.stream.tars import ShardWriter
-
-WORDS = ["the", "patch", "learns", "what", "a", "stream", "brings", "and", "forgets", "little", "of", "it"]
-
-
-def make_text(i: int) -> str:
-    """Document i: a number, so that no two are equal, and some words."""
-    generator = np.random.default_rng(i)
-    return f"document {i}: " + " ".join(generator.choice(WORDS, size=generator.integers(5, 40)))
-
-
-def make_tokenizer(vocab_size: int = 300) -> Any:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([make_text(i) for i in range(50)], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
 
 
 def make_manifest(shard_blocks: list[int], block_size: int = 4) -> Manifest:

@@ -1,0 +1,19 @@
+"""Fixtures for all tests: no hub, one thread, and one small world a session."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+from toy import Toy, build_toy
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
+    """The base, the tokenizer and the shards of tests/toy.py; read only."""
+    return build_toy(tmp_path_factory.mktemp("toy"))
