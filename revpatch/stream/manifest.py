@@ -173,6 +173,8 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     merges = state["model"].get("merges")
     if merges:  # written as "a b" by older versions of tokenizers and as ["a", "b"] by newer ones
         state["model"]["merges"] = [m.split(" ", 1) if isinstance(m, str) else m for m in merges]
+    # Options that are off: a newer version of tokenizers has more of them to list.
+    state["model"] = {key: value for key, value in state["model"].items() if value is not None and value is not False}
     return hashlib.sha256(_canonical_json(state).encode()).hexdigest()
 
 

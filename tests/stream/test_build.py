@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import tarfile
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -159,14 +161,39 @@ def test_a_build_that_fails_leaves_nothing(corpus: Corpus, tokenizer: Any, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"]
 
 
-def test_a_probe_that_is_there_already_stops_the_training_side_too(
-    corpus: Corpus, tokenizer: Any, tmp_path: Path
+@pytest.mark.parametrize(("taken", "free"), [("out_probe", "out"), ("out", "out_probe")])
+def test_both_sides_are_installed_or_neither(
+    corpus: Corpus, tokenizer: Any, tmp_path: Path, taken: str, free: str
 ) -> None:
     source = corpus([make_text(i) for i in range(50)])
-    build_shards([corpus([make_text(i) for i in range(9)], "o.jsonl")], tokenizer, 8, tmp_path / "out_probe")
-    with pytest.raises(FileExistsError, match="out_probe"):
+    build_shards([corpus([make_text(i) for i in range(9)], "o.jsonl")], tokenizer, 8, tmp_path / taken)
+    with pytest.raises(FileExistsError, match=f"{taken}: holds another set"):
         build_shards([source], tokenizer, 8, tmp_path / "out", holdout=0.3)
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / free).exists()
+
+
+def test_two_builds_into_one_folder_at_once(corpus: Corpus, tokenizer: Any, tmp_path: Path) -> None:
+    """Of equal builds both succeed, of different ones the slower is refused; either way the folder is one of them."""
+    both_ready = threading.Barrier(2, timeout=30)
+
+    def build(source: Path, name: str) -> Manifest | str:
+        try:  # the last progress comes when all is tokenised and nothing is installed
+            return build_shards([source], tokenizer, 8, tmp_path / name, progress=lambda _: both_ready.wait())
+        except FileExistsError as error:
+            return str(error)
+
+    one = corpus([make_text(i) for i in range(50)], "one.jsonl")
+    other = corpus([make_text(i) for i in range(50, 100)], "other.jsonl")
+    with ThreadPoolExecutor(2) as pool:
+        same = [build.result() for build in [pool.submit(build, one, "same") for _ in range(2)]]
+        mixed = [build.result() for build in [pool.submit(build, source, "mixed") for source in (one, other)]]
+    assert same[0] == same[1] == Manifest.read(tmp_path / "same")
+    won = [result for result in mixed if isinstance(result, Manifest)]
+    assert won == [Manifest.read(tmp_path / "mixed")]
+    for name in ("same", "mixed"):
+        with ShardSet(tmp_path / name) as shards:
+            shards.verify()
+    assert not list(tmp_path.glob(".*")), "no temporary folder is left"
 
 
 @pytest.mark.parametrize("texts", [[], [""], ["few"]])

@@ -134,6 +134,13 @@ def test_the_order_is_pinned() -> None:
     assert stream.block_ids(10**6).tolist() == [15, 21, 5, 63, 58, 78, 89, 32]
 
 
+def test_what_the_caller_does_to_a_batch_changes_no_other() -> None:
+    stream = Lanes(make_manifest([30]), 4, seed=0, shuffle_blocks=8, repeat=True)
+    expected = stream.block_ids(2).tolist()
+    stream.block_ids(2)[:] = -1
+    assert stream.block_ids(2).tolist() == expected
+
+
 def test_impossible_lanes() -> None:
     with pytest.raises(ValueError, match="hold 5 blocks and there are 6 lanes"):
         Lanes(make_manifest([2, 3]), 6, 0, 8, True)
@@ -240,6 +247,12 @@ def test_a_damaged_shard_is_named_before_a_block_of_it_is_handed_out(
             use(ShardSet(built))
 
 
+def test_a_shard_of_another_size_is_refused_when_the_set_is_opened(built: Path) -> None:
+    name = damaged(built, DAMAGES["cut on a member boundary"])
+    with pytest.raises(ShardError, match=rf"{name}.*expected \d+ bytes, found 3072"):
+        ShardSet(built)
+
+
 def test_the_shards_that_are_whole_can_still_be_read(built: Path) -> None:
     damaged(built, DAMAGES["a flipped bit in a block"])
     with ShardSet(built) as shards:
@@ -316,11 +329,13 @@ def test_an_error_comes_at_its_step_and_stays() -> None:
 @pytest.mark.parametrize("taken", [0, 1, 5])
 def test_closing_ends_the_thread(taken: int) -> None:
     before = threading.active_count()
-    with Prefetcher(lambda step: step, itertools.count(), depth=1) as batches:
+    fetched: list[int] = []
+    with Prefetcher(fetched.append, range(300), depth=1) as batches:
         for _ in range(taken):
             next(batches)
         assert threading.active_count() == before + 1
     assert threading.active_count() == before
+    assert len(fetched) <= taken + 3, "it went on to the end instead"
     batches.close()
     with pytest.raises(RuntimeError, match="closed"):
         next(batches)

@@ -136,9 +136,9 @@ def test_nothing_to_keep_and_what_is_not_there(source: ShardSet, tmp_path: Path)
 
 @pytest.fixture
 def sets(tmp_path: Path) -> list[ShardSet]:
-    """Three sets of different sizes; a block's first token tells its set, the second its number."""
+    """Three sets, of sizes that their number divides; a block's first token tells its set, the second its number."""
     opened = []
-    for i, blocks in enumerate((5, 40, 200)):
+    for i, blocks in enumerate((6, 42, 201)):
         rows = np.stack([np.full(blocks, i), np.arange(blocks), np.zeros(blocks), np.zeros(blocks)], axis=1)
         write_blocks(tmp_path / f"set{i}", rows.astype(np.int64), blocks_per_shard=30)
         opened.append(ShardSet(tmp_path / f"set{i}"))
