@@ -6,7 +6,10 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,28 +29,37 @@ def a_patch(value: float = 1.0) -> dict[str, torch.Tensor]:
     return {"layer_00.gate.weight": torch.full((4,), value)}
 
 
-def a_run(tmp_path, **options):
-    """Two phases; the first has four good entries and a rollback."""
+@cache
+def files_of_a_run(suffix: str) -> dict[str, bytes]:
+    """Two phases; the first has four good entries and a rollback. Made once: every event waits for the disk."""
+    with tempfile.TemporaryDirectory() as directory:
+        ledger = Ledger(Path(directory), suffix=suffix)
+        ledger.journal.append("run", config="c0ffee", world=2)
+        ledger.record("start", 0, "wikitext", 0, a_patch(0), {"phase": "wikitext"})
+        for step in (100, 200, 300, 400):
+            ledger.record("good", 0, "wikitext", step, a_patch(step), {"step": step}, sets=SETS)
+        ledger.record("rollback", 0, "wikitext", 500, a_patch(500), {"step": 500})
+        ledger.journal.append(
+            "rollback",
+            phase="wikitext",
+            step=500,
+            to_file=f"000_wikitext_good_step000000400{suffix}",
+            reason="base rose by 0.1 nats",
+            window=[400, 500],
+            new_lr_factor=0.5,
+        )
+        ledger.record("commit", 0, "wikitext", 600, a_patch(600), {"phase": "wikitext"}, sets=SETS)
+        ledger.record("start", 1, "imdb", 0, a_patch(600), {"phase": "imdb"})
+        ledger.record("good", 1, "imdb", 100, a_patch(700), {"step": 100})
+        return {path.name: path.read_bytes() for path in Path(directory).iterdir()}
+
+
+def a_run(tmp_path, suffix=".pt"):
     run = tmp_path / "runs" / "demo"
-    ledger = Ledger(run / "ledger", **options)
-    ledger.journal.append("run", config="c0ffee", world=2)
-    ledger.record("start", 0, "wikitext", 0, a_patch(0), {"phase": "wikitext"})
-    for step in (100, 200, 300, 400):
-        ledger.record("good", 0, "wikitext", step, a_patch(step), {"step": step}, sets=SETS)
-    ledger.record("rollback", 0, "wikitext", 500, a_patch(500), {"step": 500})
-    ledger.journal.append(
-        "rollback",
-        phase="wikitext",
-        step=500,
-        to_file="000_wikitext_good_step000000400.pt",
-        reason="base rose by 0.1 nats",
-        window=[400, 500],
-        new_lr_factor=0.5,
-    )
-    ledger.record("commit", 0, "wikitext", 600, a_patch(600), {"phase": "wikitext"}, sets=SETS)
-    ledger.record("start", 1, "imdb", 0, a_patch(600), {"phase": "imdb"})
-    ledger.record("good", 1, "imdb", 100, a_patch(700), {"step": 100})
-    return run, ledger
+    (run / "ledger").mkdir(parents=True)
+    for name, data in files_of_a_run(suffix).items():
+        (run / "ledger" / name).write_bytes(data)
+    return run, Ledger(run / "ledger", suffix=suffix)
 
 
 def names(ledger):
@@ -259,14 +271,14 @@ def test_verify_names_everything_that_is_wrong(tmp_path):
     lines = journal.read_bytes().splitlines()
     lines[7] = lines[7].replace(b"0.1 nats", b"0.0 nats")
     journal.write_bytes(b"\n".join([*lines, b'{"seq":11']))
-    problems = {(problem.where, problem.what.split(" ")[0]) for problem in verify(run).problems}
+    problems = {(problem.where, " ".join(problem.what.split(" ")[:2])) for problem in verify(run).problems}
     assert problems == {
-        ("journal.jsonl", "line"),
-        ("journal.jsonl", "its"),
-        ("000_wikitext_start.pt", "is"),
-        ("000_wikitext_commit.pt", "has"),
-        ("001_imdb_start.pt", "has"),
-        ("002_new_start.pt", "is"),
+        ("journal.jsonl", "line 9"),
+        ("journal.jsonl", "its last"),
+        ("000_wikitext_start.pt", "is missing"),
+        ("000_wikitext_commit.pt", "has sha256"),
+        ("001_imdb_start.pt", f"has {cut.stat().st_size}"),
+        ("002_new_start.pt", "is in"),
     }
     assert "line 9 names" in verify(run).problems[0].what
     assert all(problem.advice for problem in verify(run).problems)
@@ -384,7 +396,7 @@ def test_a_ledger_of_ten_thousand_events_is_read_in_moments(tmp_path):
     for step in range(10_000):
         journal.append("probe", phase="wikitext", step=step, sets=SETS)
     journal.path.write_bytes(b"".join(lines))
-    begin = time.perf_counter()
+    begin = time.process_time()  # not the clock on the wall: the machine may have other work
     assert len(log_rows(tmp_path)) == 10_000
     assert verify(tmp_path).ok
-    assert time.perf_counter() - begin < 5.0
+    assert time.process_time() - begin < 2.0

@@ -1,7 +1,9 @@
 """The journal: nothing in it can be changed unseen, and no crash loses what was recorded."""
 
+import errno
 import json
 import math
+import os
 import resource
 import signal
 import subprocess
@@ -27,6 +29,13 @@ def a_journal(path, events: int = 5) -> Journal:
     for step in range(events):
         journal.append("probe", phase="wikitext", step=step, sets={"base": {"loss": 3.5}})
     return journal
+
+
+@pytest.fixture(scope="module")
+def four_lines(tmp_path_factory):
+    path = tmp_path_factory.mktemp("journal") / "journal.jsonl"
+    a_journal(path, 4)
+    return path.read_bytes()
 
 
 def test_what_is_appended_is_read(path):
@@ -97,10 +106,9 @@ def test_a_torn_last_line_is_set_aside_and_recorded(path, tail):
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_cut_of_the_file_keeps_every_whole_line(path, data):
-    path.unlink(missing_ok=True)
-    a_journal(path, 4)
-    whole = path.read_bytes()
+def test_any_cut_of_the_file_keeps_every_whole_line(path, four_lines, data):
+    path.parent.mkdir(exist_ok=True)
+    whole = four_lines
     cut = data.draw(st.integers(0, len(whole)))
     path.write_bytes(whole[:cut])
     assert len(Journal(path, readonly=True).records()) == whole[:cut].count(b"\n")
@@ -110,10 +118,9 @@ def test_any_cut_of_the_file_keeps_every_whole_line(path, data):
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_changed_byte_before_the_last_line_is_seen(path, data):
-    path.unlink(missing_ok=True)
-    a_journal(path, 4)
-    whole = bytearray(path.read_bytes())
+def test_any_changed_byte_before_the_last_line_is_seen(path, four_lines, data):
+    path.parent.mkdir(exist_ok=True)
+    whole = bytearray(four_lines)
     position = data.draw(st.integers(0, whole.rindex(b"\n", 0, -1)))
     whole[position] ^= data.draw(st.integers(1, 255))
     path.write_bytes(whole)
@@ -200,6 +207,30 @@ def test_a_full_disk_cuts_back_to_whole_lines_and_writing_can_go_on(path):
     )
     assert (process.returncode, process.stdout.strip()) == (0, str(path)), process.stderr
     assert [record["event"] for record in Journal(path, readonly=True).records()] == ["run", "small"]
+
+
+def test_what_did_not_reach_the_disk_is_not_acknowledged(path, monkeypatch):
+    def failing(_):
+        raise OSError(errno.EIO, "the disk is broken")
+
+    journal = a_journal(path)
+    before = path.read_bytes()
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "fsync", failing)
+        with pytest.raises(OSError, match="the disk is broken"):
+            journal.append("commit")
+    assert path.read_bytes() == before
+    journal.append("commit")
+    assert [record["seq"] for record in Journal(path).records()] == list(range(6))
+
+
+def test_a_line_that_was_chained_with_a_wrong_number_is_refused(path):
+    journal = a_journal(path, 2)
+    forged = {"seq": 7, "time": "", "event": "commit", "previous": journal.head}
+    with path.open("a") as file:
+        file.write(json.dumps(forged) + "\n")
+    with pytest.raises(JournalError, match=r"line 3 has seq 7, expected 2"):
+        Journal(path)
 
 
 def test_killed_while_writing_everything_acknowledged_is_there(path):
