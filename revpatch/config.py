@@ -256,7 +256,7 @@ class Config(Section):
 
     output_dir: str
     """Folder of the run; it must not hold another run."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of the sidecars' start, the order of the data and the replay."""
     base: BaseConfig
     sidecar: SidecarConfig = SidecarConfig()
@@ -266,6 +266,7 @@ class Config(Section):
     replay: ReplayConfig = ReplayConfig()
     stream: StreamConfig = StreamConfig()
     phases: Annotated[list[PhaseConfig], Field(min_length=1)]
+    """The corpora, in the order in which they are learned."""
     probes: ProbesConfig = ProbesConfig()
     rollback: RollbackConfig = RollbackConfig()
     ledger: LedgerConfig = LedgerConfig()
@@ -325,8 +326,11 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         )
     try:
         text = path.read_text(encoding="utf-8")
-        data = json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader=_Loader)  # noqa: S506
-    except (yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        if path.suffix == ".json":
+            data = json.loads(text, object_pairs_hook=_without_duplicates)
+        else:
+            data = yaml.load(text, Loader=_Loader)  # noqa: S506
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"config {path}: can't be read as {path.suffix[1:] or 'YAML'}: {error}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"config {path}: expected keys and values, found {type(data).__name__}")
@@ -361,6 +365,14 @@ _Loader.add_implicit_resolver(
 )
 
 
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ValueError(f"key {key!r} is given twice")
+    return dict(pairs)
+
+
 def _apply_override(data: dict[str, Any], override: str) -> None:
     """Sets one dotted key; list items are named by their number (`phases.0.steps=10`)."""
     key, equals, value = override.partition("=")
@@ -372,12 +384,14 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
         if isinstance(target, list):
             target = target[_item(target, part, override)]
         elif isinstance(target, dict):
-            target = target.setdefault(part, {})
+            if target.get(part) is None:  # a section that is absent, or there without a key
+                target[part] = {}
+            target = target[part]
         else:
             raise ConfigError(f"--set {override!r}: {part!r} lies under a single value; give a whole key")
     try:
         parsed = yaml.load(value, Loader=_Loader)  # noqa: S506
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"--set {override!r}: the value is not YAML: {error}") from error
     if isinstance(target, list):
         target[_item(target, last, override)] = parsed
@@ -389,9 +403,8 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
 
 def _item(items: list[Any], part: str, override: str) -> int:
     if not part.isdigit() or int(part) >= len(items):
-        raise ConfigError(
-            f"--set {override!r}: {part!r} is no item of a list of {len(items)}; use 0 to {len(items) - 1}"
-        )
+        advice = f"use 0 to {len(items) - 1}" if items else "the list is empty, so give the whole of it"
+        raise ConfigError(f"--set {override!r}: {part!r} is no item of a list of {len(items)}; {advice}")
     return int(part)
 
 
