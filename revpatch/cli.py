@@ -12,7 +12,6 @@ import typer
 from revpatch.monitoring.terminal import console, quiet_libraries
 
 app = typer.Typer(
-    help="Teach a frozen causal language model new corpora as a small removable patch.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -25,16 +24,20 @@ app.add_typer(ledger_app, name="ledger")
 RunArgument = Annotated[Path, typer.Argument(help="Folder of the run.")]
 
 
+@app.callback()
+def common(local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0) -> None:
+    """Teach a frozen causal language model new corpora as a small removable patch."""
+    # The deepspeed launcher puts --local_rank first; LOCAL_RANK, which it sets too, is what is used.
+
+
 @app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="YAML or JSON config.")],
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="section.key=value, over what the config says.")
     ] = None,
-    local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
 ) -> None:
     """Train every phase of a config; start it with deepspeed, torchrun, accelerate launch or plain python."""
-    # The deepspeed launcher passes --local_rank; LOCAL_RANK, which it sets too, is what is used.
     from revpatch.config import load_config
     from revpatch.monitoring.summary import print_summary
     from revpatch.training.trainer import train as run

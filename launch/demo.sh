@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# The whole job on bundled data, on all GPUs or two CPU ranks.  Use: bash launch/demo.sh [OUTPUT_DIR]
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+OUT="${1:-}"
+[ -z "$OUT" ] || OUT="$(realpath -m "$OUT")"
+cd "$ROOT"
+if [ -z "$OUT" ]; then # a folder of its own for each demo, so that none is overwritten
+    OUT=runs/demo
+    for ((n = 2; ; n++)); do
+        [ -e "$OUT" ] || break
+        OUT="runs/demo-$n"
+    done
+fi
+
+export HF_HUB_OFFLINE=1
+if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
+    RANKS="$(nvidia-smi -L | wc -l)"
+    # The demo's 16 new and 16 replayed blocks split over 1, 2, 4, 8 or 16 ranks.
+    for r in 16 8 4 2 1; do [ "$r" -le "$RANKS" ] && RANKS="$r" && break; done
+    LAUNCH=(deepspeed --quiet --num_gpus "$RANKS")
+else
+    export DS_ACCELERATOR=cpu OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((($(nproc) + 1) / 2))}"
+    LAUNCH=(deepspeed --quiet --num_accelerators 2)
+fi
+"${LAUNCH[@]}" --master_port "${MASTER_PORT:-$((20000 + RANDOM % 10000))}" --module revpatch \
+    train configs/demo.yaml --set "output_dir=$OUT"
+
+say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
+PATCH="$OUT/ledger/001_devil_commit.pt"
+PROMPT="HACKER, n."
+for gate in learned off; do
+    say "\"$PROMPT\", gate $gate:"
+    revpatch generate --patch "$PATCH" --prompt "$PROMPT" --gate "$gate" --max-new-tokens 60 --seed 1
+done
+say "To look further, from $ROOT:"
+cat <<LINES
+  source .venv/bin/activate
+  tensorboard --logdir $OUT/tensorboard
+  revpatch ledger log $OUT
+  revpatch ledger verify $OUT
+  revpatch generate --patch $PATCH --prompt "The President is" --gate learned
+LINES

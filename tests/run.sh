@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Linter, type checker and tests, with all set-up.  Use: bash tests/run.sh [--slow] [PYTEST ARGUMENTS]
+# --slow adds the tests that take minutes, as CI does. The exit code is that of the first thing that failed.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../launch/setup.sh"
+cd "$ROOT"
+
+MARK=(-m "not slow")
+if [ "${1:-}" = --slow ]; then
+    MARK=()
+    shift
+fi
+SCRATCH="$(mktemp -d)"
+trap 'rm -rf "$SCRATCH"' EXIT
+# No hub, no telemetry, one thread a rank: the tests start two ranks on two cores.
+export HF_HUB_OFFLINE=1 HF_HOME="$SCRATCH/hf" TORCH_EXTENSIONS_DIR="$SCRATCH/extensions" DS_ACCELERATOR=cpu
+export TMPDIR="$SCRATCH"
+
+ruff check .
+ruff format --check .
+mypy
+python -m pytest --basetemp="$SCRATCH/pytest" "${MARK[@]}" "$@"
