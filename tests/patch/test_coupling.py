@@ -85,13 +85,14 @@ def test_starts_able_to_learn() -> None:
         assert mlp.down.weight.abs().max() > 0
 
 
-@given(size=st.floats(1e-2, 1e6), seed=st.integers(0, 99))
+@given(size=st.floats(0.1, 1e6), seed=st.integers(0, 99))
 @settings(max_examples=20, deadline=None)
 def test_rms_norm_has_unit_rms_at_any_size(size: float, seed: int) -> None:
+    """Up to what the 1e-6 beside the mean square takes away: 1e-6 / (2 · 0.1²), for a token of a third of the size."""
     torch.manual_seed(seed)
     x = size * (torch.randn(3, 16, dtype=torch.float64) + 0.1)
     expected = x / x.square().mean(-1, keepdim=True).sqrt()
-    torch.testing.assert_close(rms_norm(x), expected, rtol=1e-2, atol=0)
+    torch.testing.assert_close(rms_norm(x), expected, rtol=5e-4, atol=0)
     assert rms_norm(x.to(torch.bfloat16)).dtype == torch.bfloat16
 
 
