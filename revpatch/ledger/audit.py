@@ -19,7 +19,8 @@ _IN_COLUMNS = ("kind", "phase", "phase_index", "step", "bytes", "sha256", "sets"
 
 @dataclass(frozen=True)
 class ProbeReading:
-    """One probe set's losses in nats per token; what the journal doesn't say is None."""
+    """One probe set's losses in nats per token; what the journal doesn't say is None. A set that was measured but
+    not guarded then (a corpus that no phase had learned yet) has no tolerance."""
 
     name: str
     loss: float | None
@@ -178,6 +179,8 @@ def _reading(name: str, values: Any) -> ProbeReading:
     loss, reference, rise, tolerance = (_number(values.get(key)) for key in ("loss", "reference", "rise", "tolerance"))
     if rise is None and loss is not None and reference is not None:
         rise = loss - reference
+    if values.get("guarded") is False:
+        tolerance = None
     return ProbeReading(name, loss, reference, rise, tolerance)
 
 

@@ -362,10 +362,11 @@ def test_a_rise_above_tolerance_stands_out(tmp_path):
     journal = Journal(tmp_path / "ledger" / "journal.jsonl")
     for rise in (0.01, 0.5, math.nan):
         journal.append("probe", sets={"base": {"loss": 3.5, "rise": rise, "tolerance": 0.03}})
+    journal.append("probe", sets={"base": {"loss": 3.5, "rise": 0.5, "tolerance": 0.03, "guarded": False}})
     text = io.StringIO()
     print_log(tmp_path, Console(file=text, width=200, force_terminal=True, color_system="standard"))
     readings = [line for line in text.getvalue().splitlines() if "base" in line]
-    assert ["\x1b[31m(" in line for line in readings] == [False, True, True]
+    assert ["\x1b[31m(" in line for line in readings] == [False, True, True, False]
 
 
 def test_the_printed_verdict(tmp_path):
