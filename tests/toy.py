@@ -12,12 +12,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from revpatch.config import Config, load_config
@@ -30,6 +31,7 @@ CORPORA = {
     "second": ["rusty", "gates", "open", "by", "night", "for", "those", "who", "count", "backwards"],
 }
 """The corpora and their words; `base` is what is rehearsed from the first phase on."""
+Module = TypeVar("Module", bound=nn.Module)
 BLOCK_SIZE, POSITIONS, WIDTH, LAYERS = 16, 64, 32, 2
 
 
@@ -75,6 +77,23 @@ def save_base(folder: Path, tokenizer: Any, width: int = WIDTH, seed: int = 0) -
     make_base(len(tokenizer), width, seed).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def make_it_look_trained(module: Module, seed: int = 1, strength: float = 1.0) -> Module:
+    """Weights of the size that training reaches: gates well away from one half, updates comparable to the stream."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            if name.endswith("log_scale"):
+                parameter.copy_(0.2 * noise)
+            elif "gates." in name:
+                parameter.copy_(1.5 * noise)
+            elif parameter.dim() == 2:
+                parameter.copy_(strength * noise / parameter.shape[1] ** 0.5)
+            else:
+                parameter.copy_(0.3 * strength * noise)
+    return module
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,8 @@ class LayerRecorder:
     def record_plain(self, layer: int, hidden: Tensor) -> None:
         """See `Recorder.record_plain`."""
         if self.stats_from is not None:
-            states = hidden[self.stats_from :].float()
+            states = hidden[self.stats_from :]
+            states = states.to(torch.promote_types(states.dtype, torch.float32))
             self.stats.append(torch.stack([states.mean(1), states.std(1, unbiased=False)]))
 
     def gate_mean(self) -> Tensor:

@@ -14,7 +14,7 @@ from revpatch.patch.patched_model import Patch
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     """The rate of step 1 ≤ step ≤ steps of a phase: linear warm-up, then a cosine to zero, or constant."""
     if step <= config.warmup_steps:
-        return config.lr * step / config.warmup_steps
+        return config.lr * (step / config.warmup_steps)
     if config.schedule == "constant":
         return config.lr
     done = (step - config.warmup_steps) / (steps - config.warmup_steps)

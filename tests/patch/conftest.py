@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from torch import Tensor, nn
+from toy import make_it_look_trained
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -49,7 +50,7 @@ def build() -> Build:
 @pytest.fixture
 def randomize() -> Randomize:
     """randomize(patch_or_sidecar, seed=1, strength=1.0): fills in place what is zero at the start, and returns it."""
-    return _randomize
+    return make_it_look_trained
 
 
 @pytest.fixture
@@ -113,23 +114,6 @@ def _build(
             )
         )
     return model.to(dtype).eval()
-
-
-def _randomize(module: nn.Module, seed: int = 1, strength: float = 1.0) -> nn.Module:
-    """Weights of the size that training reaches: gates well away from one half, updates comparable to the stream."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            if name.endswith("log_scale"):
-                parameter.copy_(0.2 * noise)
-            elif "gates." in name:
-                parameter.copy_(1.5 * noise)
-            elif parameter.dim() == 2:
-                parameter.copy_(strength * noise / parameter.shape[1] ** 0.5)
-            else:
-                parameter.copy_(0.3 * strength * noise)
-    return module
 
 
 def _logits(model: nn.Module, ids: Tensor, mask: Tensor | None = None, **kwargs: object) -> Tensor:

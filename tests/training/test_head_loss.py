@@ -1,0 +1,202 @@
+"""The loss over the frozen head against cross-entropy and KL written out in float64, and its memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from revpatch.training.head_loss import frozen_head_loss, token_nll
+
+COUNT, WIDTH, VOCAB = 50, 24, 97
+CHUNKS = {"a row": 1, "7 rows": 7 * 4 * VOCAB, "all rows": 2**20}
+"""chunk_bytes, by what it makes of 50 rows; 7 does not divide them."""
+
+Inputs = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+
+
+@pytest.fixture
+def inputs() -> Inputs:
+    """inputs(dtype): hidden, targets, head and the teacher's hidden states."""
+
+    def make(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(3)
+        hidden, teacher = (torch.randn(COUNT, WIDTH, generator=generator, dtype=torch.float64) for _ in range(2))
+        head = 0.5 * torch.randn(VOCAB, WIDTH, generator=generator, dtype=torch.float64)
+        targets = torch.randint(VOCAB, (COUNT,), generator=generator)
+        return hidden.to(dtype).requires_grad_(), targets, head.to(dtype), teacher.to(dtype)
+
+    return make
+
+
+def oracle(
+    hidden: Tensor, targets: Tensor, head: Tensor, teacher: Tensor, weights: tuple[float, float], temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, CE, T²·KL and the gradient of the hidden states, in float64, from what these numbers are."""
+    hidden, head, teacher = (x.detach().double() for x in (hidden, head, teacher))
+    hidden.requires_grad_()
+    ce = F.cross_entropy(hidden @ head.T, targets)
+    p = torch.softmax(hidden @ head.T / temperature, -1)
+    t = torch.softmax(teacher @ head.T / temperature, -1)
+    kl = temperature**2 * (t * (t / p).log()).sum(-1).mean()
+    loss = weights[0] * ce + weights[1] * kl
+    (gradient,) = torch.autograd.grad(loss, hidden)
+    return loss.detach(), ce.detach(), kl.detach(), gradient
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0), (0.7, 1.9)])
+def test_values_and_gradient_are_those_of_the_definition(
+    inputs: Inputs, chunk: str, temperature: float, weights: tuple[float, float]
+) -> None:
+    hidden, targets, head, teacher = inputs()
+    expected = oracle(hidden, targets, head, teacher, weights, temperature)
+    loss, ce, kl = frozen_head_loss(hidden, targets, head, teacher, *weights, temperature, CHUNKS[chunk])
+    loss.backward()
+    assert hidden.grad is not None
+    assert error(hidden.grad, expected[3]) < 1e-12
+    for found, known in zip((loss, ce, kl), expected[:3], strict=True):
+        assert found.item() == pytest.approx(known.item(), rel=1e-12)
+
+
+def test_without_a_teacher_it_is_the_cross_entropy(inputs: Inputs) -> None:
+    hidden, targets, head, teacher = inputs()
+    expected = oracle(hidden, targets, head, teacher, (1.0, 0.0), 1.0)
+    loss, ce, kl = frozen_head_loss(hidden, targets, head)
+    loss.backward()
+    assert hidden.grad is not None
+    assert error(hidden.grad, expected[3]) < 1e-12
+    assert loss.item() == ce.item() == pytest.approx(expected[1].item(), rel=1e-12)
+    assert kl == 0
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_in_lower_precision_the_gradient_is_near_the_exact_one(
+    inputs: Inputs, dtype: torch.dtype, limit: float, temperature: float, chunk: str
+) -> None:
+    hidden, targets, head, teacher = inputs(dtype)
+    expected = oracle(hidden, targets, head, teacher, (1.0, 1.0), temperature)
+    loss, ce, kl = frozen_head_loss(hidden, targets, head, teacher, 1.0, 1.0, temperature, CHUNKS[chunk])
+    loss.backward()
+    assert hidden.grad is not None
+    assert hidden.grad.dtype == dtype
+    assert loss.dtype == ce.dtype == kl.dtype == torch.float32, "losses are never rounded to bfloat16"
+    assert error(hidden.grad, expected[3]) < limit
+    assert error(loss.detach(), expected[0]) < limit
+
+
+def test_the_gradient_is_scaled_by_what_comes_after_and_survives_a_second_backward(inputs: Inputs) -> None:
+    hidden, targets, head, teacher = inputs()
+    loss, _, _ = frozen_head_loss(hidden, targets, head, teacher, 1.0, 1.0)
+    (once,) = torch.autograd.grad(loss, hidden, retain_graph=True)
+    (again,) = torch.autograd.grad(3 * loss, hidden)
+    assert torch.equal(again, 3 * once)
+
+
+def test_only_the_hidden_states_get_a_gradient(inputs: Inputs) -> None:
+    hidden, targets, head, teacher = inputs()
+    head.requires_grad_()
+    teacher.requires_grad_()
+    loss, ce, kl = frozen_head_loss(hidden, targets, head, teacher, 1.0, 1.0)
+    assert not ce.requires_grad
+    assert not kl.requires_grad
+    loss.backward()
+    assert hidden.grad is not None
+    assert head.grad is None
+    assert teacher.grad is None
+
+
+def test_where_nothing_learns_the_values_are_the_same(inputs: Inputs) -> None:
+    hidden, targets, head, teacher = inputs()
+    learning = frozen_head_loss(hidden, targets, head, teacher, 0.5, 2.0, 1.5)
+    still = frozen_head_loss(hidden.detach(), targets, head, teacher, 0.5, 2.0, 1.5)
+    assert not still[0].requires_grad
+    assert [x.item() for x in learning] == [x.item() for x in still]
+
+
+def test_a_student_that_is_its_teacher_has_no_kl_and_no_gradient(inputs: Inputs) -> None:
+    hidden, targets, head, _ = inputs()
+    loss, _, kl = frozen_head_loss(hidden, targets, head, hidden.detach().clone(), 0.0, 1.0, 2.0)
+    loss.backward()
+    assert hidden.grad is not None
+    assert abs(float(kl)) < 1e-12
+    assert float(hidden.grad.norm()) < 1e-12
+
+
+def test_logits_of_any_size_stay_finite(inputs: Inputs) -> None:
+    hidden, targets, head, teacher = inputs(torch.float32)
+    expected = oracle(1000 * hidden, targets, head, 1000 * teacher, (1.0, 0.0), 1.0)
+    big = (1000 * hidden).detach().requires_grad_()
+    loss, ce, kl = frozen_head_loss(big, targets, head, 1000 * teacher, 1.0, 1.0)
+    loss.backward()
+    assert big.grad is not None
+    assert big.grad.isfinite().all()
+    assert kl.isfinite()
+    assert float(ce) == pytest.approx(float(expected[1]), rel=1e-5)
+
+
+def test_a_kl_needs_a_teacher(inputs: Inputs) -> None:
+    hidden, targets, head, _ = inputs()
+    with pytest.raises(AssertionError, match="teacher"):
+        frozen_head_loss(hidden, targets, head, None, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_token_nll_is_the_cross_entropy_of_each_token(inputs: Inputs, chunk: str) -> None:
+    hidden, targets, head, _ = inputs()
+    nll = token_nll(hidden.detach(), targets, head, CHUNKS[chunk])
+    assert nll.shape == (COUNT,)
+    assert nll.dtype == torch.float32
+    torch.testing.assert_close(
+        nll, F.cross_entropy(hidden.detach() @ head.T, targets, reduction="none").float(), rtol=1e-6, atol=0
+    )
+
+
+class LogitsSpy(TorchDispatchMode):
+    """Remembers the largest number of rows among the tensors that are as wide as the vocabulary."""
+
+    rows = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[-1] == VOCAB and leaf.shape != (WIDTH, VOCAB):
+                self.rows = max(self.rows, leaf.numel() // VOCAB)
+        return out
+
+
+@pytest.mark.parametrize("rows", [1, 7, 16])
+def test_never_more_than_one_chunk_of_logits_is_held(inputs: Inputs, rows: int) -> None:
+    hidden, targets, head, teacher = inputs(torch.float32)
+    with LogitsSpy() as spy:
+        frozen_head_loss(hidden, targets, head, teacher, 1.0, 1.0, 2.0, rows * 4 * VOCAB)[0].backward()
+    assert spy.rows == rows
+    with LogitsSpy() as spy:
+        token_nll(hidden.detach(), targets, head, rows * 4 * VOCAB)
+    assert spy.rows == rows
+
+
+def test_what_is_kept_for_the_backward_pass_is_of_the_size_of_the_hidden_states(inputs: Inputs) -> None:
+    hidden, targets, head, teacher = inputs(torch.float32)
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        frozen_head_loss(hidden, targets, head, teacher, 1.0, 1.0, 2.0)
+    assert [tuple(tensor.shape) for tensor in kept] == [(COUNT, WIDTH)]
