@@ -159,13 +159,19 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
     Truncation, padding and the post-processor (which only adds special tokens) are left out: they are states that
     people set and reset, and building uses none of them. Neither the tokenizer's path nor its name counts.
-    Raises ValueError when the tokenizer is not a fast one.
+    Raises ValueError when the tokenizer is not a fast one, or knows nothing but special tokens: that is what
+    transformers makes of a folder without a tokenizer's files, without a word.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or not hasattr(backend, "to_str"):
         raise ValueError(
             f"{type(tokenizer).__name__} is not a fast tokenizer, which building needs; "
             "load it with AutoTokenizer.from_pretrained(name, use_fast=True)"
+        )
+    if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
+        raise ValueError(
+            f"tokenizer {str(tokenizer.name_or_path or 'unnamed')!r} knows no token but "
+            f"{tokenizer.all_special_tokens}: the folder has no tokenizer in it; put its files (tokenizer.json) there, or name another"
         )
     state = json.loads(backend.to_str())
     for key in ("truncation", "padding", "post_processor"):

@@ -35,16 +35,21 @@ def check(config: Config, world: int) -> Plan:
     """Opens what the config names.
 
     Raises:
-        ConfigError: a combination can't work; the message names key, value, and what to do.
-        FileNotFoundError, ValueError: a folder of shards is missing or broken.
+        ConfigError: a combination can't work, or shards are missing or broken; the message names key, value, and what
+            to do.
+        FileNotFoundError: DeepSpeed's file is missing.
     """
     config.batch.accumulation(world)
     read_deepspeed_config(config.engine.deepspeed)
     architecture = _architecture(config.base)
-    fingerprint = tokenizer_fingerprint(_tokenizer(config.base))
+    _check_layers(config, architecture)
+    fingerprint = _fingerprint(config.base)
     opened: dict[str, ShardSet] = {}
     for key, folder in _folders(config):
-        shards = opened[key] = ShardSet(folder)
+        try:
+            shards = opened[key] = ShardSet(folder)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{key} = {folder}: {error}") from None
         _check_shards(key, folder, shards.manifest, config, fingerprint, architecture)
     lanes = []
     for index, phase in enumerate(config.phases):
@@ -109,11 +114,20 @@ def _architecture(base: BaseConfig) -> Any:
     return architecture
 
 
-def _tokenizer(base: BaseConfig) -> Any:
+def _check_layers(config: Config, architecture: Any) -> None:
+    layers, blocks = config.sidecar.layers, architecture.num_hidden_layers
+    if layers != "all" and max(layers) >= blocks:
+        raise ConfigError(
+            f"sidecar.layers = {layers}: there is no block {max(layers)}; {config.base.model} has blocks 0 to "
+            f"{blocks - 1}"
+        )
+
+
+def _fingerprint(base: BaseConfig) -> str:
     try:
-        return AutoTokenizer.from_pretrained(base.model, revision=base.revision)
+        return tokenizer_fingerprint(AutoTokenizer.from_pretrained(base.model, revision=base.revision))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"base.model = {base.model}: its tokenizer can't be loaded: {_first_line(error)}") from error
+        raise ConfigError(f"base.model = {base.model}: its tokenizer can't be used: {_first_line(error)}") from error
 
 
 def _check_shards(
@@ -138,14 +152,20 @@ def _check_shards(
 
 
 def _check_held_out(config: Config, opened: dict[str, ShardSet]) -> None:
-    trained = {opened[key].manifest.digest: (key, folder) for key, folder in _folders(config) if "probes" not in key}
+    # By the shards' hashes: a manifest's digest also tells apart two builds of one text under different notes.
+    trained = {
+        shard.sha256: key
+        for key, _ in _folders(config)
+        if not key.startswith("probes.")
+        for shard in opened[key].manifest.shards
+    }
     for index, probe in enumerate(config.probes.sets):
         shards = opened[f"probes.sets.{index}.shards"]
-        if shards.manifest.digest in trained:
-            key, _ = trained[shards.manifest.digest]
+        shared = [trained[shard.sha256] for shard in shards.manifest.shards if shard.sha256 in trained]
+        if shared:
             raise ConfigError(
-                f"probes.sets.{index}.shards = {probe.shards} is the set that {key} trains on: a probe must be held "
-                "out; build with --holdout and use the _probe folder"
+                f"probes.sets.{index}.shards = {probe.shards} holds shards that {shared[0]} trains on: a probe must be "
+                "held out; build with --holdout and use the _probe folder"
             )
         used = min(len(shards), probe.max_blocks or len(shards))
         if used < 2:

@@ -37,15 +37,19 @@ def read_deepspeed_config(path: str | None) -> dict[str, Any]:
         raise ConfigError(f"engine.deepspeed = {path}: not JSON: {error}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"engine.deepspeed = {path}: expected keys and values, found {type(data).__name__}")
-    stage = data.get("zero_optimization", {}).get("stage", 0)
+    for key in ("zero_optimization", *_PRECISIONS):
+        if not isinstance(data.get(key, {}), dict):
+            raise ConfigError(f"{path}: {key} = {data[key]!r}: expected keys and values")
+    zero = data.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
     if stage == 3:
         raise ConfigError(
             f"{path}: zero_optimization.stage = 3 partitions the model over the ranks, but here the frozen base is "
             "replicated and only the sidecars are trained: use stage 0, 1 or 2"
         )
-    if stage not in (0, 1, 2):
+    if type(stage) is not int or stage not in (0, 1, 2):
         raise ConfigError(f"{path}: zero_optimization.stage = {stage!r}: use 0, 1 or 2")
-    if any(key.startswith("offload") and value for key, value in data.get("zero_optimization", {}).items()):
+    if any(key.startswith("offload") and value for key, value in zero.items()):
         raise ConfigError(
             f"{path}: offloading is not supported: the sidecars' optimizer state is a few MB; leave it out"
         )

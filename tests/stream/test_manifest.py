@@ -124,3 +124,12 @@ def test_tokenizer_info(tmp_path: Path) -> None:
         TokenizerInfo.of(tokenizer)
     with pytest.raises(ValueError, match="not a fast tokenizer"):
         TokenizerInfo.of(object())
+
+
+def test_a_folder_without_a_tokenizer_is_not_taken_for_one(tmp_path: Path) -> None:
+    """transformers makes an empty tokenizer of a model's folder that has none; it would turn any text into nothing."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}), encoding="utf-8")
+    empty = AutoTokenizer.from_pretrained(tmp_path)
+    for describe in (tokenizer_fingerprint, TokenizerInfo.of):
+        with pytest.raises(ValueError, match="no token but"):
+            describe(empty)
