@@ -171,7 +171,8 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
         raise ValueError(
             f"tokenizer {str(tokenizer.name_or_path or 'unnamed')!r} knows no token but "
-            f"{tokenizer.all_special_tokens}: the folder has no tokenizer in it; put its files (tokenizer.json) there, or name another"
+            f"{tokenizer.all_special_tokens}: the folder has no tokenizer in it; put its files (tokenizer.json) "
+            "there, or name another"
         )
     state = json.loads(backend.to_str())
     for key in ("truncation", "padding", "post_processor"):

@@ -1,0 +1,147 @@
+"""The rules of the house, read off the imports: who may know of whom.
+
+A file imports from floors below its own, or from its own room, never in a circle. Imports inside functions count too;
+those under `if TYPE_CHECKING:` exist for readers alone, and still may not go up.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "revpatch"
+FLOORS = {
+    "revpatch.config": 0,
+    "revpatch.patch": 1,
+    "revpatch.stream": 1,
+    "revpatch.ledger": 1,
+    "revpatch.monitoring": 2,
+    "revpatch.training": 3,
+    "revpatch.generate": 3,
+    "revpatch.cli": 4,
+    "revpatch.__main__": 5,
+}
+"""Room, and its floor."""
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def room_of(module: str) -> str:
+    return ".".join(module.split(".")[:2])
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file names in an import, wherever it stands."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are written out in full"
+            module = node.module or ""
+            found |= {f"{module}.{alias.name}" if f"{module}.{alias.name}" in FILES else module for alias in node.names}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            assert isinstance(node.args[0], ast.Constant), f"{path}: imports a module whose name is computed"
+            found.add(str(node.args[0].value))
+    return found
+
+
+def own_imports(module: str) -> set[str]:
+    return {name for name in imports(FILES[module]) if name.split(".")[0] == "revpatch"}
+
+
+def names(found: set[str], *packages: str) -> list[str]:
+    return sorted(name for name in found for package in packages if name == package or name.startswith(f"{package}."))
+
+
+def test_no_way_of_importing_escapes(tmp_path: Path) -> None:
+    file = tmp_path / "x.py"
+    file.write_text(
+        "import a.b as c, d\nfrom revpatch import config\nfrom revpatch.patch.gates import Gate as G\n"
+        "def f():\n    from e.f import g\n    importlib.import_module('h.i')\n"
+        "if TYPE_CHECKING:\n    import j\n",
+        encoding="utf-8",
+    )
+    assert imports(file) == {"a.b", "d", "revpatch.config", "revpatch.patch.gates", "e.f", "h.i", "j"}
+
+
+def test_every_file_has_a_room_and_every_room_a_file() -> None:
+    rooms = {room_of(module) for module in FILES if module != "revpatch"}
+    assert rooms == FLOORS.keys()
+
+
+@pytest.mark.parametrize("module", [module for module in FILES if module != "revpatch"])
+def test_a_file_imports_from_below_or_from_its_own_room(module: str) -> None:
+    floor = FLOORS[room_of(module)]
+    wrong = [
+        name
+        for name in own_imports(module)
+        if name != "revpatch" and room_of(name) != room_of(module) and FLOORS[room_of(name)] >= floor
+    ]
+    assert not wrong, f"{module} (floor {floor}) imports {wrong}, not below it"
+
+
+def test_the_package_itself_imports_nothing_of_its_own() -> None:
+    assert not own_imports("revpatch"), "`import revpatch` must stay cheap"
+
+
+def test_no_imports_go_in_a_circle() -> None:
+    done: set[str] = set()
+
+    def visit(module: str, above: tuple[str, ...]) -> None:
+        assert module not in above, " -> ".join([*above[above.index(module) :], module])
+        if module not in done:
+            for name in sorted(own_imports(module) & FILES.keys()):
+                visit(name, (*above, module))
+            done.add(module)
+
+    for module in FILES:
+        visit(module, ())
+
+
+def test_the_config_is_read_without_torch() -> None:
+    found = imports(FILES["revpatch.config"])
+    assert not names(found, "torch", "transformers", "numpy", "deepspeed", "accelerate")
+
+
+@pytest.mark.parametrize(
+    "module", [m for m in FILES if room_of(m) in ("revpatch.stream", "revpatch.patch", "revpatch.ledger")]
+)
+def test_ground_floor_rooms_ask_for_no_rank(module: str) -> None:
+    assert not names(imports(FILES[module]), "torch.distributed", "deepspeed", "accelerate")
+    source = FILES[module].read_text(encoding="utf-8")
+    tree = ast.parse(source)
+    attributes = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    assert not names(attributes, "torch.distributed")
+    texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+    assert not texts & {"RANK", "WORLD_SIZE", "LOCAL_RANK"}
+
+
+@pytest.mark.parametrize("module", [m for m in FILES if room_of(m) == "revpatch.patch"])
+def test_the_patch_knows_no_file(module: str) -> None:
+    assert not names(imports(FILES[module]), "pathlib", "os", "io", "revpatch.stream", "revpatch.ledger")
+
+
+@pytest.mark.parametrize("module", [m for m in FILES if room_of(m) == "revpatch.stream"])
+def test_the_stream_knows_no_model(module: str) -> None:
+    assert not names(imports(FILES[module]), "torch", "revpatch.patch")
+
+
+def test_the_guard_is_a_pure_function_of_numbers() -> None:
+    found = imports(FILES["revpatch.training.guard"])
+    assert not names(found, "torch", "os", "pathlib", "random", "time", "revpatch")
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_only_the_engine_imports_deepspeed_and_accelerate(module: str) -> None:
+    found = names(imports(FILES[module]), "deepspeed", "accelerate")
+    assert bool(found) == (module == "revpatch.training.engine"), found
