@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -119,7 +120,12 @@ def process_group(launch: Launch, device: torch.device, timeout_minutes: float) 
         dist.init_process_group("gloo", timeout=timeout)
     try:
         control = dist.new_group(backend="gloo", timeout=timeout) if device.type == "cuda" else None
-        yield Peers(launch, device, control)
+        peers = Peers(launch, device, control)
+        yield peers
+        peers.barrier()
+        # A gloo worker that frees the tensors of the last collective needs the interpreter's lock; if it first gets it
+        # while the interpreter is shutting down, it aborts the process.
+        time.sleep(0.2)
     finally:
         dist.destroy_process_group()
 

@@ -47,16 +47,22 @@ class Record:
             self.ledger.journal.append(name, **fields)
 
     def entry(
-        self, kind: str, phase_index: int, phase: str, step: int, patch: dict[str, Tensor], metadata: dict[str, Any]
+        self,
+        kind: str,
+        phase_index: int,
+        phase: str,
+        step: int,
+        patch: dict[str, Tensor],
+        metadata: dict[str, Any],
+        sets: dict[str, dict[str, Any]],
     ) -> str:
         """An entry of the ledger, child of the one recorded before it; its file name ("" on other ranks)."""
         if self.ledger is None:
             return ""
         parent = self.ledger.newest()
         known = {"kind": kind, "phase": phase, "phase_index": phase_index, "step": step}
-        path, sha256 = self.ledger.record(
-            kind, phase_index, phase, step, patch, {**known, "parent": parent.sha256 if parent else None, **metadata}
-        )
+        metadata = {**known, "parent": parent.sha256 if parent else None, **metadata}
+        path, sha256 = self.ledger.record(kind, phase_index, phase, step, patch, metadata, sets=sets)
         if kind == "commit":
             log.info("commit %s  sha256 %s", path.name, sha256)
         return path.name
@@ -116,7 +122,10 @@ class Record:
         self.event("probe", phase=phase, step=step, sets=sets)
         shown = []
         for name, values in sets.items():
-            self.board.probe(global_step, name, values["loss"], values["reference"], values["tolerance"])
+            if values["guarded"]:
+                self.board.probe(global_step, name, values["loss"], values["reference"], values["tolerance"])
+            else:
+                self.board.scalars(global_step, {f"probe/{name}/loss": values["loss"]})
             self.board.scalars(global_step, {f"probe/{name}/gate": values["gate"]})
             shown.append(f"{name} {values['loss']:.4f} ({values['drift']:+.4f})")
         log.info("%s probe at %d  %s", phase, step, "  ".join(shown))

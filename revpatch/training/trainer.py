@@ -309,7 +309,7 @@ class Trainer:
             return ""
         losses = {name: values["loss"] for name, values in sets.items()}
         metadata = {**self.identity, "probes": losses}
-        return self.record.entry(kind, phase.index, phase.config.name, step, patch_state(self.patch), metadata)
+        return self.record.entry(kind, phase.index, phase.config.name, step, patch_state(self.patch), metadata, sets)
 
     def _probe_due(self, step: int, steps: int) -> bool:
         return step % self.config.probes.every == 0 or step == steps

@@ -1,0 +1,208 @@
+"""What the multi-rank tests run on every rank, under a real launcher:  rank_checks.py CHECK CONFIG OUT.json
+
+Each check builds the real trainer on real shards, does its work, and rank 0 writes what it found as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from revpatch.config import load_config
+from revpatch.patch.patched_model import base_sha256, patch_state
+from revpatch.training import startup
+from revpatch.training.engine import MicroBatch
+from revpatch.training.launch import Launch, process_group
+from revpatch.training.preflight import check
+from revpatch.training.probe import Measurement
+from revpatch.training.record import Record
+from revpatch.training.rollback import restore, state_sha256
+from revpatch.training.schedule import learning_rate
+from revpatch.training.trainer import Phase, Trainer
+
+
+def batches_of(phase: Phase, steps: int) -> list[list[MicroBatch]]:
+    with phase.batches.stream(steps) as stream:
+        return list(stream)
+
+
+def run_steps(trainer: Trainer, batches: Iterable[list[MicroBatch]], rate: float) -> list[float]:
+    return [float(trainer.engine.train_step(batch, rate)[0][0]) for batch in batches]
+
+
+def whole_engine(trainer: Trainer) -> dict[str, Any]:
+    """Losses, the bytes on the wire and exact rollback, in one launch."""
+    trainer._enter = lambda *_: ""  # type: ignore[method-assign]
+    return {**losses(trainer), **bytes_reduced(trainer), **exact_rollback(trainer)}
+
+
+def exact_rollback(trainer: Trainer) -> dict[str, Any]:
+    """A step at rate 0 after a rollback against the same step at the good state itself."""
+    phase = trainer._begin(0, trainer.config.phases[0], 0)
+    batches = batches_of(phase, 12)
+    run_steps(trainer, batches[:5], 5e-3)
+    good, patch = trainer.engine.state(), patch_state(trainer.patch)
+    restore(trainer.engine, trainer.patch, good, trainer.peers)
+    run_steps(trainer, batches[11:], 0.0)
+    reference = state_sha256(trainer.patch, trainer.engine.state())
+
+    restore(trainer.engine, trainer.patch, good, trainer.peers)
+    run_steps(trainer, batches[5:11], 5e-3)
+    moved = max(float((patch_state(trainer.patch)[name] - tensor).abs().max()) for name, tensor in patch.items())
+    restored = restore(trainer.engine, trainer.patch, good, trainer.peers)
+    run_steps(trainer, batches[11:], 0.0)
+    after = patch_state(trainer.patch)
+    state = trainer.engine.state()
+    return {
+        "moved_by": moved,
+        "good": state_sha256_of(trainer, good),
+        "restored": restored,
+        "same_patch": trainer.peers.gather(all(torch.equal(after[name], patch[name]) for name in patch)),
+        "same_masters": trainer.peers.gather(
+            all(torch.equal(state.master[name], good.master[name]) for name in good.master)
+        ),
+        "with_moments": trainer.peers.gather(state_sha256(trainer.patch, state)),
+        "reference": reference,
+        "step": [good.step, state.step],
+    }
+
+
+def state_sha256_of(trainer: Trainer, state: Any) -> str:
+    """The hash that a patch would have whose parameters are the state's masters."""
+
+    class Stand:
+        def named_parameters(self) -> Any:
+            return state.master.items()
+
+    return state_sha256(Stand(), state)  # type: ignore[arg-type]
+
+
+def losses(trainer: Trainer) -> dict[str, Any]:
+    """The mean loss over ranks of every step, and what became of the base."""
+    before = base_sha256(trainer.base)
+    phase = trainer._begin(0, trainer.config.phases[0], 0)
+    found = []
+    for step, batch in enumerate(batches_of(phase, 12), start=1):
+        terms, _ = trainer.engine.train_step(batch, learning_rate(trainer.config.optimizer, step, 12))
+        found.append(trainer.peers.mean_(terms).tolist())
+    return {
+        "losses": found,
+        "base_unchanged": before == base_sha256(trainer.base),
+        "base_has_grad": any(p.grad is not None or p.requires_grad for p in trainer.base.parameters()),
+        "world": trainer.engine.world,
+    }
+
+
+def bytes_reduced(trainer: Trainer) -> dict[str, Any]:
+    """Counts, in the profiler's record of the process group, the bytes that one optimizer step hands to collectives."""
+    phase = trainer._begin(0, trainer.config.phases[0], 0)
+    batches = batches_of(phase, 3)
+    run_steps(trainer, batches[:2], 1e-3)
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as record:
+        run_steps(trainer, batches[2:], 1e-3)
+    moved: dict[str, int] = {}
+    for event in record.events():
+        if event.name.startswith("gloo:"):
+            elements = sum(int(np.prod(shape)) for shape in event.input_shapes if shape)
+            moved[event.name] = moved.get(event.name, 0) + 4 * elements
+    return {"moved": moved, "parameters": sum(p.numel() for p in trainer.patch.parameters())}
+
+
+def disagreement(trainer: Trainer) -> dict[str, Any]:
+    """Rank 1 corrupts what it loads."""
+    phase = trainer._begin(0, trainer.config.phases[0], 0)
+    run_steps(trainer, batches_of(phase, 2), 1e-3)
+    good, load = trainer.engine.state(), trainer.engine.load
+
+    def corrupting(state: Any) -> None:
+        load(state)
+        if trainer.peers.rank == 1:
+            with torch.no_grad():
+                next(trainer.patch.parameters()).view(-1)[0] += 1e-7
+
+    trainer.engine.load = corrupting  # type: ignore[method-assign]
+    restore(trainer.engine, trainer.patch, good, trainer.peers)
+    return {}
+
+
+def nonfinite(trainer: Trainer) -> dict[str, Any]:
+    """On rank 1 alone, the loss of step 7 of the first phase is not a number."""
+    step_of, calls = trainer.engine.train_step, [0]
+
+    def poisoned(batches: Iterable[MicroBatch], rate: float) -> Any:
+        calls[0] += 1
+        terms, layers = step_of(batches, rate)
+        if calls[0] == 7 and trainer.peers.rank == trainer.peers.world - 1:
+            with torch.no_grad():
+                for parameter in trainer.patch.parameters():
+                    parameter.fill_(float("nan"))
+            terms = terms * float("nan")
+        return terms, layers
+
+    trainer.engine.train_step = poisoned  # type: ignore[method-assign]
+    trainer.run()
+    return {"finite": all(bool(torch.isfinite(t).all()) for t in patch_state(trainer.patch).values())}
+
+
+def guarded(trainer: Trainer) -> dict[str, Any]:
+    """The probe's losses are scripted: good, then worse, then good; in the second phase always worse."""
+    script = [5.0, 4.9, 5.4, 4.8, 4.8] + [5.2] * 10
+    rates: list[float] = []
+    step_of = trainer.engine.train_step
+
+    def measure() -> dict[str, Measurement]:
+        level = script.pop(0)
+        return {"probe": Measurement(np.full(8, level) + np.linspace(0, 1e-3, 8), [0.5], [0.1])}
+
+    def stepping(batches: Iterable[MicroBatch], rate: float) -> Any:
+        rates.append(rate)
+        return step_of(batches, rate)
+
+    trainer.prober.measure = measure  # type: ignore[method-assign]
+    trainer.engine.train_step = stepping  # type: ignore[method-assign]
+    sampled = []
+    keep_replay = trainer._keep_replay
+
+    def keeping(phase: Phase) -> None:
+        sampled.append(list(phase.learned))
+        keep_replay(phase)
+
+    trainer._keep_replay = keeping  # type: ignore[method-assign]
+    trainer.run()
+    return {"rates": rates, "learned": sampled, "patch": trainer.peers.gather(patch_sum(trainer))}
+
+
+def patch_sum(trainer: Trainer) -> float:
+    return float(sum(tensor.double().sum() for tensor in patch_state(trainer.patch).values()))
+
+
+CHECKS: dict[str, Callable[[Trainer], dict[str, Any]]] = {
+    check.__name__: check for check in (whole_engine, disagreement, nonfinite, guarded)
+}
+
+
+def main() -> None:
+    name, config_file, out, *overrides = sys.argv[1:]
+    config = load_config(config_file, overrides)
+    launch = Launch.from_environment()
+    plan = check(config, launch.world)
+    torch.set_num_threads(1)
+    with process_group(launch, launch.device(), config.engine.timeout_minutes) as peers:
+        directory = startup.prepare_run(config, peers)
+        record = Record(directory, peers.rank == 0, config.monitoring.tensorboard)
+        trainer = Trainer(config, plan, peers, record, directory)
+        found = CHECKS[name](trainer)
+        record.close()
+        if peers.rank == 0:
+            Path(out).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
