@@ -38,7 +38,7 @@ def train(
     ] = None,
 ) -> None:
     """Train every phase of a config; start it with deepspeed, torchrun, accelerate launch or plain python."""
-    from revpatch.config import load_config
+    from revpatch.config_file import load_config
     from revpatch.monitoring.summary import print_summary
     from revpatch.training.trainer import train as run
 
@@ -70,7 +70,7 @@ def generate(
     from revpatch.generate import Sampling, generate_text
 
     sampling = Sampling(greedy, max_new_tokens, temperature, top_p, repetition_penalty, no_repeat_ngram, seed)
-    console.print(generate_text(patch, prompt, gate, sampling, base), markup=False, highlight=False)
+    typer.echo(generate_text(patch, prompt, gate, sampling, base))  # as it is: a console would expand tabs and :names:
 
 
 @shards_app.command("build")

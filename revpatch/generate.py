@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from revpatch.config import SidecarConfig
 from revpatch.ledger.entry import EntryError, read_entry
+from revpatch.ledger.history import JOURNAL_NAME, Ledger
 from revpatch.patch.patched_model import GateMode, attach, base_sha256, load_patch, set_gate, switchboard
 
 
@@ -33,18 +34,19 @@ def load_patched(patch: Path, base: str | None = None) -> tuple[nn.Module, Any]:
     """The base with the patch of an entry attached, in eval mode, and the tokenizer.
 
     Args:
-        patch: a ledger's entry (.pt or .safetensors). Where a journal lies beside it, the file is checked against it.
+        patch: a ledger's entry (.pt or .safetensors). Where a journal lies beside it, the journal must vouch for it.
         base: name or folder of the base; None is the name that the entry gives.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no entry, is damaged, or belongs to another base.
+        ValueError: it is no entry, is damaged, is not what the journal recorded, or belongs to another base.
     """
     if not patch.is_file():
         raise FileNotFoundError(
             f"patch {patch}: no such file; entries are in RUN/ledger/, see `revpatch ledger log RUN`"
         )
-    tensors, metadata = read_entry(patch)
+    in_ledger = (patch.parent / JOURNAL_NAME).is_file()
+    tensors, metadata = Ledger(patch.parent, readonly=True).load(patch.name) if in_ledger else read_entry(patch)
     try:
         of_base, sidecar = metadata["base"], SidecarConfig.model_validate(metadata["sidecar"])
         name, sha256, dtype = base or of_base["model"], of_base["sha256"], of_base["dtype"]

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from revpatch.ledger.journal import Journal
 
@@ -19,7 +20,8 @@ def print_summary(run: Path, console: Console) -> None:
     commits = [
         event for event in Journal(run / "ledger/journal.jsonl", readonly=True).records() if event["event"] == "commit"
     ]
-    table = Table(title=f"{run.name}: held-out losses in nats per token", title_justify="left")
+    title = Text(f"{run.name}: held-out losses in nats per token", style="table.title")
+    table = Table(title=title, title_justify="left")
     for column in (
         "phase",
         "held-out set",

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-console = Console(soft_wrap=True, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120)
+# No :names: turned into pictures: paths and generated text mean what they say.
+console = Console(soft_wrap=True, emoji=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120)
 """The one console: log lines, tables and the progress bar share it."""
 
 _NOISY = ("DeepSpeed", "deepspeed", "transformers", "accelerate", "datasets", "torch.distributed", "tensorboard")

@@ -10,10 +10,12 @@ from typing import Any, cast
 import torch
 import transformers
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from revpatch.config import BaseConfig, Config, dump_config
+from revpatch.config import BaseConfig, Config
+from revpatch.config_file import dump_config
 from revpatch.monitoring.terminal import console, log_to
 from revpatch.patch.families import body_of, head_of
 from revpatch.patch.patched_model import Patch, base_sha256, recording
@@ -146,7 +148,7 @@ def show(table_of: dict[str, Any]) -> None:
     """Prints the start-up table."""
     table = Table(title="revpatch", show_header=False, title_justify="left")
     for name, value in table_of.items():
-        table.add_row(name, f"{value:,}" if isinstance(value, int) else str(value))
+        table.add_row(name, Text(f"{value:,}" if isinstance(value, int) else str(value)))  # a path may hold [ ]
     console.print(table)
 
 

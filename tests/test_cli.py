@@ -1,0 +1,565 @@
+"""The command line, as a person meets it: a real small run, text out of its patches, and plain words for mistakes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from toy import POSITIONS, Toy, save_base
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from revpatch.cli import main
+from revpatch.config import Config
+from revpatch.config_file import load_config
+from revpatch.ledger.entry import read_entry, serialise
+from revpatch.monitoring.terminal import log_to
+from revpatch.stream.manifest import Manifest
+from revpatch.training import startup
+from revpatch.training.objective import TERMS
+
+STEPS = {"first": 14, "second": 12}
+PROMPT = "the little kettle"
+NOISE = re.compile(r"warn|deprecat|traceback|it/s\]|\[W\d|\[rank\d|/site-packages/", re.IGNORECASE)
+"""What libraries say of themselves; a run's own words have none of it."""
+
+
+@dataclass
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+@dataclass
+class Run:
+    """A run that was trained once, and is read only."""
+
+    directory: Path
+    config: Path
+    overrides: list[str]
+    result: Result
+
+    def entry(self, name: str) -> Path:
+        return self.directory / "ledger" / name
+
+
+Call = Callable[..., Result]
+
+
+def in_a_process(*arguments: str) -> Result:
+    """`python -m revpatch ...`, with nothing in the environment that would keep a library quiet."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR")
+    names += ("TOKENIZERS_PARALLELISM", "HF_HUB_DISABLE_PROGRESS_BARS", "TRANSFORMERS_VERBOSITY")
+    environment = {key: value for key, value in os.environ.items() if key not in names}
+    environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}
+    done = subprocess.run(
+        [sys.executable, "-m", "revpatch", *arguments], env=environment, capture_output=True, text=True, timeout=300
+    )
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture
+def revpatch(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Call:
+    """revpatch(*arguments): the same, in this process."""
+    monkeypatch.delenv("RANK", raising=False)
+
+    def call(*arguments: str | Path) -> Result:
+        monkeypatch.setattr(sys, "argv", ["revpatch", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            main()
+        code = caught.value.code
+        return Result(code if isinstance(code, int) else int(code is not None), *capfd.readouterr())
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def run(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    tmp = tmp_path_factory.mktemp("cli")
+    directory = tmp / "a run [b] :bug:"  # names that a careless console would change
+    config = toy.config_file(
+        tmp,
+        output_dir=str(directory),
+        objective={"gate_l1_weight": 0.01, "patch_l2_weight": 1e-4, "stats_drift_weight": 0.01},
+        phases=[{"name": n, "shards": str(toy.shards(n)), "steps": steps} for n, steps in STEPS.items()],
+        engine={"kind": "deepspeed"},
+        monitoring={"tensorboard": True},
+    )
+    overrides = ["optimizer.lr=2e-2", "rollback.max_drift=2.0"]
+    sets = [argument for override in overrides for argument in ("--set", override)]
+    return Run(directory, config, overrides, in_a_process("train", str(config), *sets))
+
+
+def one_line(result: Result, *words: object) -> None:
+    """A mistake: exit code 2, nothing on standard output, and one line that has these words."""
+    assert (result.code, result.out) == (2, ""), result
+    assert result.err.startswith("revpatch: ")
+    assert result.err.count("\n") == 1, result.err
+    missing = [str(word) for word in words if str(word) not in result.err]
+    assert not missing, f"{missing} not in: {result.err}"
+
+
+# Training
+
+
+def test_a_run_ends_well_and_says_nothing_but_its_own_words(run: Run) -> None:
+    assert run.result.code == 0, run.result
+    assert run.result.err == ""
+    noise = [line for line in run.result.out.splitlines() if NOISE.search(line)]
+    assert not noise, noise
+    for word in ("ranks", "engine", "deepspeed, ZeRO 0", "trainable parameters", "frozen parameters", "inverse error"):
+        assert word in run.result.out
+    assert run.result.out.count(str(run.directory)) == 1
+    assert f"{run.directory.name}: held-out losses" in run.result.out
+    assert "first committed" in run.result.out
+    assert "second committed" in run.result.out
+
+
+def test_the_resolved_config_is_kept_with_the_run(run: Run) -> None:
+    assert load_config(run.directory / "config.yaml") == load_config(run.config, run.overrides)
+    assert load_config(run.directory / "config.yaml").optimizer.lr == 2e-2
+
+
+def test_the_log_file_has_what_the_terminal_showed(run: Run) -> None:
+    written = [line.split(" ", 2)[2] for line in (run.directory / "train.log").read_text("utf-8").splitlines()]
+    shown = run.result.out.splitlines()
+    assert len(written) > 10
+    assert [line for line in written if line not in shown] == []
+
+
+def test_commits_learned_their_corpora(run: Run) -> None:
+    losses = {name: read_entry(run.entry(name))[1]["probes"] for name in ("000_first_start.pt", "001_second_commit.pt")}
+    assert losses["001_second_commit.pt"]["first"] < losses["000_first_start.pt"]["first"] - 0.1
+    assert losses["001_second_commit.pt"]["second"] < losses["000_first_start.pt"]["second"] - 0.1
+
+
+@pytest.fixture(scope="module")
+def events(run: Run) -> Any:
+    accumulator = EventAccumulator(str(run.directory / "tensorboard"))
+    accumulator.Reload()
+    return accumulator
+
+
+def steps_of(config: Config) -> tuple[list[int], list[int]]:
+    """The global steps at which a line is logged, and at which the probes are read."""
+    logged, probed, before = [], [], 0
+    for phase in config.phases:
+        for step in range(1, phase.steps + 1):
+            probe = step % config.probes.every == 0 or step == phase.steps
+            if probe or step % config.monitoring.every == 0:
+                logged.append(before + step)
+            if probe:
+                probed.append(before + step)
+        before += phase.steps
+    return logged, probed
+
+
+def test_tensorboard_has_every_term_rate_speed_and_layer_at_every_logged_step(events: Any, run: Run) -> None:
+    logged, _ = steps_of(load_config(run.config))
+    tags = [f"loss/{term}" for term in TERMS]
+    tags += ["optimizer/lr", "speed/tokens_per_second"]
+    tags += [f"{key}/layer_{layer:02d}" for key in ("gate", "scale", "patch_norm") for layer in (0, 1)]
+    for tag in tags:
+        points = events.Scalars(tag)
+        assert [point.step for point in points] == logged, tag
+        assert all(point.value == point.value for point in points), tag
+    assert all(0 < point.value < 1 for point in events.Scalars("gate/layer_00"))
+    assert all(point.value > 0 for point in events.Scalars("scale/layer_01"))
+    assert all(point.value > 0 for point in events.Scalars("speed/tokens_per_second"))
+
+
+def test_tensorboard_has_the_objective_as_the_sum_of_its_terms(events: Any, run: Run) -> None:
+    objective = load_config(run.config).objective.model_dump()
+    weights = {"lm": 1.0, "replay_lm": objective["replay_loss_weight"]}
+    weights |= {term: objective[f"{term}_weight"] for term in TERMS if term not in ("loss", "lm", "replay_lm")}
+    for i, total in enumerate(events.Scalars("loss/loss")):
+        parts = sum(weight * events.Scalars(f"loss/{term}")[i].value for term, weight in weights.items())
+        assert total.value == pytest.approx(parts, rel=1e-4)
+
+
+def test_tensorboard_has_the_learning_rate_of_the_phase(events: Any) -> None:
+    rates = {point.step: point.value for point in events.Scalars("optimizer/lr")}
+    assert rates[STEPS["first"]] == pytest.approx(0.0, abs=1e-9)
+    assert rates[sum(STEPS.values())] == pytest.approx(0.0, abs=1e-9)
+    assert rates[4] > rates[8] > rates[12] > 0
+    assert rates[18] > rates[12], "each phase warms up anew"
+
+
+def test_tensorboard_has_the_probes_and_the_commits(events: Any, run: Run) -> None:
+    _, probed = steps_of(load_config(run.config))
+    for name in ("base", "first", "second"):
+        for value in ("loss", "gate"):
+            assert [point.step for point in events.Scalars(f"probe/{name}/{value}")] == probed
+    guarded = {"base": probed, "first": [step for step in probed if step > STEPS["first"]]}
+    for name, steps in guarded.items():
+        for value in ("reference", "limit", "rise"):
+            assert [point.step for point in events.Scalars(f"probe/{name}/{value}")] == steps
+    assert "probe/second/limit" not in events.Tags()["scalars"], "no phase after it guards it"
+    for loss, limit in zip(events.Scalars("probe/base/reference"), events.Scalars("probe/base/limit"), strict=True):
+        assert limit.value == pytest.approx(loss.value + 0.5, rel=1e-5)
+    journal = [json.loads(line) for line in run.entry("journal.jsonl").read_text("utf-8").splitlines()]
+    losses = [event["sets"]["first"]["loss"] for event in journal if event["event"] == "probe"]
+    assert [p.value for p in events.Scalars("probe/first/loss")] == pytest.approx(losses, rel=1e-6)
+    (tag,) = [tag for tag in events.Tags()["tensors"] if tag.startswith("event/commit")]
+    texts = {e.step: e.tensor_proto.string_val[0].decode() for e in events.Tensors(tag)}
+    assert texts.keys() == {STEPS["first"], sum(STEPS.values())}
+    assert "first committed" in texts[STEPS["first"]]
+
+
+def test_a_folder_that_holds_something_is_refused_and_left_as_it_is(toy: Toy, tmp_path: Path) -> None:
+    taken = tmp_path / "run"
+    taken.mkdir()
+    (taken / "thesis.txt").write_text("ten years of work", encoding="utf-8")
+    result = in_a_process("train", str(toy.config_file(tmp_path)))
+    one_line(result, "output_dir", taken, "not empty", "another folder")
+    assert [path.name for path in taken.iterdir()] == ["thesis.txt"]
+    assert (taken / "thesis.txt").read_text(encoding="utf-8") == "ten years of work"
+
+
+def test_mistakes_in_a_config_are_told_in_words(toy: Toy, tmp_path: Path, revpatch: Call) -> None:
+    config = toy.config_file(tmp_path)
+    one_line(revpatch("train", tmp_path / "none.yaml"), tmp_path / "none.yaml", "no such file")
+    one_line(revpatch("train", config, "--set", "optimizer.lr"), "--set", "section.key=value")
+    one_line(revpatch("train", config, "--set", "batch.new_blocks=3", "--set", "batch.micro_blocks=1"), "micro_blocks")
+    one_line(revpatch("train", config, "--set", "phases.0.shards=nowhere"), "phases.0.shards", "nowhere")
+    result = revpatch("train", config, "--set", "optimizer.rate=3", "--set", "seed=x")
+    assert result.code == 2
+    assert result.err.splitlines()[0] == f"revpatch: config {config}: 2 mistake(s)"
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_rank_speaks_for_all(revpatch: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert revpatch("train", tmp_path / "none.yaml") == Result(2, "", "")
+
+
+def test_a_developer_can_have_the_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REVPATCH_TRACEBACK", "1")
+    monkeypatch.setattr(sys, "argv", ["revpatch", "train", str(tmp_path / "none.yaml")])
+    with pytest.raises(FileNotFoundError):
+        main()
+
+
+def test_the_start_up_table_shows_paths_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    startup.show({"base": "/models/[bold]x[/bold] :bug:", "trainable parameters": 1234567})
+    shown = capsys.readouterr().out
+    assert "/models/[bold]x[/bold] :bug:" in shown
+    assert "1,234,567" in shown
+
+
+def test_log_lines_are_shown_and_written_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = logging.getLogger("revpatch")
+    monkeypatch.setattr(log, "handlers", [])
+    monkeypatch.setattr(log, "propagate", True)
+    monkeypatch.setattr(log, "level", log.level)
+    log_to(tmp_path / "train.log")
+    words = "rolled back to [b]x[/b] :bug: " + "long " * 60
+    log.info(words)
+    assert capsys.readouterr().out == words + "\n"
+    assert (tmp_path / "train.log").read_text(encoding="utf-8").endswith(f" {words}\n")
+    for handler in log.handlers:
+        handler.close()
+
+
+# Help
+
+
+def test_help_lists_the_commands() -> None:
+    result = in_a_process("--help")
+    assert result.code == 0
+    assert result.err == ""
+    for command in ("train", "generate", "shards", "ledger"):
+        assert re.search(rf"\b{command}\b", result.out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "--help"], ["--set", "config"]),
+        (["generate", "--help"], ["--patch", "--patch-ckpt", "--prompt", "--gate", "--greedy", "--seed", "--base"]),
+        (["shards", "build", "--help"], ["--tokenizer", "--block-size", "--out", "--holdout"]),
+        (["ledger", "log", "--help"], ["run"]),
+        (["ledger", "verify", "--help"], ["run"]),
+    ],
+)
+def test_each_command_explains_itself(
+    revpatch: Call, arguments: list[str], words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    result = revpatch(*arguments)
+    assert result.code == 0
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", result.out)
+    assert [word for word in words if word not in plain] == []
+    assert "local" + "_rank" not in plain
+
+
+@pytest.mark.parametrize("arguments", [["frobnicate"], ["train"], ["generate", "--prompt", "x"], ["ledger", "log"]])
+def test_an_incomplete_command_ends_with_2_and_its_usage(revpatch: Call, arguments: list[str]) -> None:
+    result = revpatch(*arguments)
+    assert result.code == 2
+    assert "Usage" in result.err
+
+
+# Shards
+
+
+def test_shards_are_built_from_files(toy: Toy, tmp_path: Path, revpatch: Call) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("the patch learns what a stream brings\n\n" * 40, encoding="utf-8")
+    lines = tmp_path / "b.jsonl"
+    lines.write_text("".join(json.dumps({"body": f"it forgets little {i}"}) + "\n" for i in range(60)), "utf-8")
+    out = tmp_path / "shards"
+    arguments = ["shards", "build", text, "--tokenizer", toy.base, "--block-size", "8"]
+    result = revpatch(*arguments, "--out", out, "--licence", "mine", "--note", "toy")
+    assert result.code == 0, result
+    manifest = Manifest.read(out)
+    assert (manifest.block_size, manifest.licence, manifest.note) == (8, "mine", "toy")
+    assert f"{manifest.blocks} blocks of 8 tokens from {manifest.documents} documents in 1 shards" in result.out
+    both = tmp_path / "held"
+    result = revpatch(
+        *("shards", "build", lines, "--text-column", "body", "--tokenizer", toy.base, "--block-size", "4"),
+        *("--out", both, "--holdout", "0.3", "--max-tokens", "64"),
+    )
+    assert result.code == 0, result
+    assert Manifest.read(both).tokens == 64
+    assert Manifest.read(tmp_path / "held_probe").split == "probe"
+
+
+def test_mistakes_in_building_are_told_in_words(toy: Toy, tmp_path: Path, revpatch: Call) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("the patch learns", encoding="utf-8")
+    out = tmp_path / "out"
+
+    def build(source: Path, tokenizer: Path, *more: str) -> Result:
+        return revpatch("shards", "build", source, "--tokenizer", tokenizer, "--out", out, *more)
+
+    one_line(build(tmp_path / "none.txt", toy.base), tmp_path / "none.txt", "no such file")
+    one_line(build(text, tmp_path / "none"), "--tokenizer", tmp_path / "none")
+    one_line(build(text, toy.base, "--block-size", "4096"), "not one block of 4096", "lower block_size")
+    mute = tmp_path / "mute"
+    mute.mkdir()
+    (mute / "config.json").write_text(json.dumps({"model_type": "gpt2"}), encoding="utf-8")
+    one_line(build(text, mute), "tokenizer", mute, "tokenizer.json")
+    assert not out.exists()
+    out.mkdir()
+    (out / "thesis.txt").write_text("x", encoding="utf-8")
+    one_line(build(text, toy.base, "--block-size", "2"), out)
+    assert [path.name for path in out.iterdir()] == ["thesis.txt"]
+
+
+# Ledger
+
+
+def test_the_log_tells_the_run(run: Run, revpatch: Call) -> None:
+    result = revpatch("ledger", "log", run.directory)
+    assert (result.code, result.err) == (0, "")
+    for phase, steps in STEPS.items():
+        assert f"{phase}  phase_start" in result.out
+        assert f"{phase} step {steps}  commit entry" in result.out
+    assert "run_end" in result.out
+    assert len(re.findall(r"step \d+  probe", result.out)) == 5
+
+
+def test_verify_is_content_with_a_whole_ledger_and_not_with_a_flipped_bit(
+    run: Run, revpatch: Call, tmp_path: Path
+) -> None:
+    result = revpatch("ledger", "verify", run.directory)
+    assert (result.code, result.err) == (0, "")
+    assert "the chain holds" in result.out
+    copied = copy_of(run, tmp_path)
+    entry = copied / "ledger/000_first_commit.pt"
+    data = bytearray(entry.read_bytes())
+    data[len(data) // 2] ^= 1
+    entry.write_bytes(data)
+    result = revpatch("ledger", "verify", copied)
+    assert result.code == 1
+    assert "000_first_commit.pt" in result.out
+    assert "sha256" in result.out
+
+
+def test_a_folder_that_is_no_run(revpatch: Call, tmp_path: Path) -> None:
+    one_line(revpatch("ledger", "log", tmp_path), tmp_path, "not there")
+    assert revpatch("ledger", "verify", tmp_path).code == 1
+
+
+def copy_of(run: Run, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(run.directory, tmp_path / "copied"))
+
+
+# Text
+
+
+@pytest.fixture
+def text(run: Run, revpatch: Call) -> Callable[..., str]:
+    """text(*options): what is written after the prompt by the last commit, and nothing else is."""
+
+    def write(*options: str) -> str:
+        result = revpatch(
+            "generate",
+            "--patch",
+            run.entry("001_second_commit.pt"),
+            "--prompt",
+            PROMPT,
+            "--max-new-tokens",
+            "16",
+            *options,
+        )
+        assert (result.code, result.err) == (0, ""), result
+        return result.out
+
+    return write
+
+
+def base_writes(toy: Toy, **options: Any) -> str:
+    """The base's own text, without a patch."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(toy.base), AutoTokenizer.from_pretrained(toy.base)
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    torch.manual_seed(options.pop("seed", 0))
+    out = model.eval().generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, pad_token_id=0, **options)
+    decoded: str = tokenizer.decode(out[0], skip_special_tokens=True)
+    return decoded + "\n"
+
+
+def test_gate_off_is_the_bases_own_text(toy: Toy, text: Callable[..., str]) -> None:
+    plain = ["--gate", "off", "--repetition-penalty", "1", "--no-repeat-ngram", "0"]
+    assert text(*plain, "--greedy") == base_writes(toy, do_sample=False)
+    drawn = base_writes(toy, do_sample=True, temperature=0.7, top_p=0.8, top_k=50, seed=5)
+    assert text(*plain, "--temperature", "0.7", "--top-p", "0.8", "--seed", "5") == drawn
+    controlled = base_writes(toy, do_sample=False, repetition_penalty=1.15, no_repeat_ngram_size=4)
+    assert text("--gate", "off", "--greedy") == controlled
+
+
+def test_the_patch_speaks_when_it_is_on(text: Callable[..., str]) -> None:
+    learned, held_open, off = (text("--greedy", "--gate", gate) for gate in ("learned", "on", "off"))
+    assert len({learned, held_open, off}) > 1
+    assert learned != off
+    assert text("--greedy") == learned, "learned is the default"
+    assert all(written.startswith(PROMPT) for written in (learned, held_open, off))
+
+
+def test_the_seed_decides_what_is_drawn(text: Callable[..., str]) -> None:
+    drawn = [text("--seed", seed, "--temperature", "2") for seed in ("1", "1", "2")]
+    assert drawn[0] == drawn[1]
+    assert drawn[0] != drawn[2]
+    assert text("--greedy", "--seed", "1") == text("--greedy", "--seed", "2"), "greedy draws nothing"
+
+
+def test_the_other_name_of_the_option_and_safetensors_give_the_same(
+    run: Run, text: Callable[..., str], revpatch: Call, tmp_path: Path
+) -> None:
+    entry = run.entry("001_second_commit.pt")
+    exported = tmp_path / "patch.safetensors"
+    exported.write_bytes(serialise(*read_entry(entry), suffix=".safetensors"))
+    for path in (entry, exported):
+        result = revpatch("generate", "--patch-ckpt", path, "--prompt", PROMPT, "--max-new-tokens", "16", "--greedy")
+        assert (result.code, result.out) == (0, text("--greedy")), result
+
+
+def test_generating_in_a_process_of_its_own_prints_the_text_alone(run: Run, text: Callable[..., str]) -> None:
+    result = in_a_process(
+        *("generate", "--patch", str(run.entry("001_second_commit.pt")), "--prompt", PROMPT), "--max-new-tokens", "16"
+    )
+    assert result == Result(0, text(), "")
+
+
+def test_text_is_printed_to_the_letter(run: Run, revpatch: Call) -> None:
+    prompt = ":bug: [bold]x[/bold]\ta\\b"
+    result = revpatch(
+        *("generate", "--patch", run.entry("001_second_commit.pt"), "--prompt", prompt, "--max-new-tokens", "1"),
+        "--greedy",
+    )
+    assert result.code == 0
+    assert result.out.startswith(prompt)
+
+
+def test_writing_stops_at_the_models_last_position(run: Run, toy: Toy, revpatch: Call) -> None:
+    prompt = " ".join(["the"] * (POSITIONS - 2))
+    tokens = len(toy.tokenizer(prompt).input_ids)
+    assert tokens == POSITIONS - 2
+    result = revpatch(
+        *("generate", "--patch", run.entry("001_second_commit.pt"), "--prompt", prompt, "--max-new-tokens", "50"),
+        "--greedy",
+    )
+    assert (result.code, result.err) == (0, ""), result
+    assert len(result.out) > len(prompt)
+
+
+def test_mistakes_in_generating_are_told_in_words(run: Run, toy: Toy, tmp_path: Path, revpatch: Call) -> None:
+    entry = run.entry("001_second_commit.pt")
+
+    def refused(*words: object, patch: Path = entry, prompt: str = PROMPT, more: tuple[str | Path, ...] = ()) -> None:
+        one_line(revpatch("generate", "--patch", patch, "--prompt", prompt, *more), *words)
+
+    refused("--prompt is empty", prompt="")
+    long = " ".join(["the"] * POSITIONS)
+    refused("--prompt", POSITIONS, "tokens", "cut it", prompt=long)
+    refused("--prompt", "cut it", prompt=long * 20)
+    refused("--gate 'half'", "learned, on or off", more=("--gate", "half"))
+    refused(tmp_path / "none.pt", "no such file", patch=tmp_path / "none.pt")
+    refused(tmp_path, "no such file", patch=tmp_path)
+    other = save_base(tmp_path / "other", toy.tokenizer, seed=1)
+    refused(entry, "sha256", other, "--base", more=("--base", other))
+    refused(tmp_path / "gone", "--base", more=("--base", tmp_path / "gone"))
+    cut = tmp_path / "cut.pt"
+    cut.write_bytes(entry.read_bytes()[:-1000])
+    refused(cut, "truncated or damaged", patch=cut)
+    empty = tmp_path / "empty.pt"
+    empty.touch()
+    refused(empty, "not a revpatch entry", patch=empty)
+    foreign = tmp_path / "foreign.pt"
+    torch.save({"a": torch.ones(2)}, foreign)
+    refused(foreign, "not a revpatch entry", patch=foreign)
+    config = run.directory / "config.yaml"
+    refused(config, patch=config)
+
+
+def test_an_entry_that_was_changed_in_its_ledger_is_refused(run: Run, revpatch: Call, tmp_path: Path) -> None:
+    entry = copy_of(run, tmp_path) / "ledger/001_second_commit.pt"
+    tensors, metadata = read_entry(entry)
+    name = next(iter(tensors))
+    entry.write_bytes(serialise({**tensors, name: tensors[name] + 1}, metadata))
+    one_line(revpatch("generate", "--patch", entry, "--prompt", "x"), entry, "not the file that was recorded", "sha256")
+    alone = tmp_path / entry.name
+    alone.write_bytes(entry.read_bytes())
+    assert revpatch("generate", "--patch", alone, "--prompt", "x", "--greedy").code == 0, "it is sound by itself"
+    stray = entry.with_name("stray.pt")
+    stray.write_bytes(entry.read_bytes())
+    one_line(revpatch("generate", "--patch", stray, "--prompt", "x"), "stray.pt", "is not in")
+
+
+class Bomb:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.target,))
+
+
+def test_code_in_a_patch_file_is_refused_and_not_run(revpatch: Call, tmp_path: Path) -> None:
+    mark = tmp_path / "it ran"
+    bare, packed = tmp_path / "bare.pt", tmp_path / "packed.pt"
+    bare.write_bytes(pickle.dumps(Bomb(mark)))
+    torch.save({"header": "{}", "tensors": Bomb(mark)}, packed)
+    for path in (bare, packed):
+        one_line(revpatch("generate", "--patch", path, "--prompt", "x"), path, "executed" if path == packed else "run")
+        assert not mark.exists()
+    pickle.loads(bare.read_bytes())  # noqa: S301  (the bomb works)
+    assert mark.exists()
