@@ -1,19 +1,15 @@
 """Every knob of a run, in one place: strict, with units, readable without torch.
 
-A config is a YAML or JSON file (`load_config`), changed key by key with `--set section.key=value`. Unknown keys, wrong
-types and combinations that can't work are refused here, before any process group is formed; what needs the shards
-themselves (fingerprints, block sizes, enough blocks for the lanes) is checked in `revpatch.training.preflight`.
+A config is a YAML or JSON file (`revpatch.config_file` reads it). Unknown keys, wrong types and combinations that can't
+work are refused here, before any process group is formed; what needs the shards themselves (fingerprints, block sizes,
+enough blocks for the lanes) is checked in `revpatch.training.preflight`.
 """
 
 from __future__ import annotations
 
-import json
-import re
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -310,114 +306,3 @@ class Config(Section):
                     f"{phase.steps} steps no step at the full rate: choose fewer"
                 )
         return self
-
-
-def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Reads a YAML or JSON config and applies `section.key=value` overrides, whose values are read as YAML.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ConfigError: it isn't YAML or JSON, or doesn't make a valid config.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"config {path}: no such file; pass the path of a YAML or JSON config, e.g. configs/demo.yaml"
-        )
-    try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".json":
-            data = json.loads(text, object_pairs_hook=_without_duplicates)
-        else:
-            data = yaml.load(text, Loader=_Loader)  # noqa: S506
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"config {path}: can't be read as {path.suffix[1:] or 'YAML'}: {error}") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"config {path}: expected keys and values, found {type(data).__name__}")
-    for override in overrides or []:
-        _apply_override(data, override)
-    try:
-        return Config.model_validate(data)
-    except ValidationError as error:
-        raise ConfigError(_explain(path, error)) from None
-
-
-def dump_config(config: Config) -> str:
-    """The resolved config as YAML that `load_config` reads back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number, as people expect (YAML 1.1 asks for 1.0e-3), and a key given twice an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
-    list("-+.0123456789"),
-)
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise ValueError(f"key {key!r} is given twice")
-    return dict(pairs)
-
-
-def _apply_override(data: dict[str, Any], override: str) -> None:
-    """Sets one dotted key; list items are named by their number (`phases.0.steps=10`)."""
-    key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"--set {override!r}: expected section.key=value, e.g. --set optimizer.lr=1e-3")
-    *parents, last = key.strip().split(".")
-    target: Any = data
-    for part in parents:
-        if isinstance(target, list):
-            target = target[_item(target, part, override)]
-        elif isinstance(target, dict):
-            if target.get(part) is None:  # a section that is absent, or there without a key
-                target[part] = {}
-            target = target[part]
-        else:
-            raise ConfigError(f"--set {override!r}: {part!r} lies under a single value; give a whole key")
-    try:
-        parsed = yaml.load(value, Loader=_Loader)  # noqa: S506
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"--set {override!r}: the value is not YAML: {error}") from error
-    if isinstance(target, list):
-        target[_item(target, last, override)] = parsed
-    elif isinstance(target, dict):
-        target[last] = parsed
-    else:
-        raise ConfigError(f"--set {override!r}: {last!r} lies under a single value; give a whole key")
-
-
-def _item(items: list[Any], part: str, override: str) -> int:
-    if not part.isdigit() or int(part) >= len(items):
-        advice = f"use 0 to {len(items) - 1}" if items else "the list is empty, so give the whole of it"
-        raise ConfigError(f"--set {override!r}: {part!r} is no item of a list of {len(items)}; {advice}")
-    return int(part)
-
-
-def _explain(path: Path, error: ValidationError) -> str:
-    lines = [f"config {path}: {error.error_count()} mistake(s)"]
-    for item in error.errors():
-        key = ".".join(str(part) for part in item["loc"]) or "(the whole)"
-        message = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "extra_forbidden":
-            message = "no such key; remove it or mend its spelling"
-        elif item["type"] == "missing":
-            message = "is missing; add it"
-        elif not isinstance(item["input"], dict):
-            message += f"; found {item['input']!r} ({type(item['input']).__name__})"
-        lines.append(f"  {key}: {message}")
-    return "\n".join(lines)

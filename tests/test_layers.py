@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "revpatch"
 FLOORS = {
     "revpatch.config": 0,
+    "revpatch.config_file": 1,
     "revpatch.patch": 1,
     "revpatch.stream": 1,
     "revpatch.ledger": 1,

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from revpatch.config import load_config
+from revpatch.config_file import load_config
 from revpatch.stream.build import is_held_out
 from revpatch.stream.manifest import Manifest, tokenizer_fingerprint
 from revpatch.stream.shard_set import ShardSet

@@ -21,7 +21,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from revpatch.config import Config, load_config
+from revpatch.config import Config
+from revpatch.config_file import load_config
 from revpatch.stream.build import build_shards
 
 WORDS = ["the", "patch", "learns", "what", "a", "stream", "brings", "and", "forgets", "little", "of", "it"]

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from revpatch.config import load_config
+from revpatch.config_file import load_config
 from revpatch.patch.patched_model import base_sha256, patch_state
 from revpatch.training import startup
 from revpatch.training.engine import MicroBatch

@@ -48,7 +48,7 @@ def test_a_regression_is_rolled_back_and_training_goes_on(toy: Toy, tmp_path: Pa
 
     rates = found["rates"]
     assert len(rates) == 12 + 9, "the first phase makes all its steps, the second stops at its third regression"
-    from revpatch.config import load_config
+    from revpatch.config_file import load_config
     from revpatch.training.schedule import learning_rate
 
     plain = [learning_rate(load_config(config).optimizer, step, 12) for step in range(1, 13)]
