@@ -19,8 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 64 * 2**20
-"""Default size of a chunk of float32 logits."""
+CHUNK_BYTES = {"cpu": 2 * 2**20, "cuda": 256 * 2**20}
+"""Size of a chunk of float32 logits: on a CPU what its caches hold, on a GPU what fills it."""
+MIN_ROWS = 128
+"""At least so many tokens a chunk, however large the vocabulary: the head is read once a chunk."""
 
 
 def frozen_head_loss(
@@ -31,7 +33,7 @@ def frozen_head_loss(
     ce_weight: float = 1.0,
     kl_weight: float = 0.0,
     temperature: float = 1.0,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The weighted loss and its parts.
 
@@ -42,21 +44,21 @@ def frozen_head_loss(
         teacher: (N, d), the teacher's last hidden states; needed when kl_weight is not 0.
         ce_weight, kl_weight: weights of CE and of T²·KL.
         temperature: T.
-        chunk_bytes: size of a chunk of float32 logits.
+        chunk_bytes: size of a chunk of float32 logits; default: `CHUNK_BYTES`, but at least `MIN_ROWS` tokens.
 
     Returns:
         loss (), with a gradient; CE () and T²·KL (), detached; nats per token, float32 (float64 for float64 input).
     """
     assert hidden.dim() == 2 and targets.shape == hidden.shape[:1]
     assert teacher is not None or kl_weight == 0.0, "a KL needs a teacher"
-    rows = max(1, chunk_bytes // (4 * head.shape[0]))
+    rows = _rows(head, chunk_bytes)
     loss, ce, kl = _FrozenHeadLoss.apply(hidden, head, targets, teacher, ce_weight, kl_weight, temperature, rows)
     return loss, ce, kl
 
 
-def token_nll(hidden: Tensor, targets: Tensor, head: Tensor, chunk_bytes: int = CHUNK_BYTES) -> Tensor:
+def token_nll(hidden: Tensor, targets: Tensor, head: Tensor, chunk_bytes: int | None = None) -> Tensor:
     """−log p(target) of each token, (N,) float32, for evaluation; shapes as in `frozen_head_loss`."""
-    rows = max(1, chunk_bytes // (4 * head.shape[0]))
+    rows = _rows(head, chunk_bytes)
     parts = []
     for h, y in zip(hidden.split(rows), targets.split(rows), strict=True):
         logits = _wide(h @ head.T)
@@ -83,22 +85,27 @@ class _FrozenHeadLoss(torch.autograd.Function):
         for start in range(0, count, rows):
             part = slice(start, start + rows)
             logits = _wide(hidden[part] @ head.T)
-            log_p = logits.log_softmax(-1)
             chosen = targets[part, None]
+            log_p = logits.log_softmax(-1)
             ce = ce - log_p.gather(-1, chosen).sum()
-            if gradient is not None:
-                d_logits = log_p.exp().mul_(ce_weight)
-                d_logits.scatter_add_(-1, chosen, torch.full_like(chosen, -ce_weight, dtype=d_logits.dtype))
+            pulls = [(log_p, ce_weight)]  # d(loss)/d(logits) is Σ weight·exp(log-probabilities), less the targets
             if teacher is not None:
-                log_q = log_p if temperature == 1.0 else (logits / temperature).log_softmax(-1)
                 log_t = _wide(teacher[part] @ head.T).div_(temperature).log_softmax(-1)
+                log_q = log_p if temperature == 1.0 else logits.div_(temperature).log_softmax(-1)
                 t = log_t.exp()
-                kl = kl + (t * (log_t - log_q)).sum()
-                if gradient is not None and kl_weight:
-                    # d(T²·KL)/d(logits) = T·(p − p*)
-                    d_logits.add_(log_q.exp().sub_(t), alpha=kl_weight * temperature)
-            if gradient is not None:
-                gradient[part] = d_logits.to(head.dtype) @ head
+                kl = kl + torch.dot(t.flatten(), log_t.sub_(log_q).flatten())
+                # d(T²·KL)/d(logits) = T·(q − t)
+                pull = kl_weight * temperature
+                pulls = [(log_p, ce_weight + pull)] if log_q is log_p else [*pulls, (log_q, pull)]
+            if gradient is None:
+                continue
+            d_logits = pulls[0][0].exp_().mul_(pulls[0][1])
+            if teacher is not None:
+                for log_q, pull in pulls[1:]:
+                    d_logits.add_(log_q.exp_(), alpha=pull)
+                d_logits.sub_(t, alpha=kl_weight * temperature)
+            d_logits.scatter_add_(-1, chosen, torch.full_like(chosen, -ce_weight, dtype=d_logits.dtype))
+            gradient[part] = d_logits.to(head.dtype) @ head
         if gradient is not None:
             ctx.save_for_backward(gradient.div_(count))
         ce, kl = ce / count, kl * (temperature**2 / count)
@@ -114,3 +121,9 @@ class _FrozenHeadLoss(torch.autograd.Function):
 
 def _wide(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _rows(head: Tensor, chunk_bytes: int | None) -> int:
+    if chunk_bytes is not None:
+        return max(1, chunk_bytes // (4 * head.shape[0]))
+    return max(MIN_ROWS, CHUNK_BYTES[head.device.type] // (4 * head.shape[0]))
