@@ -29,10 +29,10 @@ fi
 
 say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
 PATCH="$OUT/ledger/001_devil_commit.pt"
-PROMPT="HACKER, n."
+PROMPT="GOVERNMENT, n."
 for gate in learned off; do
     say "\"$PROMPT\", gate $gate:"
-    revpatch generate --patch "$PATCH" --prompt "$PROMPT" --gate "$gate" --max-new-tokens 60 --seed 1
+    revpatch generate --patch "$PATCH" --prompt "$PROMPT" --gate "$gate" --max-new-tokens 60 --temperature 0.6 --seed 1
 done
 say "To look further, from $ROOT:"
 cat <<LINES
@@ -40,5 +40,5 @@ cat <<LINES
   tensorboard --logdir $OUT/tensorboard
   revpatch ledger log $OUT
   revpatch ledger verify $OUT
-  revpatch generate --patch $PATCH --prompt "The President is" --gate learned
+  revpatch generate --patch $PATCH --prompt "The President" --gate learned
 LINES

@@ -194,7 +194,8 @@ class DeepSpeedEngine:
         )
         self.zero_stage = int(self.engine.zero_optimization_stage())
         self.world = int(self.engine.world_size)
-        patch = objective.patch
+        self.patch = patch = objective.patch
+        self._norm: Tensor | None = None
         self._state = _ZeroState(patch, self.optimizer) if self.zero_stage else _TorchState(patch, self.optimizer)
 
     def train_step(self, micro_batches: Iterable[MicroBatch], rate: float) -> tuple[Tensor, Tensor]:
@@ -204,13 +205,16 @@ class DeepSpeedEngine:
         for new, replay in micro_batches:
             output: StepOutput = self.engine(new, replay)
             self.engine.backward(output.loss)
+            if not self.zero_stage:  # DeepSpeed keeps the norm with ZeRO 1 and 2 alone
+                gradients = [p.grad for p in self.patch.parameters() if p.grad is not None]
+                self._norm = torch.nn.utils.get_total_norm(gradients)
             self.engine.step()
             outputs.append((output.terms, output.layers))
         return _means(outputs)
 
     def grad_norm(self) -> float | Tensor | None:
         """See `Engine.grad_norm`."""
-        norm: float | Tensor | None = self.engine.get_global_grad_norm()
+        norm: float | Tensor | None = self.engine.get_global_grad_norm() if self.zero_stage else self._norm
         return norm
 
     def state(self) -> EngineState:

@@ -184,16 +184,16 @@ class Trainer:
         measured = self._measure()
         verdict: Verdict | None = None
         comparisons: list[Comparison] = []
+        sets: dict[str, dict[str, Any]] = {}
         if self.peers.rank == 0:
             comparisons = self._compare(phase, measured)
-            self.record.probed(
-                phase.config.name, step, self._global(phase, step), self._sets(phase, measured, comparisons)
-            )
+            sets = self._sets(phase, measured, comparisons)
+            self.record.probed(phase.config.name, step, self._global(phase, step), sets)
             verdict = decide(comparisons, phase.rollbacks, self.config.rollback.max_rollbacks)
         verdict = self.peers.from_rank0(verdict)
         if isinstance(verdict, Keep) and verdict.good:
             phase.good = GoodState(step, self.engine.state(), measured, comparisons)
-            phase.good.entry = self._enter("good", phase, step, self._sets(phase, measured, comparisons))
+            phase.good.entry = self._enter("good", phase, step, sets)
             phase.learned += phase.pending
             phase.pending = []
             if self.record.ledger is not None:

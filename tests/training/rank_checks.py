@@ -88,12 +88,16 @@ def losses(trainer: Trainer) -> dict[str, Any]:
     """The mean loss over ranks of every step, and what became of the base."""
     before = base_sha256(trainer.base)
     phase = trainer._begin(0, trainer.config.phases[0], 0)
-    found = []
+    found, norms = [], []
     for step, batch in enumerate(batches_of(phase, 12), start=1):
         terms, _ = trainer.engine.train_step(batch, learning_rate(trainer.config.optimizer, step, 12))
         found.append(trainer.peers.mean_(terms).tolist())
+        norm = trainer.engine.grad_norm()
+        assert norm is not None
+        norms.append(float(norm))
     return {
         "losses": found,
+        "norms": norms,
         "base_unchanged": before == base_sha256(trainer.base),
         "base_has_grad": any(p.grad is not None or p.requires_grad for p in trainer.base.parameters()),
         "world": trainer.engine.world,

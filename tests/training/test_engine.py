@@ -78,6 +78,8 @@ def test_the_same_losses_as_deepspeed_on_two_ranks(
     assert found["world"] == ranks
     for ours, theirs in zip(expected["losses"], found["losses"], strict=True):
         assert theirs == pytest.approx(ours, rel=1e-4, abs=1e-5)
+    assert min(expected["norms"]) > 0
+    assert found["norms"] == pytest.approx(expected["norms"], rel=1e-2), "the gradient's norm over all ranks"
 
 
 @pytest.mark.parametrize("engine", ENGINES)

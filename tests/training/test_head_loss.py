@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from revpatch.training.head_loss import frozen_head_loss, token_nll
+from revpatch.training.head_loss import MIN_ROWS, frozen_head_loss, token_nll
 
 COUNT, WIDTH, VOCAB = 50, 24, 97
 CHUNKS = {"a row": 1, "7 rows": 7 * 4 * VOCAB, "all rows": 2**20}
@@ -98,6 +98,20 @@ def test_in_lower_precision_the_gradient_is_near_the_exact_one(
     assert error(loss.detach(), expected[0]) < limit
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_in_bfloat16_only_the_products_are_rounded(inputs: Inputs, temperature: float) -> None:
+    """Softmaxes, logarithms and sums over the vocabulary are float32: their roundings would not cancel."""
+    hidden, targets, head, teacher = inputs(torch.bfloat16)
+    logits, taught = ((x.detach() @ head.T).float() for x in (hidden, teacher))
+    log_q, log_t = ((x / temperature).log_softmax(-1) for x in (logits, taught))
+    _, ce, kl = frozen_head_loss(hidden, targets, head, teacher, 1.0, 1.0, temperature)
+    assert ce.item() == pytest.approx(F.cross_entropy(logits, targets).item(), rel=1e-5)
+    expected = temperature**2 * F.kl_div(log_q, log_t, log_target=True, reduction="batchmean")
+    assert kl.item() == pytest.approx(expected.item(), rel=1e-5)
+    expected_nll = F.cross_entropy(logits, targets, reduction="none")
+    torch.testing.assert_close(token_nll(hidden.detach(), targets, head), expected_nll, rtol=1e-5, atol=1e-6)
+
+
 def test_the_gradient_is_scaled_by_what_comes_after_and_survives_a_second_backward(inputs: Inputs) -> None:
     hidden, targets, head, teacher = inputs()
     loss, _, _ = frozen_head_loss(hidden, targets, head, teacher, 1.0, 1.0)
@@ -168,13 +182,15 @@ def test_token_nll_is_the_cross_entropy_of_each_token(inputs: Inputs, chunk: str
 class LogitsSpy(TorchDispatchMode):
     """Remembers the largest number of rows among the tensors that are as wide as the vocabulary."""
 
-    rows = 0
+    def __init__(self, vocabulary: int = VOCAB) -> None:
+        super().__init__()
+        self.vocabulary, self.rows = vocabulary, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[-1] == VOCAB and leaf.shape != (WIDTH, VOCAB):
-                self.rows = max(self.rows, leaf.numel() // VOCAB)
+            if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[-1] == self.vocabulary and len(leaf) != WIDTH:
+                self.rows = max(self.rows, leaf.numel() // self.vocabulary)
         return out
 
 
@@ -187,6 +203,16 @@ def test_never_more_than_one_chunk_of_logits_is_held(inputs: Inputs, rows: int) 
     with LogitsSpy() as spy:
         token_nll(hidden.detach(), targets, head, rows * 4 * VOCAB)
     assert spy.rows == rows
+
+
+def test_by_default_a_chunk_of_a_large_vocabulary_is_a_small_part_of_the_batch() -> None:
+    vocabulary, count = 2**15, 3 * MIN_ROWS + 1
+    head, hidden = torch.randn(vocabulary, WIDTH), torch.randn(count, WIDTH, requires_grad=True)
+    targets = torch.arange(count)
+    with LogitsSpy(vocabulary) as spy:
+        frozen_head_loss(hidden, targets, head, hidden.detach() + 1, 1.0, 1.0)[0].backward()
+        token_nll(hidden.detach(), targets, head)
+    assert spy.rows == MIN_ROWS
 
 
 def test_what_is_kept_for_the_backward_pass_is_of_the_size_of_the_hidden_states(inputs: Inputs) -> None:
