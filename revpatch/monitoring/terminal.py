@@ -26,7 +26,9 @@ def quiet_libraries() -> None:
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
     for name in _NOISY:
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.ERROR)
+        logger.addFilter(lambda record: record.levelno >= logging.ERROR)  # DeepSpeed sets its own level when imported
 
 
 def log_to(file: Path) -> None:

@@ -1,4 +1,4 @@
-"""What happens once, before the first step: the run's folder, the base, the table, the invertibility test."""
+"""What happens once, before the first step: the run's folder, the base, the table, an entry's identity."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ from transformers import AutoModelForCausalLM
 from revpatch.config import BaseConfig, Config
 from revpatch.config_file import dump_config
 from revpatch.monitoring.terminal import console, log_to
-from revpatch.patch.families import body_of, head_of
-from revpatch.patch.patched_model import Patch, base_sha256, recording
-from revpatch.patch.sidecar import Sidecar, SidecarOutput
+from revpatch.patch.families import blocks_of, head_of
+from revpatch.patch.patched_model import Patch, base_sha256
 from revpatch.training.engine import Engine
 from revpatch.training.launch import Peers
 
@@ -68,56 +67,8 @@ def load_base(config: BaseConfig, device: torch.device) -> nn.Module:
 
 def compile_base(base: nn.Module) -> None:
     """Compiles every block of the base, in place."""
-    from revpatch.patch.families import blocks_of
-
     for block in blocks_of(base):
         block.compile()
-
-
-class _InvertibilityTest:
-    """Inverts each sidecar on what it is given in a real forward pass."""
-
-    def __init__(self, patch: Patch, inputs: list[torch.Tensor]) -> None:
-        self.patch, self.inputs = patch, inputs
-
-    def record(self, layer: int, output: SidecarOutput) -> None:
-        self.inputs.append((output.hidden.float() - output.update.float()).detach())
-
-    def record_plain(self, layer: int, hidden: torch.Tensor) -> None:
-        pass
-
-
-@torch.no_grad()
-def check_invertibility(base: nn.Module, patch: Patch, tokens: torch.Tensor) -> float:
-    """The largest relative error of undoing a sidecar, over all sidecars, on the states of real tokens (rows, time).
-
-    The map that is tested is the one in use, gate and norm and all, with weights drawn at random, since the identity
-    of a fresh patch would prove nothing; the patch's own weights are put back.
-
-    Raises:
-        RuntimeError: a sidecar can't be inverted to 1e-3.
-    """
-    inputs: list[torch.Tensor] = []
-    with recording(base, _InvertibilityTest(patch, inputs)):
-        body_of(base)(tokens, use_cache=False)
-    worst = 0.0
-    for (name, module), u in zip(patch.sidecars.items(), inputs, strict=True):
-        sidecar = cast(Sidecar, module)
-        own = {key: value.clone() for key, value in sidecar.state_dict().items()}
-        generator = torch.Generator().manual_seed(0)
-        for parameter in sidecar.parameters():
-            noise = torch.randn(parameter.shape, generator=generator) * 0.02
-            parameter.add_(noise.to(parameter.device))
-        inversion = sidecar.inverse(sidecar(u).hidden)
-        error = float((inversion.hidden - u).norm() / u.norm())
-        sidecar.load_state_dict(own)
-        if not inversion.converged or not error < 1e-3:
-            raise RuntimeError(
-                f"sidecar {name}: its inverse is off by {error:.2g} (converged: {inversion.converged}); use placement: "
-                "coupled, which is inverted in closed form, or sidecar.check_invertibility: false"
-            )
-        worst = max(worst, error)
-    return worst
 
 
 def facts(config: Config, base: nn.Module, patch: Patch, engine: Engine, peers: Peers) -> dict[str, Any]:

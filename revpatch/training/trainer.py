@@ -7,10 +7,9 @@ through `peers.from_rank0`; what only rank 0 does (write, show) is inside `Recor
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
 
 from revpatch.config import Config, PhaseConfig
@@ -20,24 +19,18 @@ from revpatch.stream.shard_set import ShardSet
 from revpatch.training import startup
 from revpatch.training.batches import Batches
 from revpatch.training.engine import fresh_state, make_engine
-from revpatch.training.guard import (
-    Comparison,
-    Keep,
-    ProbeSet,
-    Rollback,
-    Stop,
-    compare_all,
-    decide,
-    stopped_phase_keeps,
-)
+from revpatch.training.guard import Comparison, Keep, Rollback, Stop, decide, stopped_phase_keeps
+from revpatch.training.invertibility import Invertibility, measure_invertibility
 from revpatch.training.launch import Launch, Peers, process_group
 from revpatch.training.objective import TERMS, PatchObjective
+from revpatch.training.phase import Phase
 from revpatch.training.preflight import Plan, check
 from revpatch.training.probe import Measurement, Prober
 from revpatch.training.record import Meter, Record
 from revpatch.training.rollback import GoodState, restore
 from revpatch.training.schedule import learning_rate
 from revpatch.training.teacher import Teacher
+from revpatch.training.watch import Sets, Watch
 
 log = logging.getLogger("revpatch")
 Verdict = Keep | Rollback | Stop
@@ -64,23 +57,6 @@ def train(config: Config) -> Path:
     return directory
 
 
-@dataclass
-class Phase:
-    """Where a phase is."""
-
-    index: int
-    config: PhaseConfig
-    batches: Batches
-    start: GoodState
-    good: GoodState
-    learned: list[int] = field(default_factory=list)
-    """Steps whose effect is in the good state."""
-    pending: list[int] = field(default_factory=list)
-    """Steps since then."""
-    rollbacks: int = 0
-    lr_factor: float = 1.0
-
-
 class Trainer:
     """One rank's part of a run.
 
@@ -105,11 +81,11 @@ class Trainer:
         objective = PatchObjective(self.base, self.patch, self.teacher, config.objective)
         self.engine = make_engine(config, objective, peers)
         sets = list(zip(config.probes.sets, plan.probes, strict=True))
-        self.prober = Prober(self.base, sets, rows=2 * config.batch.micro_blocks)
+        prober = Prober(self.base, sets, rows=2 * config.batch.micro_blocks)
+        self.watch = Watch(config, prober, enabled=peers.rank == 0)
         self.meter = Meter()
         self.identity = identity
         self.replay = [] if plan.replay_base is None else [plan.replay_base]
-        self.first: dict[str, Measurement] = {}
         self.committed: dict[str, Measurement] = {}
         self._announce()
 
@@ -153,13 +129,12 @@ class Trainer:
         batches = Batches(self.plan.phases[index], self.plan.lanes[index], mixture, batch, peers, first_step)
         state = fresh_state(self.patch)
         restore(self.engine, self.patch, state, peers)
-        measured = self.committed = self.committed or self._measure()
-        self.first = self.first or measured
+        measured = self.committed = self.committed or self.watch.measure()
         self.record.event("phase_start", phase=config.name, phase_index=index, steps=config.steps)
         start = GoodState(0, state, measured)
         phase = Phase(index, config, batches, start, start)
-        start.comparisons = self._compare(phase, measured)
-        start.entry = self._enter("start", phase, 0, self._sets(phase, measured, start.comparisons))
+        start.comparisons = self.watch.compare(phase, measured)
+        start.entry = self._enter("start", phase, 0, self.watch.sets(phase, measured, start.comparisons))
         self.record.begin_phase(config.name, config.steps)
         return phase
 
@@ -174,21 +149,21 @@ class Trainer:
         scale = self.patch.log_scales().detach().exp().cpu()
         named = {"gate": layers[0], "patch_norm": layers[1], "scale": scale}
         self.record.steps(
-            phase.config.name, step, phase.config.steps, self._global(phase, step), terms, named, rate, norm
+            phase.config.name, step, phase.config.steps, phase.global_step(step), terms, named, rate, norm
         )
         finite = bool(torch.isfinite(mean).all()) and (norm is None or bool(torch.isfinite(torch.as_tensor(norm))))
         return decide([], phase.rollbacks, self.config.rollback.max_rollbacks, nonfinite=not finite)
 
     def _probe(self, phase: Phase, step: int) -> Verdict:
         """Rank 0 measures and decides; if the state is good, all ranks take part in keeping it."""
-        measured = self._measure()
+        measured = self.watch.measure()
         verdict: Verdict | None = None
         comparisons: list[Comparison] = []
-        sets: dict[str, dict[str, Any]] = {}
+        sets: Sets = {}
         if self.peers.rank == 0:
-            comparisons = self._compare(phase, measured)
-            sets = self._sets(phase, measured, comparisons)
-            self.record.probed(phase.config.name, step, self._global(phase, step), sets)
+            comparisons = self.watch.compare(phase, measured)
+            sets = self.watch.sets(phase, measured, comparisons)
+            self.record.probed(phase.config.name, step, phase.global_step(step), sets)
             verdict = decide(comparisons, phase.rollbacks, self.config.rollback.max_rollbacks)
         verdict = self.peers.from_rank0(verdict)
         if isinstance(verdict, Keep) and verdict.good:
@@ -230,21 +205,32 @@ class Trainer:
             new_lr_factor=phase.lr_factor,
         )
         words = f"{phase.config.name} rolled back at {step} to {target.entry}: {reason}"
-        self.record.text(self._global(phase, step), "event/rollback", words)
+        self.record.text(phase.global_step(step), "event/rollback", words)
 
     def _commit(self, phase: Phase) -> None:
         """The phase's last good state becomes the teacher, and a sample of what it learned is kept for replay."""
         self.record.end_phase()
         good, name = phase.good, phase.config.name
-        comparisons = self._compare(phase, good.measurements)
-        sets = self._sets(phase, good.measurements, comparisons)
+        comparisons = self.watch.compare(phase, good.measurements)
+        sets = self.watch.sets(phase, good.measurements, comparisons)
         entry = self._enter("commit", phase, good.step, sets)
         self.committed = good.measurements
         self.teacher.follow(self.patch)
         self._keep_replay(phase)
-        self.record.event("commit", phase=name, step=good.step, file=entry, rollbacks=phase.rollbacks, sets=sets)
+        inverse = None
+        if self.peers.rank == 0 and self.config.sidecar.check_invertibility:
+            inverse = str(self._invertibility(self.plan.phases[phase.index]))
+        self.record.event(
+            "commit",
+            phase=name,
+            step=good.step,
+            file=entry,
+            rollbacks=phase.rollbacks,
+            inverse_error=inverse,
+            sets=sets,
+        )
         words = "  ".join(f"{key} {values['loss']:.4f} ({values['drift']:+.4f})" for key, values in sets.items())
-        self.record.text(self._global(phase, phase.config.steps), "event/commit", f"{name} committed: {words}")
+        self.record.text(phase.global_step(phase.config.steps), "event/commit", f"{name} committed: {words}")
 
     def _keep_replay(self, phase: Phase) -> None:
         if not self.config.batch.replay_blocks or not phase.learned:
@@ -256,55 +242,11 @@ class Trainer:
         self.peers.barrier()
         self.replay.append(ShardSet(directory / name))
 
-    def _measure(self) -> dict[str, Measurement]:
-        return self.prober.measure() if self.peers.rank == 0 else {}
+    def _invertibility(self, shards: ShardSet, noise: float = 0.0) -> Invertibility:
+        tokens = torch.from_numpy(shards.read(np.zeros(1, np.int64))).to(self.peers.device)
+        return measure_invertibility(self.base, self.patch, tokens, noise)
 
-    def _compare(self, phase: Phase, measured: dict[str, Measurement]) -> list[Comparison]:
-        """The guarded sets of this phase against the last good state and the phase's start; rank 0 alone has any."""
-        if self.peers.rank != 0:
-            return []
-        guarded = [
-            ProbeSet(s.name, s.tolerance) for s in self.config.probes.sets if self._guarded(phase, s.guard_after)
-        ]
-        losses, good, start = (
-            {name: m.losses for name, m in of.items()}
-            for of in (measured, phase.good.measurements, phase.start.measurements)
-        )
-        rollback = self.config.rollback
-        return compare_all(guarded, losses, good, start, rollback.max_drift, rollback.confidence)
-
-    def _guarded(self, phase: Phase, after: str | None) -> bool:
-        names = [config.name for config in self.config.phases]
-        return after is None or names.index(after) < phase.index
-
-    def _sets(
-        self, phase: Phase, measured: dict[str, Measurement], comparisons: list[Comparison]
-    ) -> dict[str, dict[str, Any]]:
-        """What the journal keeps of each probe set."""
-        compared = {comparison.name: comparison.as_fields() for comparison in comparisons}
-        sets: dict[str, dict[str, Any]] = {}
-        for config in self.config.probes.sets if measured else []:
-            now, name = measured[config.name], config.name
-            reference, start = phase.good.measurements[name].loss, phase.start.measurements[name].loss
-            plain = {
-                "loss": now.loss,
-                "reference": reference,
-                "rise": now.loss - reference,
-                "drift": now.loss - start,
-                "tolerance": config.tolerance,
-            }
-            sets[name] = {
-                **plain,
-                **compared.get(name, {}),
-                "guarded": name in compared,
-                "before": start,
-                "base": self.first[name].loss,
-                "gate": now.gate,
-                "patch_norm": now.patch_norm,
-            }
-        return sets
-
-    def _enter(self, kind: str, phase: Phase, step: int, sets: dict[str, dict[str, Any]]) -> str:
+    def _enter(self, kind: str, phase: Phase, step: int, sets: Sets) -> str:
         if self.peers.rank != 0:
             return ""
         losses = {name: values["loss"] for name, values in sets.items()}
@@ -314,17 +256,13 @@ class Trainer:
     def _probe_due(self, step: int, steps: int) -> bool:
         return step % self.config.probes.every == 0 or step == steps
 
-    def _global(self, phase: Phase, step: int) -> int:
-        return phase.batches.first_step + step
-
     def _tokens_a_step(self) -> int:
         return (self.config.batch.new_blocks + self.config.batch.replay_blocks) * self.config.base.block_size
 
     def _announce(self) -> None:
         facts = startup.facts(self.config, self.base, self.patch, self.engine, self.peers)
         if self.config.sidecar.check_invertibility:
-            tokens = torch.from_numpy(self.plan.phases[0].read(torch.arange(1).numpy())).to(self.peers.device)
-            facts["inverse error"] = f"{startup.check_invertibility(self.base, self.patch, tokens):.1e}"
+            facts["inverse error, weights ± 0.02"] = str(self._invertibility(self.plan.phases[0], noise=0.02))
         if self.peers.rank == 0:
             startup.show(facts)
         self.record.event("run", base=self.identity["base"], seed=self.config.seed, facts=facts)

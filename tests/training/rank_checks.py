@@ -20,12 +20,13 @@ from revpatch.patch.patched_model import base_sha256, patch_state
 from revpatch.training import startup
 from revpatch.training.engine import MicroBatch
 from revpatch.training.launch import Launch, process_group
+from revpatch.training.phase import Phase
 from revpatch.training.preflight import check
 from revpatch.training.probe import Measurement
 from revpatch.training.record import Record
 from revpatch.training.rollback import restore, state_sha256
 from revpatch.training.schedule import learning_rate
-from revpatch.training.trainer import Phase, Trainer
+from revpatch.training.trainer import Trainer
 
 
 def batches_of(phase: Phase, steps: int) -> list[list[MicroBatch]]:
@@ -169,7 +170,7 @@ def guarded(trainer: Trainer) -> dict[str, Any]:
         rates.append(rate)
         return step_of(batches, rate)
 
-    trainer.prober.measure = measure  # type: ignore[method-assign]
+    trainer.watch.prober.measure = measure  # type: ignore[method-assign]
     trainer.engine.train_step = stepping  # type: ignore[method-assign]
     sampled = []
     keep_replay = trainer._keep_replay
