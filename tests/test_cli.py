@@ -171,7 +171,7 @@ def steps_of(config: Config) -> tuple[list[int], list[int]]:
 def test_tensorboard_has_every_term_rate_speed_and_layer_at_every_logged_step(events: Any, run: Run) -> None:
     logged, _ = steps_of(load_config(run.config))
     tags = [f"loss/{term}" for term in TERMS]
-    tags += ["optimizer/lr", "speed/tokens_per_second"]
+    tags += ["optimizer/lr", "optimizer/grad_norm", "speed/tokens_per_second"]
     tags += [f"{key}/layer_{layer:02d}" for key in ("gate", "scale", "patch_norm") for layer in (0, 1)]
     for tag in tags:
         points = events.Scalars(tag)
@@ -189,6 +189,14 @@ def test_tensorboard_has_the_objective_as_the_sum_of_its_terms(events: Any, run:
     for i, total in enumerate(events.Scalars("loss/loss")):
         parts = sum(weight * events.Scalars(f"loss/{term}")[i].value for term, weight in weights.items())
         assert total.value == pytest.approx(parts, rel=1e-4)
+
+
+def test_tensorboard_has_the_numbers_of_the_log(events: Any, run: Run) -> None:
+    lines = [line for line in run.result.out.splitlines() if re.match(r"\w+ \d+/\d+  loss ", line)]
+    assert len(lines) == len(events.Scalars("loss/loss"))
+    for tag in ("loss", "lm", "replay_lm", "distill_kl"):
+        shown = [float(re.search(rf" {tag} (\S+)", line).group(1)) for line in lines]  # type: ignore[union-attr]
+        assert [point.value for point in events.Scalars(f"loss/{tag}")] == pytest.approx(shown, rel=1e-3)
 
 
 def test_tensorboard_has_the_learning_rate_of_the_phase(events: Any) -> None:
@@ -259,6 +267,19 @@ def test_the_start_up_table_shows_paths_as_they_are(capsys: pytest.CaptureFixtur
     shown = capsys.readouterr().out
     assert "/models/[bold]x[/bold] :bug:" in shown
     assert "1,234,567" in shown
+
+
+def test_warnings_of_libraries_are_kept_from_the_person_and_errors_are_not() -> None:
+    code = (
+        "from revpatch.monitoring.terminal import quiet_libraries; quiet_libraries(); import logging, warnings;"
+        "warnings.warn('noise'); warnings.warn('noise', FutureWarning);"
+        "names = ['DeepSpeed', 'transformers.x', 'accelerate', 'torch.distributed.run'];"
+        "[logging.getLogger(name).warning('noise') for name in names];"
+        "[logging.getLogger(name).error('trouble') for name in names]"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "noise" not in done.stderr + done.stdout
+    assert done.stderr.count("trouble") == 4
 
 
 def test_log_lines_are_shown_and_written_as_they_are(
