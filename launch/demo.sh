@@ -15,8 +15,8 @@ if [ -z "$OUT" ]; then # a folder of its own for each demo, so that none is over
 fi
 
 export HF_HUB_OFFLINE=1
-if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
-    RANKS="$(nvidia-smi -L | wc -l)"
+RANKS="$(python -c 'import torch; print(torch.cuda.device_count())')"
+if [ "$RANKS" -gt 0 ]; then
     # The demo's 16 new and 16 replayed blocks split over 1, 2, 4, 8 or 16 ranks.
     for r in 16 8 4 2 1; do [ "$r" -le "$RANKS" ] && RANKS="$r" && break; done
     LAUNCH=(deepspeed --quiet --num_gpus "$RANKS")
@@ -25,7 +25,7 @@ else
     LAUNCH=(deepspeed --quiet --num_accelerators 2)
 fi
 "${LAUNCH[@]}" --master_port "${MASTER_PORT:-$((20000 + RANDOM % 10000))}" --module revpatch \
-    train configs/demo.yaml --set "output_dir=$OUT"
+    train configs/demo.yaml --set "output_dir='$OUT'"
 
 say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
 PATCH="$OUT/ledger/001_devil_commit.pt"

@@ -16,11 +16,13 @@ revpatch_setup() {
     if [ "$(cat "$VENV/.revpatch" 2>/dev/null)" != "$stamp" ]; then
         echo "set-up: installing into $VENV (a few minutes, once)"
         rm -rf "$VENV"
-        "$python" -m venv "$VENV"
+        "$python" -m venv "$VENV" || return 1
         local pip=("$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -c "$ROOT/launch/constraints.txt")
         # torch first: deepspeed's installer looks for it.
-        "${pip[@]}" torch setuptools
-        "${pip[@]}" -e "$ROOT[dev]"
+        if ! "${pip[@]}" torch setuptools || ! "${pip[@]}" -e "$ROOT[dev]"; then
+            echo "set-up: pip failed, see above; nothing is marked as installed, so the same command tries again" >&2
+            return 1
+        fi
         if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1 &&
             ! "$VENV/bin/python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
             echo "set-up: this machine has an NVIDIA GPU, but the torch that pip installed can't use it; install a CUDA" \

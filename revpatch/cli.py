@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -42,7 +43,14 @@ def train(
     from revpatch.monitoring.summary import print_summary
     from revpatch.training.trainer import train as run
 
-    directory = run(load_config(config, overrides))
+    try:
+        loaded = load_config(config, overrides)
+    except (ValueError, OSError) as error:
+        # The same on every rank of a machine: one of them says it.
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            sys.exit(2)
+        raise error
+    directory = run(loaded)
     if os.environ.get("RANK", "0") == "0":
         print_summary(directory, console)
         console.print(f"Ledger, log and TensorBoard files are in {directory}", markup=False, highlight=False)
@@ -59,12 +67,14 @@ def generate(
     ] = None,
     gate: Annotated[str, typer.Option(help="learned, on (all gates 1) or off (the base alone).")] = "learned",
     greedy: Annotated[bool, typer.Option("--greedy", help="The likeliest token each time.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write.")] = 80,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens to write; default 80, or what the model has room for.")
+    ] = None,
     temperature: Annotated[float, typer.Option(min=0.01, help="Of the sampling.")] = 0.8,
     top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="Mass of the nucleus.")] = 0.9,
     repetition_penalty: Annotated[float, typer.Option(min=1.0, help="1 is none.")] = 1.15,
     no_repeat_ngram: Annotated[int, typer.Option(min=0, help="No n-gram of this size twice; 0 allows it.")] = 4,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the sampling.")] = 0,
 ) -> None:
     """Write text with a patch on, off, or as its gates have learned."""
     from revpatch.generate import Sampling, generate_text
@@ -137,15 +147,19 @@ def ledger_verify(run: RunArgument) -> None:
 
 
 def main() -> None:
-    """Runs the command line; a user's mistake is one message and exit code 2, on rank 0 alone."""
+    """Runs the command line; a user's mistake is one message, with the rank that met it, and exit code 2.
+
+    REVPATCH_TRACEBACK=1 in the environment shows where the error came from.
+    """
     quiet_libraries()
     try:
         app()
     except (ValueError, OSError) as error:
         if os.environ.get("REVPATCH_TRACEBACK"):
             raise
-        if os.environ.get("RANK", "0") == "0":
-            sys.stderr.write(f"revpatch: {error}\n")
+        rank = os.environ.get("RANK", "0")
+        where = "" if rank == "0" else f", rank {rank} on {socket.gethostname()}"
+        sys.stderr.write(f"revpatch{where}: {error}\n")
         sys.exit(2)
 
 

@@ -159,8 +159,6 @@ class ReplayConfig(Section):
 class StreamConfig(Section):
     """How blocks are read."""
 
-    on_error: Literal["stop"] = "stop"
-    """What a broken shard does: stop every rank, naming the shard."""
     shuffle_blocks: Positive = 8192
     """Blocks in the shuffling window."""
 
@@ -191,7 +189,7 @@ class ProbeSetConfig(Section):
     """Name of the phase that teaches this corpus: the set is guarded after that phase, and only measured until then.
     Null guards it from the start."""
     max_blocks: Positive | None = None
-    """Use only the first blocks; null is all of them."""
+    """Use so many blocks, evenly spread over the set; null is all of them."""
 
 
 class ProbesConfig(Section):
@@ -199,8 +197,6 @@ class ProbesConfig(Section):
 
     every: Positive = 500
     """Optimizer steps between probes."""
-    placement: Literal["rank0"] = "rank0"
-    """Who evaluates: rank 0, while the others wait."""
     sets: list[ProbeSetConfig] = []
     """The held-out sets."""
 
@@ -221,8 +217,6 @@ class RollbackConfig(Section):
 class LedgerConfig(Section):
     """The record of patches."""
 
-    format: Literal["pt"] = "pt"
-    """File format of the entries."""
     keep_good: Positive = 3
     """Newest `good` entries kept of each phase; start, rollback and commit entries are always kept."""
 
@@ -234,7 +228,7 @@ class EngineConfig(Section):
     """DeepSpeed (ZeRO 0, 1 or 2), or plain data parallel through accelerate."""
     deepspeed: str | None = None
     """DeepSpeed's JSON file; null is ZeRO 0. Batch sizes, optimizer and precision are set by this config."""
-    timeout_minutes: PositiveFloat = 30.0
+    timeout_minutes: Annotated[float, Field(gt=0, le=10_080)] = 30.0
     """Ranks that wait longer than this for one another stop the run."""
 
 
@@ -278,8 +272,17 @@ class Config(Section):
             twice = sorted({name for name in names if names.count(name) > 1})
             if twice:
                 raise ValueError(f"{key}: the name {twice[0]!r} is used twice; give each its own")
+        if self.engine.kind == "accelerate" and self.engine.deepspeed is not None:
+            raise ValueError(
+                f"engine.deepspeed = {self.engine.deepspeed} has no effect with engine.kind = accelerate: leave it out"
+            )
         phases = [phase.name for phase in self.phases]
         for probe in self.probes.sets:
+            if probe.tolerance > self.rollback.max_drift:
+                raise ValueError(
+                    f"probes.sets {probe.name!r}: tolerance = {probe.tolerance} is more than rollback.max_drift = "
+                    f"{self.rollback.max_drift} and would never apply: raise max_drift, or lower the tolerance"
+                )
             if probe.guard_after is not None and probe.guard_after not in phases:
                 raise ValueError(
                     f"probes.sets {probe.name!r}: guard_after = {probe.guard_after!r} is no phase; phases are {phases}"

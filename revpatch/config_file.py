@@ -79,6 +79,8 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"--set {override!r}: expected section.key=value, e.g. --set optimizer.lr=1e-3")
+    if " #" in value and value.strip()[:1] not in ("'", '"'):
+        raise ConfigError(f"--set {override!r}: YAML reads what follows ' #' as a comment: put the value in quotes")
     *parents, last = key.strip().split(".")
     target: Any = data
     for part in parents:

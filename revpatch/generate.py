@@ -15,13 +15,16 @@ from revpatch.ledger.entry import EntryError, read_entry
 from revpatch.ledger.history import JOURNAL_NAME, Ledger
 from revpatch.patch.patched_model import GateMode, attach, base_sha256, load_patch, set_gate, switchboard
 
+DEFAULT_NEW_TOKENS = 80
+
 
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is drawn."""
 
     greedy: bool = False
-    max_new_tokens: int = 80
+    max_new_tokens: int | None = None
+    """Tokens to write; None is `DEFAULT_NEW_TOKENS`, or what the model's positions leave room for."""
     temperature: float = 0.8
     top_p: float = 0.9
     repetition_penalty: float = 1.15
@@ -55,8 +58,9 @@ def load_patched(patch: Path, base: str | None = None) -> tuple[nn.Module, Any]:
             f"{patch}: expected metadata of a base and a sidecar, found none ({error}): not a patch"
         ) from error
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        revision = of_base.get("revision") if base is None else None
+        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=getattr(torch, dtype))
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     except OSError as error:
         raise ValueError(f"base {name}: {str(error).splitlines()[0]}; name its folder with --base") from error
     found = base_sha256(model, rounded=True)
@@ -90,17 +94,22 @@ def generate_text(patch: Path, prompt: str, gate: str, sampling: Sampling, base:
     room = model.config.max_position_embeddings - ids.shape[1]  # type: ignore[union-attr, operator]
     if ids.shape[1] == 0:
         raise ValueError("--prompt is empty: give the model at least one token to go on from")
-    if room < 1:
+    wanted = sampling.max_new_tokens
+    if room < (wanted or 1):
         raise ValueError(
-            f"--prompt has {ids.shape[1]} tokens and leaves no room in the model's {room + ids.shape[1]}: cut it"
+            f"--prompt has {ids.shape[1]} tokens and the model reads at most {room + ids.shape[1]}, which leaves no "
+            f"room for {wanted or 1} new ones: cut the prompt, or ask for at most {max(room, 0)} (--max-new-tokens)"
         )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device)
+    switchboard(model).attached.to(device)
     torch.manual_seed(sampling.seed)
-    drawn = {} if sampling.greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p}
+    drawn = {} if sampling.greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
     out = model.generate(  # type: ignore[operator]
-        ids,
-        attention_mask=torch.ones_like(ids),
+        ids.to(device),
+        attention_mask=torch.ones_like(ids, device=device),
         do_sample=not sampling.greedy,
-        max_new_tokens=min(sampling.max_new_tokens, room),
+        max_new_tokens=wanted or min(DEFAULT_NEW_TOKENS, room),
         repetition_penalty=sampling.repetition_penalty,
         no_repeat_ngram_size=sampling.no_repeat_ngram,
         pad_token_id=tokenizer.eos_token_id,

@@ -233,7 +233,7 @@ def test_a_folder_that_holds_something_is_refused_and_left_as_it_is(toy: Toy, tm
     taken.mkdir()
     (taken / "thesis.txt").write_text("ten years of work", encoding="utf-8")
     result = in_a_process("train", str(toy.config_file(tmp_path)))
-    one_line(result, "output_dir", taken, "not empty", "another folder")
+    one_line(result, "output_dir", taken, "no empty folder", "another folder")
     assert [path.name for path in taken.iterdir()] == ["thesis.txt"]
     assert (taken / "thesis.txt").read_text(encoding="utf-8") == "ten years of work"
 
@@ -250,9 +250,28 @@ def test_mistakes_in_a_config_are_told_in_words(toy: Toy, tmp_path: Path, revpat
     assert not (tmp_path / "run").exists()
 
 
-def test_one_rank_speaks_for_all(revpatch: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mistake_in_the_config_is_said_once_a_machine(
+    revpatch: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     assert revpatch("train", tmp_path / "none.yaml") == Result(2, "", "")
+
+
+def test_what_one_rank_meets_it_says(revpatch: Call, toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "1",
+        "MASTER_ADDR": "x",
+        "MASTER_PORT": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    config = toy.config_file(tmp_path, replay={"base": str(tmp_path / "nowhere")})
+    found = revpatch("train", config)
+    assert found.code == 2
+    assert "rank 1 on" in found.err
+    assert "nowhere" in found.err
 
 
 def test_a_developer_can_have_the_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -460,7 +479,7 @@ def base_writes(toy: Toy, **options: Any) -> str:
 def test_gate_off_is_the_bases_own_text(toy: Toy, text: Callable[..., str]) -> None:
     plain = ["--gate", "off", "--repetition-penalty", "1", "--no-repeat-ngram", "0"]
     assert text(*plain, "--greedy") == base_writes(toy, do_sample=False)
-    drawn = base_writes(toy, do_sample=True, temperature=0.7, top_p=0.8, top_k=50, seed=5)
+    drawn = base_writes(toy, do_sample=True, temperature=0.7, top_p=0.8, top_k=0, seed=5)
     assert text(*plain, "--temperature", "0.7", "--top-p", "0.8", "--seed", "5") == drawn
     controlled = base_writes(toy, do_sample=False, repetition_penalty=1.15, no_repeat_ngram_size=4)
     assert text("--gate", "off", "--greedy") == controlled
@@ -509,16 +528,15 @@ def test_text_is_printed_to_the_letter(run: Run, revpatch: Call) -> None:
     assert result.out.startswith(prompt)
 
 
-def test_writing_stops_at_the_models_last_position(run: Run, toy: Toy, revpatch: Call) -> None:
+def test_no_more_is_written_than_the_model_has_room_for(run: Run, toy: Toy, revpatch: Call) -> None:
     prompt = " ".join(["the"] * (POSITIONS - 2))
     tokens = len(toy.tokenizer(prompt).input_ids)
     assert tokens == POSITIONS - 2
-    result = revpatch(
-        *("generate", "--patch", run.entry("001_second_commit.pt"), "--prompt", prompt, "--max-new-tokens", "50"),
-        "--greedy",
-    )
+    command = ["generate", "--patch", run.entry("001_second_commit.pt"), "--prompt", prompt, "--greedy"]
+    result = revpatch(*command)
     assert (result.code, result.err) == (0, ""), result
     assert len(result.out) > len(prompt)
+    one_line(revpatch(*command, "--max-new-tokens", "50"), POSITIONS, "at most 2", "--max-new-tokens")
 
 
 def test_mistakes_in_generating_are_told_in_words(run: Run, toy: Toy, tmp_path: Path, revpatch: Call) -> None:
@@ -529,8 +547,8 @@ def test_mistakes_in_generating_are_told_in_words(run: Run, toy: Toy, tmp_path: 
 
     refused("--prompt is empty", prompt="")
     long = " ".join(["the"] * POSITIONS)
-    refused("--prompt", POSITIONS, "tokens", "cut it", prompt=long)
-    refused("--prompt", "cut it", prompt=long * 20)
+    refused("--prompt", POSITIONS, "tokens", "cut the prompt", prompt=long)
+    refused("--prompt", "cut the prompt", prompt=long * 20)
     refused("--gate 'half'", "learned, on or off", more=("--gate", "half"))
     refused(tmp_path / "none.pt", "no such file", patch=tmp_path / "none.pt")
     refused(tmp_path, "no such file", patch=tmp_path)

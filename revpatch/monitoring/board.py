@@ -12,7 +12,7 @@ Only the rank that writes has an enabled board; the others hold one that does no
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING
@@ -45,10 +45,10 @@ class Board:
         values = {"loss": loss, "reference": reference, "limit": reference + tolerance, "rise": loss - reference}
         self.scalars(step, {f"probe/{name}/{key}": value for key, value in values.items()})
 
-    def layers(self, step: int, values: Mapping[str, Sequence[float]]) -> None:
-        """For each key ("gate", "scale", "patch_norm") a number a layer, first layer first: `gate/layer_00`, ..."""
+    def layers(self, step: int, values: Mapping[str, Mapping[int, float]]) -> None:
+        """For each key ("gate", "scale", "patch_norm") a number by layer: `gate/layer_00`, ..."""
         for key, numbers in values.items():
-            self.scalars(step, {f"{key}/layer_{layer:02d}": number for layer, number in enumerate(numbers)})
+            self.scalars(step, {f"{key}/layer_{layer:02d}": number for layer, number in numbers.items()})
 
     def text(self, step: int, tag: str, markdown: str) -> None:
         """A note, such as why the patch was rolled back."""

@@ -44,7 +44,7 @@ def print_summary(run: Path, console: Console) -> None:
 
 
 def _cells(values: dict[str, Any]) -> list[str]:
-    change, tolerance = values["loss"] - values["before"], values["tolerance"]
+    change, tolerance = float(values["loss"]) - float(values["before"]), values["tolerance"]
     guarded = values["guarded"]
     colour = "green" if change <= tolerance else "red"
     return [

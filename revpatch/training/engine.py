@@ -11,6 +11,7 @@ masters, moments, step and parameters.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 from collections.abc import Iterable
@@ -20,7 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from revpatch.config import Config
+from revpatch.config import Config, ConfigError
 from revpatch.patch.patched_model import Patch
 from revpatch.training.launch import Peers
 from revpatch.training.objective import PatchObjective, StepOutput
@@ -205,7 +206,9 @@ class DeepSpeedEngine:
         for new, replay in micro_batches:
             output: StepOutput = self.engine(new, replay)
             self.engine.backward(output.loss)
-            if not self.zero_stage:  # DeepSpeed keeps the norm with ZeRO 1 and 2 alone
+            if (
+                not self.zero_stage and self.engine.is_gradient_accumulation_boundary()
+            ):  # DeepSpeed keeps the norm with ZeRO 1 and 2 alone
                 gradients = [p.grad for p in self.patch.parameters() if p.grad is not None]
                 self._norm = torch.nn.utils.get_total_norm(gradients)
             self.engine.step()
@@ -235,7 +238,14 @@ class AccelerateEngine:
     def __init__(self, config: Config, objective: PatchObjective, peers: Peers, accumulation: int) -> None:
         from accelerate import Accelerator
 
-        self.accelerator = Accelerator(cpu=peers.device.type == "cpu", gradient_accumulation_steps=accumulation)
+        self.accelerator = Accelerator(cpu=peers.device.type == "cpu", mixed_precision="no")
+        found = self.accelerator.distributed_type.value
+        if found not in ("NO", "MULTI_CPU", "MULTI_GPU"):
+            raise ConfigError(
+                f"engine.kind = accelerate is plain data parallel, but ACCELERATE_* variables or a saved accelerate "
+                f"config ask for {found}: launch without it, or use engine.kind: deepspeed"
+            )
+        self.accumulation = accumulation
         self.optimizer = make_optimizer(objective.patch, config.optimizer)
         self.module = self.accelerator.prepare_model(objective)
         self.patch = objective.patch
@@ -248,12 +258,12 @@ class AccelerateEngine:
         """See `Engine.train_step`."""
         set_learning_rate(self.optimizer, rate)
         outputs = []
-        for new, replay in micro_batches:
-            with self.accelerator.accumulate(self.module):
+        for number, (new, replay) in enumerate(micro_batches, start=1):
+            last = number == self.accumulation
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.module):
                 output: StepOutput = self.module(new, replay)
-                self.accelerator.backward(output.loss)
+                (output.loss / self.accumulation).backward()
             outputs.append((output.terms, output.layers))
-        assert self.accelerator.sync_gradients
         self._norm = torch.nn.utils.clip_grad_norm_(self.patch.parameters(), self.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()

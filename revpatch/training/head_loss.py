@@ -116,7 +116,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor, *_: Any) -> tuple[Any, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * d_loss.to(gradient.dtype), *(None,) * 7
+        return gradient * d_loss, *(None,) * 7
 
 
 def _wide(logits: Tensor) -> Tensor:

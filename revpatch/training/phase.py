@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from revpatch.config import PhaseConfig
 from revpatch.training.batches import Batches
@@ -22,7 +23,10 @@ class Phase:
     """Steps whose effect is in the good state."""
     pending: list[int] = field(default_factory=list)
     """Steps since then."""
+    probed: tuple[int, dict[str, dict[str, Any]]] = (0, {})
+    """The step of the last probe, and what the journal keeps of it."""
     rollbacks: int = 0
+    """States given up so far."""
     lr_factor: float = 1.0
 
     def global_step(self, step: int) -> int:

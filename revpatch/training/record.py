@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,8 @@ class Record:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self._progress = Progress(*columns, console=console) if enabled and console.is_terminal else None
         self._task: Any = None
-        self._since, self._tokens = time.monotonic(), 0
+        self._parent: str | None = None
+        self.restart_clock()
 
     def event(self, name: str, **fields: Any) -> None:
         """A line in the journal."""
@@ -56,20 +57,29 @@ class Record:
         metadata: dict[str, Any],
         sets: dict[str, dict[str, Any]],
     ) -> str:
-        """An entry of the ledger, child of the one recorded before it; its file name ("" on other ranks)."""
+        """An entry of the ledger, child of the one its weights come from; its file name ("" on other ranks)."""
         if self.ledger is None:
             return ""
-        parent = self.ledger.newest()
         known = {"kind": kind, "phase": phase, "phase_index": phase_index, "step": step}
-        metadata = {**known, "parent": parent.sha256 if parent else None, **metadata}
+        metadata = {**known, "parent": self._parent, **metadata}
         path, sha256 = self.ledger.record(kind, phase_index, phase, step, patch, metadata, sets=sets)
+        self._parent = sha256
         if kind == "commit":
             log.info("commit %s  sha256 %s", path.name, sha256)
         return path.name
 
+    def descend_from(self, name: str) -> None:
+        """The entries to come are children of this one: the weights have gone back to it."""
+        if self.ledger is not None:
+            self._parent = next(entry.sha256 for entry in self.ledger.entries() if entry.name == name)
+
+    def restart_clock(self) -> None:
+        """Leaves what happened since the last log line, such as a probe, out of tokens/s."""
+        self._since, self._tokens = time.monotonic(), 0
+
     def begin_phase(self, name: str, steps: int) -> None:
         """Starts the phase's progress bar and clock."""
-        self._since, self._tokens = time.monotonic(), 0
+        self.restart_clock()
         if self._progress is not None:
             self._progress.start()
             self._task = self._progress.add_task(name, total=steps)
@@ -94,10 +104,12 @@ class Record:
         global_step: int,
         terms: Tensor,
         layers: Mapping[str, Tensor],
+        indices: Sequence[int],
         rate: float,
         norm: Any,
     ) -> None:
-        """The means since the last call: `terms` (len(TERMS),), `layers` by name (layers,), all on the CPU."""
+        """The means since the last call: `terms` (len(TERMS),), `layers` by name (layers,), all on the CPU;
+        `indices` are the blocks that the layers' sidecars follow."""
         if not self.enabled:
             return
         now = time.monotonic()
@@ -108,7 +120,8 @@ class Record:
         self.board.scalars(global_step, {"optimizer/lr": rate, "speed/tokens_per_second": speed})
         if norm is not None:
             self.board.scalars(global_step, {"optimizer/grad_norm": float(norm)})
-        self.board.layers(global_step, {name: numbers.tolist() for name, numbers in layers.items()})
+        numbered = {name: dict(zip(indices, numbers.tolist(), strict=True)) for name, numbers in layers.items()}
+        self.board.layers(global_step, numbered)
         gate = float(layers["gate"].mean())
         parts = [f"{name} {values[name]:.4g}" for name in TERMS if values[name]]
         log.info(

@@ -11,10 +11,11 @@ import torch
 import transformers
 from rich.table import Table
 from rich.text import Text
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from revpatch.config import BaseConfig, Config
+from revpatch.config import BaseConfig, Config, ConfigError
 from revpatch.config_file import dump_config
 from revpatch.monitoring.terminal import console, log_to
 from revpatch.patch.families import blocks_of, head_of
@@ -46,8 +47,8 @@ def prepare_run(config: Config, peers: Peers) -> Path:
 def _claim(directory: Path, config: Config) -> str | None:
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         return (
-            f"output_dir = {config.output_dir}: it exists and is not empty. Nothing was overwritten: choose another "
-            "folder (--set output_dir=...), or move that one away"
+            f"output_dir = {config.output_dir}: it exists and is no empty folder. Nothing was overwritten: choose "
+            "another folder (--set output_dir=...), or move that one away"
         )
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -59,9 +60,19 @@ def _claim(directory: Path, config: Config) -> str | None:
 
 
 def load_base(config: BaseConfig, device: torch.device) -> nn.Module:
-    """The frozen base on its device, in eval mode: dropout belongs neither in a teacher nor in a base."""
-    base = AutoModelForCausalLM.from_pretrained(config.model, revision=config.revision, dtype=DTYPES[config.dtype])
-    head_of(base)
+    """The frozen base on its device, in eval mode: dropout belongs neither in a teacher nor in a base.
+
+    Raises:
+        ConfigError: its weights are missing or broken, or its head is of a kind that is not supported.
+    """
+    try:
+        base = AutoModelForCausalLM.from_pretrained(config.model, revision=config.revision, dtype=DTYPES[config.dtype])
+        head_of(base)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ConfigError(
+            f"base.model = {config.model}: can't be loaded: {str(error).strip().splitlines()[0]}; check the folder's "
+            "weights, or take the model from where it came again"
+        ) from error
     return cast(nn.Module, base.to(device).eval().requires_grad_(False))
 
 
@@ -76,6 +87,7 @@ def facts(config: Config, base: nn.Module, patch: Patch, engine: Engine, peers: 
     trainable = sum(p.numel() for p in patch.parameters())
     frozen = sum(p.numel() for p in base.parameters())
     accumulation = config.batch.accumulation(peers.world)
+    reductions = accumulation if engine.zero_stage == 2 else 1  # ZeRO 2 reduces in every micro-batch
     device = torch.cuda.get_device_name(peers.device) if peers.device.type == "cuda" else "cpu"
     zero = f", ZeRO {engine.zero_stage}" if engine.kind == "deepspeed" else ""
     return {
@@ -86,7 +98,7 @@ def facts(config: Config, base: nn.Module, patch: Patch, engine: Engine, peers: 
         "base": f"{config.base.model}, {config.base.dtype}",
         "trainable parameters": trainable,
         "frozen parameters": frozen,
-        "gradient bytes reduced a step": 4 * trainable if peers.world > 1 else 0,
+        "gradient bytes reduced a step": 4 * trainable * reductions if peers.world > 1 else 0,
         "lanes": config.batch.new_blocks,
         "batch": f"{config.batch.new_blocks} new + {config.batch.replay_blocks} replayed blocks of "
         f"{config.base.block_size} tokens, in {accumulation} micro-batches a rank",
@@ -104,9 +116,14 @@ def show(table_of: dict[str, Any]) -> None:
 
 
 def identity(config: Config, base: nn.Module, tokenizer: str) -> dict[str, Any]:
-    """What an entry says of where it belongs; free of times, paths and the number of ranks."""
+    """What an entry says of where it belongs; free of times, output paths and the number of ranks."""
     return {
-        "base": {"model": config.base.model, "sha256": base_sha256(base, rounded=True), "dtype": config.base.dtype},
+        "base": {
+            "model": config.base.model,
+            "revision": config.base.revision,
+            "sha256": base_sha256(base, rounded=True),
+            "dtype": config.base.dtype,
+        },
         "tokenizer": tokenizer,
         "sidecar": config.sidecar.model_dump(mode="json"),
         "seed": config.seed,

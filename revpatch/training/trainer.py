@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from revpatch.config import Config, PhaseConfig
 from revpatch.patch.patched_model import attach, patch_state, switchboard
@@ -48,10 +49,11 @@ def train(config: Config) -> Path:
     plan = check(config, launch.world)
     device = launch.device()
     with process_group(launch, device, config.engine.timeout_minutes) as peers:
+        base = startup.load_base(config.base, device)  # first, so that a base that fails leaves no folder behind
         directory = startup.prepare_run(config, peers)
         record = Record(directory, peers.rank == 0, config.monitoring.tensorboard)
         try:
-            Trainer(config, plan, peers, record, directory).run()
+            Trainer(config, plan, base, peers, record, directory).run()
         finally:
             record.close()
     return directory
@@ -63,14 +65,17 @@ class Trainer:
     Args:
         config: the run's config.
         plan: what it reads.
+        base: the frozen base, on this rank's device.
         peers: the other ranks.
         record: what rank 0 writes; does nothing elsewhere.
         directory: the run's folder.
     """
 
-    def __init__(self, config: Config, plan: Plan, peers: Peers, record: Record, directory: Path) -> None:
+    def __init__(
+        self, config: Config, plan: Plan, base: nn.Module, peers: Peers, record: Record, directory: Path
+    ) -> None:
         self.config, self.plan, self.peers, self.record, self.directory = config, plan, peers, record, directory
-        self.base = startup.load_base(config.base, peers.device)
+        self.base = base
         identity = startup.identity(config, self.base, plan.tokenizer)
         torch.manual_seed(config.seed)
         self.patch = attach(self.base, config.sidecar)
@@ -149,7 +154,15 @@ class Trainer:
         scale = self.patch.log_scales().detach().exp().cpu()
         named = {"gate": layers[0], "patch_norm": layers[1], "scale": scale}
         self.record.steps(
-            phase.config.name, step, phase.config.steps, phase.global_step(step), terms, named, rate, norm
+            phase.config.name,
+            step,
+            phase.config.steps,
+            phase.global_step(step),
+            terms,
+            named,
+            self.patch.layers,
+            rate,
+            norm,
         )
         finite = bool(torch.isfinite(mean).all()) and (norm is None or bool(torch.isfinite(torch.as_tensor(norm))))
         return decide([], phase.rollbacks, self.config.rollback.max_rollbacks, nonfinite=not finite)
@@ -164,8 +177,11 @@ class Trainer:
             comparisons = self.watch.compare(phase, measured)
             sets = self.watch.sets(phase, measured, comparisons)
             self.record.probed(phase.config.name, step, phase.global_step(step), sets)
-            verdict = decide(comparisons, phase.rollbacks, self.config.rollback.max_rollbacks)
+            finite = self.watch.finite(measured) and all(bool(p.isfinite().all()) for p in self.patch.parameters())
+            verdict = decide(comparisons, phase.rollbacks, self.config.rollback.max_rollbacks, nonfinite=not finite)
+        phase.probed = (step, sets)
         verdict = self.peers.from_rank0(verdict)
+        self.record.restart_clock()
         if isinstance(verdict, Keep) and verdict.good:
             phase.good = GoodState(step, self.engine.state(), measured, comparisons)
             phase.good.entry = self._enter("good", phase, step, sets)
@@ -177,7 +193,6 @@ class Trainer:
 
     def _roll_back(self, phase: Phase, step: int, reason: str) -> None:
         """Back to the last good state, at a lower rate; the data go on past the window."""
-        phase.rollbacks += 1
         phase.lr_factor *= self.config.rollback.lr_factor
         self._return_to(phase, step, phase.good, reason)
 
@@ -185,13 +200,15 @@ class Trainer:
         """The phase ends, with its last good state or, if that was measurably harmed, with its start."""
         keeps = stopped_phase_keeps(phase.good.comparisons) if self.peers.rank == 0 else None
         target = phase.good if self.peers.from_rank0(keeps) else phase.start
-        if target is phase.start:
-            phase.learned = []
         self._return_to(phase, step, target, reason)
 
     def _return_to(self, phase: Phase, step: int, target: GoodState, reason: str) -> None:
-        window = [phase.pending[0] if phase.pending else step, step]
-        self._enter("rollback", phase, step, {})
+        phase.rollbacks += 1
+        undone = [learned for learned in phase.learned if learned > target.step] + phase.pending
+        phase.learned = [learned for learned in phase.learned if learned <= target.step]
+        probed_at, sets = phase.probed
+        self._enter("rollback", phase, step, sets if probed_at == step else {})
+        self.record.descend_from(target.entry)
         restore(self.engine, self.patch, target.engine if self.peers.rank == 0 else None, self.peers)
         phase.pending, phase.good = [], target
         self.meter.take()
@@ -201,7 +218,7 @@ class Trainer:
             step=step,
             to_file=target.entry,
             reason=reason,
-            window=window,
+            window=[undone[0], step],
             new_lr_factor=phase.lr_factor,
         )
         words = f"{phase.config.name} rolled back at {step} to {target.entry}: {reason}"
@@ -212,7 +229,10 @@ class Trainer:
         self.record.end_phase()
         good, name = phase.good, phase.config.name
         comparisons = self.watch.compare(phase, good.measurements)
-        sets = self.watch.sets(phase, good.measurements, comparisons)
+        sets = {
+            name: {**values, "reference": values["before"], "rise": values["drift"]}
+            for name, values in self.watch.sets(phase, good.measurements, comparisons).items()
+        }
         entry = self._enter("commit", phase, good.step, sets)
         self.committed = good.measurements
         self.teacher.follow(self.patch)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from revpatch.config import Config, ProbeSetConfig
 from revpatch.training.guard import Comparison, ProbeSet, compare_all
 from revpatch.training.phase import Phase
@@ -31,6 +33,10 @@ class Watch:
         measured = self.prober.measure() if self.enabled else {}
         self.first = self.first or measured
         return measured
+
+    def finite(self, measured: dict[str, Measurement]) -> bool:
+        """Whether every loss of every set, guarded or not, is a number."""
+        return all(bool(np.isfinite(of.losses).all()) for of in measured.values())
 
     def compare(self, phase: Phase, measured: dict[str, Measurement]) -> list[Comparison]:
         """The sets that this phase guards, against the last good state and the phase's start."""

@@ -16,6 +16,7 @@ _OURS = {
     "optimizer": "optimizer",
     "scheduler": "optimizer",
 }
+_KNOWN = ("zero_optimization", "wall_clock_breakdown", "memory_breakdown", "comms_logger", "flops_profiler")
 _PRECISIONS = ("fp16", "bf16", "amp", "torch_autocast")
 
 
@@ -61,5 +62,8 @@ def read_deepspeed_config(path: str | None) -> dict[str, Any]:
             raise ConfigError(
                 f"{path}: {key} is enabled, but sidecars are trained in float32: take it out of this file"
             )
+    unknown = sorted(data.keys() - {*_KNOWN, *_PRECISIONS})
+    if unknown:
+        raise ConfigError(f"{path}: {unknown[0]} has no effect here or is misspelt; known are {', '.join(_KNOWN)}")
     checked: dict[str, Any] = data
     return checked

@@ -49,10 +49,10 @@ def test_a_probe_is_shown_against_its_reference_and_its_limit(tmp_path):
 
 def test_every_layer_has_its_own_chart(tmp_path):
     with Board(tmp_path) as board:
-        board.layers(7, {"gate": [0.1 * layer for layer in range(11)], "patch_norm": [2.5]})
+        board.layers(7, {"gate": {layer: 0.1 * layer for layer in range(11)}, "patch_norm": {7: 2.5}})
     read = read_back(tmp_path)
     tags = [f"gate/layer_{layer:02d}" for layer in range(11)]
-    assert sorted(read.Tags()["scalars"]) == [*tags, "patch_norm/layer_00"]
+    assert sorted(read.Tags()["scalars"]) == [*tags, "patch_norm/layer_07"]
     assert [points(read, tag) for tag in tags] == [[(7, pytest.approx(0.1 * layer))] for layer in range(11)]
 
 
@@ -80,7 +80,7 @@ def test_a_disabled_board_does_nothing(tmp_path):
     with Board(tmp_path / "tensorboard", enabled=False) as board:
         board.scalars(0, {"loss": 1.0})
         board.probe(0, "base", 1.0, 1.0, 0.1)
-        board.layers(0, {"gate": [1.0]})
+        board.layers(0, {"gate": {0: 1.0}})
         board.text(0, "event/commit", "done")
         board.close()
     assert not (tmp_path / "tensorboard").exists()

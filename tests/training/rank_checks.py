@@ -156,6 +156,23 @@ def nonfinite(trainer: Trainer) -> dict[str, Any]:
     return {"finite": all(bool(torch.isfinite(t).all()) for t in patch_state(trainer.patch).values())}
 
 
+def poisoned_last_step(trainer: Trainer) -> dict[str, Any]:
+    """The last step of the first phase leaves weights that are no numbers, while its loss is finite."""
+    step_of, calls = trainer.engine.train_step, [0]
+
+    def poisoned(batches: Iterable[MicroBatch], rate: float) -> Any:
+        calls[0] += 1
+        found = step_of(batches, rate)
+        if calls[0] == 12:
+            with torch.no_grad():
+                next(trainer.patch.parameters()).fill_(float("nan"))
+        return found
+
+    trainer.engine.train_step = poisoned  # type: ignore[method-assign]
+    trainer.run()
+    return {}
+
+
 def guarded(trainer: Trainer) -> dict[str, Any]:
     """The probe's losses are scripted: good, then worse, then good; in the second phase always worse."""
     script = [5.0, 4.9, 5.4, 4.8, 4.8] + [5.2] * 10
@@ -189,7 +206,7 @@ def patch_sum(trainer: Trainer) -> float:
 
 
 CHECKS: dict[str, Callable[[Trainer], dict[str, Any]]] = {
-    check.__name__: check for check in (whole_engine, disagreement, nonfinite, guarded)
+    check.__name__: check for check in (whole_engine, disagreement, nonfinite, poisoned_last_step, guarded)
 }
 
 
@@ -202,7 +219,8 @@ def main() -> None:
     with process_group(launch, launch.device(), config.engine.timeout_minutes) as peers:
         directory = startup.prepare_run(config, peers)
         record = Record(directory, peers.rank == 0, config.monitoring.tensorboard)
-        trainer = Trainer(config, plan, peers, record, directory)
+        base = startup.load_base(config.base, peers.device)
+        trainer = Trainer(config, plan, base, peers, record, directory)
         found = CHECKS[name](trainer)
         record.close()
         if peers.rank == 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -87,3 +88,21 @@ def test_training_leaves_the_base_as_it_was(facts_of: Callable[..., dict[str, An
     found = facts_of(engine)
     assert found["base_unchanged"]
     assert not found["base_has_grad"]
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [{"ACCELERATE_MIXED_PRECISION": "bf16"}, {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"}],
+    ids=["precision", "accumulation"],
+)
+def test_accelerates_variables_do_not_change_the_training(
+    facts_of: Callable[..., dict[str, Any]],
+    toy: Toy,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    variables: dict[str, str],
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    config = toy.config_file(tmp_path, base={"dtype": "bfloat16"}, batch={"micro_blocks": 2})
+    assert rank_check("whole_engine", config)["losses"] == facts_of("accelerate")["losses"]

@@ -90,9 +90,35 @@ def test_a_loss_that_is_no_number_is_a_regression_on_all_ranks(toy: Toy, tmp_pat
     assert "not finite" in back[0]["reason"]
 
 
+@pytest.mark.parametrize("sets", [[], ["second"]], ids=["no probes", "none guarded"])
+def test_weights_that_are_no_numbers_are_never_good(toy: Toy, tmp_path: Path, sets: list[str]) -> None:
+    named = [{"name": n, "shards": str(toy.shards(f"{n}_probe")), "guard_after": n, "tolerance": 0.5} for n in sets]
+    config = toy.config_file(tmp_path, probes={"every": 6, "sets": named})
+    rank_check("poisoned_last_step", config, ranks=1)
+    ledger = Ledger(tmp_path / "run/ledger", readonly=True)
+    assert [(b["phase"], b["window"]) for b in events(tmp_path / "run", "rollback")] == [("first", [7, 12])]
+    for entry in ledger.entries():
+        finite = all(bool(tensor.isfinite().all()) for tensor in ledger.load(entry.name)[0].values())
+        assert finite is (entry.kind != "rollback"), entry.name
+
+
+def test_an_entry_names_the_one_its_weights_come_from(toy: Toy, tmp_path: Path) -> None:
+    probes = {"every": 3, "sets": [{"name": "probe", "shards": str(toy.shards("base_probe")), "max_blocks": 8}]}
+    config = toy.config_file(tmp_path, probes=probes, rollback={"max_rollbacks": 2, "max_drift": 0.06})
+    rank_check("guarded", config, ranks=1)
+    ledger = Ledger(tmp_path / "run/ledger", readonly=True)
+    sha256 = {entry.name: entry.sha256 for entry in ledger.entries()}
+    parents = {name: ledger.load(name)[1]["parent"] for name in sha256}
+    good = sha256["000_first_good_step000000003.pt"]
+    assert parents["000_first_rollback_step000000006.pt"] == good
+    assert parents["000_first_good_step000000009.pt"] == good, "not the rejected patch between them"
+    assert parents["001_second_start.pt"] == sha256["000_first_commit.pt"]
+    assert parents["001_second_commit.pt"] == sha256["001_second_start.pt"]
+
+
 def test_a_killed_rank_ends_the_run_and_leaves_a_whole_ledger(toy: Toy, tmp_path: Path) -> None:
     endless = [{"name": "first", "shards": str(toy.shards("first")), "steps": 100_000}]
-    probes = {"sets": [{"name": "probe", "shards": str(toy.shards("base_probe")), "tolerance": 10.0}]}
+    probes = {"sets": [{"name": "probe", "shards": str(toy.shards("base_probe")), "tolerance": 1.0}]}
     config = toy.config_file(tmp_path, phases=endless, probes=probes)
     command = [*torchrun(2), "-m", "revpatch", "train", str(config)]
     process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
