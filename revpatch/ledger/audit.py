@@ -99,7 +99,9 @@ def verify(run: Path, expected_head: str | None = None) -> VerifyReport:
         report.add(JOURNAL_NAME, problem, advice)
     if found.torn:
         what = f"its last line is cut short ({len(found.torn)} bytes without an end)"
-        report.add(JOURNAL_NAME, what, "If the run is alive, ask again; else its next start sets the piece aside.")
+        report.add(
+            JOURNAL_NAME, what, "If the run is alive, ask again; else a crash left it, and what is before it is whole."
+        )
     if expected_head is not None and expected_head not in (GENESIS, *found.digests):
         what = f"expected a line with sha256 {expected_head}, found none; its last line has {report.head}"
         report.add(JOURNAL_NAME, what, "Lines at the end were removed or edited: take it from a backup.")
@@ -114,11 +116,13 @@ def verify(run: Path, expected_head: str | None = None) -> VerifyReport:
         if path.name in live or not path.exists():
             continue
         if path.name in pruned:
-            report.add(path.name, "was pruned but is still there", "The run's next start removes it, or delete it.")
+            report.add(path.name, "was pruned but is still there", "Delete it.")
         elif path.suffix == TEMPORARY_SUFFIX:
-            report.add(path.name, "is half-written", "If the run is alive, ask again; else its next start removes it.")
+            report.add(path.name, "is half-written", "If the run is alive, ask again; else a crash left it: delete it.")
         else:
-            report.add(path.name, "is in no journal line (an orphan)", "The run's next start sets it aside.")
+            report.add(
+                path.name, "is in no journal line (an orphan)", "A crash may have left it: move it out of the ledger."
+            )
     return report
 
 

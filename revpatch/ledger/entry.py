@@ -241,7 +241,7 @@ def _checked_header(path: Path, text: Any) -> tuple[dict[str, Any], str]:
 
 
 def _foreign(path: Path, why: str) -> EntryError:
-    return EntryError(f"{path} is not a revpatch entry: {why}. Give a file written by revpatch train or ledger export.")
+    return EntryError(f"{path} is not a revpatch entry: {why}. Give a file that revpatch train wrote.")
 
 
 def _reason(error: Exception) -> str:

@@ -81,8 +81,8 @@ class Journal:
         found = scan(data)
         if found.problems:
             raise JournalError(
-                f"{path} {found.problems[0]}. Restore the journal from a backup, or start a new run from an entry "
-                "that you trust."
+                f"{path} {found.problems[0]}. Restore the journal from a backup: what follows that line "
+                "can't be relied upon."
             )
         self.torn = found.torn
         self._records = found.records
