@@ -4,8 +4,8 @@
     RUN/ledger/*.pt               the entries
 
 An entry's file is written first and its journal line second, so a crash between the two leaves a file that nothing
-vouches for: an orphan, which `set_aside_orphans` names and sets aside. Removing goes the other way round: first the line,
-then the file, and it finishes what a crash interrupted.
+vouches for: an orphan, which `set_aside_orphans` names and sets aside. Removing goes the other way round: first the
+line, then the file, and it finishes what a crash interrupted.
 """
 
 from __future__ import annotations
