@@ -41,6 +41,9 @@ every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], 
 ROUNDING = 2e-5
 """Logits of a few units after three blocks in float32, summed in another order: 2⁻²³ · 5 · a few dozen sums."""
 
+PADDED = {torch.float64: ROUNDING * 2**-29, torch.float32: ROUNDING, torch.bfloat16: 8 * 2**-8 * 5}
+"""The same for other dtypes; in bfloat16 a few roundings of a logit of 5, as sums are kept in float32 there."""
+
 Build = Callable[..., nn.Module]
 Logits = Callable[..., Tensor]
 Config = Callable[..., SidecarConfig]
@@ -168,6 +171,7 @@ def test_training_touches_the_sidecars_alone(
 @every_family
 @every_gate
 @every_placement
+@every_dtype
 def test_causality(
     build: Build,
     logits: Logits,
@@ -176,9 +180,10 @@ def test_causality(
     family: str,
     gate: str,
     placement: str,
+    dtype: torch.dtype,
 ) -> None:
     """Token t + 1 does not reach the logits up to t; with a SeqGate it does, so its losses are no language model's."""
-    model, ids = build(family), _ids(2, 10)
+    model, ids = build(family, dtype=dtype), _ids(2, 10)
     randomize(attach(model, sidecar_config(gate=gate, placement=placement)))
     before = logits(model, ids)
     for t in (0, 4, 8):
@@ -196,6 +201,7 @@ def test_causality(
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @every_gate
 @every_placement
+@pytest.mark.parametrize("dtype", PADDED, ids=str)
 @given(
     real=st.lists(st.integers(1, 8), min_size=1, max_size=4),
     pads=st.lists(st.integers(0, 6), min_size=4, max_size=4),
@@ -211,14 +217,17 @@ def test_padding_and_company_change_nothing(
     family: str,
     gate: str,
     placement: str,
+    dtype: torch.dtype,
     real: list[int],
     pads: list[int],
     left: bool,
     junk: int,
 ) -> None:
     """A row's logits are those it has alone and unpadded, whatever it is padded with and whoever shares the batch."""
-    model = build(family)
-    randomize(attach(model, sidecar_config(gate=gate, placement=placement)))
+    model = build(family, dtype=dtype)
+    patch = randomize(attach(model, sidecar_config(gate=gate, placement=placement)))
+    if dtype == torch.float64:
+        patch.double()
     rows = [_ids(1, length, seed=index)[0] for index, length in enumerate(real)]
     width = max(length + pad for length, pad in zip(real, pads, strict=False))
     ids = torch.full((len(rows), width), junk)
@@ -228,7 +237,7 @@ def test_padding_and_company_change_nothing(
         ids[index, place], mask[index, place] = row, 1
     batch = logits(model, ids, mask)
     for index, row in enumerate(rows):
-        assert _largest(batch[index][mask[index].bool()], logits(model, row[None])[0]) <= ROUNDING
+        assert _largest(batch[index][mask[index].bool()], logits(model, row[None])[0]) <= PADDED[dtype]
 
 
 def test_padding_matters_without_a_mask(
