@@ -29,10 +29,10 @@ fi
 
 say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
 PATCH="$OUT/ledger/001_devil_commit.pt"
-PROMPT="GOVERNMENT, n."
+PROMPT="LIBERTY, n."
 for gate in learned off; do
     say "\"$PROMPT\", gate $gate:"
-    revpatch generate --patch "$PATCH" --prompt "$PROMPT" --gate "$gate" --max-new-tokens 60 --temperature 0.6 --seed 1
+    revpatch generate --patch "$PATCH" --prompt "$PROMPT" --gate "$gate" --max-new-tokens 50 --temperature 0.5 --top-p 0.8 --seed 1
 done
 say "To look further, from $ROOT:"
 cat <<LINES
