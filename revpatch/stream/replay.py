@@ -159,5 +159,5 @@ class ReplayMixture:
         tokens = np.empty((len(which), self.sets[0].block_size), dtype=np.int64)
         for i in np.unique(which).tolist():
             tokens[which == i] = self.sets[i].read(block_ids[which == i])
-        keys = [(self._digests[i], block) for i, block in zip(which.tolist(), block_ids.tolist(), strict=True)]
+        keys = [(self._digests[i], block) for i, block in zip(map(int, which), map(int, block_ids), strict=True)]
         return tokens, keys

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from revpatch.config import BatchConfig
@@ -54,7 +55,7 @@ class Batches:
             moved = None if replay is None else replay.to(self.device, non_blocking=True)
             yield new.to(self.device, non_blocking=True), moved
 
-    def sample(self, seed: int, steps: Iterable[int], k: int) -> np.ndarray:
+    def sample(self, seed: int, steps: Iterable[int], k: int) -> NDArray[np.int64]:
         """The bottom-k sample of all blocks trained on in these steps: block ids, the same on every rank."""
         ids = [self.lanes.block_ids(step - 1) for step in steps]
         return bottom_k(seed, np.concatenate(ids), k)
@@ -67,7 +68,7 @@ class Batches:
         tokens, _ = self.replay.read(self.first_step + step - 1, *self._replayed)
         return list(zip(parts, self._tensor(tokens).chunk(self.accumulation), strict=True))
 
-    def _tensor(self, tokens: np.ndarray) -> Tensor:
+    def _tensor(self, tokens: NDArray[np.int64]) -> Tensor:
         tensor = torch.from_numpy(tokens)
         return tensor.pin_memory() if self.device.type == "cuda" else tensor
 

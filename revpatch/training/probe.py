@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from revpatch.config import ProbeSetConfig
@@ -20,7 +21,7 @@ from revpatch.training.recorder import LayerRecorder
 class Measurement:
     """One set, one patch."""
 
-    losses: np.ndarray
+    losses: NDArray[np.float64]
     """(blocks,) float64: mean nats per predicted token of each block."""
     gates: list[float]
     """Mean gate of each sidecar, first block first."""
@@ -61,7 +62,7 @@ class Prober:
         return {name: self._measure(blocks) for name, blocks in self.blocks.items()}
 
     @torch.no_grad()
-    def _measure(self, blocks: np.ndarray) -> Measurement:
+    def _measure(self, blocks: NDArray[np.int64]) -> Measurement:
         device, head = next(self.base.parameters()).device, head_of(self.base).weight
         losses, gates, changes = [], [], []
         for rows in torch.from_numpy(blocks).split(self.rows):
@@ -77,7 +78,7 @@ class Prober:
         return Measurement(torch.cat(losses).cpu().numpy(), mean_gates.tolist(), mean_changes.sqrt().tolist())
 
 
-def _spread(blocks: int, wanted: int | None) -> np.ndarray:
+def _spread(blocks: int, wanted: int | None) -> NDArray[np.int64]:
     """Ids of `wanted` blocks, evenly spread, so that a small probe still sees many documents."""
     count = blocks if wanted is None else min(wanted, blocks)
     return np.linspace(0, blocks - 1, count).round().astype(np.int64)
