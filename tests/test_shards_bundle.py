@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -163,3 +164,15 @@ def test_the_scrambled_corpus_is_made_of_training_documents_with_their_words_out
             assert sorted(shuffled) == sorted(kept[name][0])
             assert shuffled != kept[name][0] or len(set(shuffled)) < 8
     assert len(pieces) > 0.98 * sum(make.SCRAMBLED_OF_EACH.values())
+
+
+@pytest.mark.slow
+def test_the_base_comes_out_the_same_from_its_seed(tmp_path: Path) -> None:
+    """A few steps of its pretraining, twice; and the vocabulary, which is trained whole, is the bundled one."""
+    for name in ("one", "two"):
+        command = [sys.executable, str(ROOT / "tools/make_demo_base.py"), "--steps", "3", "--out", str(tmp_path / name)]
+        subprocess.run(command, check=True, capture_output=True)
+    one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
+    assert one == two
+    bundled = (ROOT / "shards/demo_base/tokenizer.json").read_bytes()
+    assert (tmp_path / "one/tokenizer.json").read_bytes() == bundled

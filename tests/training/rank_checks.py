@@ -18,8 +18,9 @@ from torch.profiler import ProfilerActivity, profile
 from revpatch.config_file import load_config
 from revpatch.patch.patched_model import base_sha256, patch_state
 from revpatch.training import startup
-from revpatch.training.engine import MicroBatch
+from revpatch.training.engine import MicroBatch, make_engine
 from revpatch.training.launch import Launch, process_group
+from revpatch.training.objective import PatchObjective
 from revpatch.training.phase import Phase
 from revpatch.training.preflight import check
 from revpatch.training.probe import Measurement
@@ -156,6 +157,19 @@ def nonfinite(trainer: Trainer) -> dict[str, Any]:
     return {"finite": all(bool(torch.isfinite(t).all()) for t in patch_state(trainer.patch).values())}
 
 
+def another_world(trainer: Trainer) -> dict[str, Any]:
+    """An engine that does not see the ranks which the launcher started."""
+    trainer.peers.world = 2
+    objective = PatchObjective(trainer.base, trainer.patch, trainer.teacher, trainer.config.objective)
+    try:
+        make_engine(trainer.config, objective, trainer.peers)
+    except RuntimeError as error:
+        return {"error": str(error)}
+    finally:
+        trainer.peers.world = 1
+    return {"error": ""}
+
+
 def poisoned_last_step(trainer: Trainer) -> dict[str, Any]:
     """The last step of the first phase leaves weights that are no numbers, while its loss is finite."""
     step_of, calls = trainer.engine.train_step, [0]
@@ -206,7 +220,8 @@ def patch_sum(trainer: Trainer) -> float:
 
 
 CHECKS: dict[str, Callable[[Trainer], dict[str, Any]]] = {
-    check.__name__: check for check in (whole_engine, disagreement, nonfinite, poisoned_last_step, guarded)
+    check.__name__: check
+    for check in (whole_engine, another_world, disagreement, nonfinite, poisoned_last_step, guarded)
 }
 
 

@@ -106,3 +106,10 @@ def test_accelerates_variables_do_not_change_the_training(
         monkeypatch.setenv(name, value)
     config = toy.config_file(tmp_path, base={"dtype": "bfloat16"}, batch={"micro_blocks": 2})
     assert rank_check("whole_engine", config)["losses"] == facts_of("accelerate")["losses"]
+
+
+@pytest.mark.parametrize("engine", ["zero0", "accelerate"])
+def test_an_engine_that_sees_other_ranks_than_the_launcher_is_stopped(toy: Toy, tmp_path: Path, engine: str) -> None:
+    kind = str(ENGINES[engine]["kind"])
+    found = rank_check("another_world", toy.config_file(tmp_path, engine={"kind": kind}), ranks=1)
+    assert f"the {kind} engine sees 1 ranks, the launcher started 2" in found["error"]
