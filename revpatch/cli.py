@@ -37,12 +37,21 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="section.key=value, over what the config says.")
     ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Begin a new run; refused where there is one.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="With --fresh: delete the run that is there.")] = False,
 ) -> None:
-    """Train every phase of a config; start it with deepspeed, torchrun, accelerate launch or plain python."""
+    """Train every phase of a config, going on where its run stands; start it with deepspeed, torchrun, accelerate
+    launch or plain python.
+
+    Told to stop by SIGTERM or SIGUSR1, it writes a snapshot and exits with 75.
+    """
     from revpatch.config_file import load_config
     from revpatch.monitoring.summary import print_summary
-    from revpatch.training.trainer import train as run
+    from revpatch.training.interrupt import EXIT_CODE
+    from revpatch.training.run import train as run
 
+    if overwrite and not fresh:
+        raise ValueError("--overwrite deletes the run in output_dir to begin another: it needs --fresh beside it")
     try:
         loaded = load_config(config, overrides)
     except (ValueError, OSError) as error:
@@ -50,7 +59,10 @@ def train(
         if os.environ.get("LOCAL_RANK", "0") != "0":
             sys.exit(2)
         raise error
-    directory = run(loaded)
+    outcome = run(loaded, fresh, overwrite)
+    directory = outcome.directory
+    if outcome.interrupted:
+        raise typer.Exit(EXIT_CODE)
     if os.environ.get("RANK", "0") == "0":
         print_summary(directory, console)
         console.print(f"Ledger, log and TensorBoard files are in {directory}", markup=False, highlight=False)
@@ -160,7 +172,7 @@ def main() -> None:
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f", rank {rank} on {socket.gethostname()}"
         sys.stderr.write(f"revpatch{where}: {error}\n")
-        sys.exit(2)
+        sys.exit(1 if isinstance(error, ConnectionError) else 2)
 
 
 if __name__ == "__main__":

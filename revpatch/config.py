@@ -151,16 +151,50 @@ class ReplayConfig(Section):
     """What is rehearsed."""
 
     base: str | None = None
-    """Folder of shards of the base model's own distribution, rehearsed from phase 1 on."""
+    """Shards of the base model's own distribution, rehearsed from phase 1 on."""
     blocks_per_phase: Positive = 4096
     """Blocks kept of each phase (a bottom-k sample) for the phases after it."""
 
 
 class StreamConfig(Section):
-    """How blocks are read."""
+    """How blocks are read.
 
+    Wherever the config names `shards`, that is a folder built by `revpatch shards build`; the URL of such a folder
+    (https://..., s3://..., or what else fsspec knows); `pipe:COMMAND` with {name} in it for the file's name; or a raw
+    source (.txt, .jsonl, .parquet, hf:..., wds:..., a folder or glob of files), whose shards are built on first use.
+    """
+
+    on_error: Literal["stop", "quarantine"] = "stop"
+    """A broken shard stops the run, or is taken out for all ranks alike and written in the journal."""
     shuffle_blocks: Positive = 8192
     """Blocks in the shuffling window."""
+    shard_cache: str | None = "~/.cache/revpatch/shards"
+    """Folder on local disk for shards that lie elsewhere, shared by all processes of a machine."""
+    shard_cache_gb: PositiveFloat = 20.0
+    """Size that the shard cache may reach, in 10⁹ bytes."""
+
+
+class BuildConfig(Section):
+    """How the shards of a raw source are built on first use, by rank 0, with the base's tokenizer and block_size."""
+
+    folder: str = "data/built"
+    """Folder in which they are kept, each set in a folder named after its source and how it was built."""
+    text_column: str = "text"
+    """Field or column that holds the text."""
+    holdout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Fraction of the documents held out of a source that both a phase (or replay) and a probe set name: the one gets
+    the training side, the other the held-out side."""
+    workers: Positive | None = None
+    """Processes that tokenise; null is one a CPU."""
+
+
+class WeightedShards(Section):
+    """One part of a mixture."""
+
+    shards: str
+    """Shards of this part."""
+    weight: PositiveFloat = 1.0
+    """Share of the phase's new blocks, relative to the other parts' weights."""
 
 
 class PhaseConfig(Section):
@@ -168,12 +202,17 @@ class PhaseConfig(Section):
 
     name: Name
     """Name of the phase; it names the files of the ledger."""
-    shards: str
-    """Folder of token shards, built by `revpatch shards build`."""
+    shards: str | Annotated[list[WeightedShards], Field(min_length=1)]
+    """Token shards, or a mixture of several sets with weights."""
     steps: Positive
     """Optimizer steps."""
     repeat: bool = True
     """Begin another epoch when the shards are used up; if false, steps must fit in one epoch."""
+
+    @property
+    def parts(self) -> list[WeightedShards]:
+        """The sets of shards with their weights; one, unless the phase names a mixture."""
+        return [WeightedShards(shards=self.shards)] if isinstance(self.shards, str) else self.shards
 
 
 class ProbeSetConfig(Section):
@@ -182,7 +221,7 @@ class ProbeSetConfig(Section):
     name: Name
     """Name under which its losses are logged."""
     shards: str
-    """Folder of token shards that no phase trains on."""
+    """Token shards that no phase trains on."""
     tolerance: PositiveFloat = 0.03
     """Nats per token by which the loss may rise from one good state to the next."""
     guard_after: str | None = None
@@ -221,6 +260,15 @@ class LedgerConfig(Section):
     """Newest `good` entries kept of each phase; start, rollback and commit entries are always kept."""
 
 
+class SnapshotConfig(Section):
+    """What a run that was killed goes on from."""
+
+    every: Positive = 1000
+    """Optimizer steps of a phase between snapshots; there is one at the end of each phase besides."""
+    keep: Positive = 2
+    """Newest snapshots that are kept."""
+
+
 class EngineConfig(Section):
     """The distributed engine."""
 
@@ -245,7 +293,7 @@ class Config(Section):
     """A run."""
 
     output_dir: str
-    """Folder of the run; it must not hold another run."""
+    """Folder of the run. A run that is there already is gone on with, if it is this one."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of the sidecars' start, the order of the data and the replay."""
     base: BaseConfig
@@ -255,11 +303,13 @@ class Config(Section):
     batch: BatchConfig = BatchConfig()
     replay: ReplayConfig = ReplayConfig()
     stream: StreamConfig = StreamConfig()
+    build: BuildConfig = BuildConfig()
     phases: Annotated[list[PhaseConfig], Field(min_length=1)]
     """The corpora, in the order in which they are learned."""
     probes: ProbesConfig = ProbesConfig()
     rollback: RollbackConfig = RollbackConfig()
     ledger: LedgerConfig = LedgerConfig()
+    snapshot: SnapshotConfig = SnapshotConfig()
     engine: EngineConfig = EngineConfig()
     monitoring: MonitoringConfig = MonitoringConfig()
 

@@ -11,7 +11,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+from collections.abc import Iterator
+
 import pytest
+from ranks import RunServer
 from toy import Toy, build_toy
 
 
@@ -19,3 +22,11 @@ from toy import Toy, build_toy
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
     """The base, the tokenizer and the shards of tests/toy.py; read only."""
     return build_toy(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[RunServer]:
+    """Forks ranks of the command line."""
+    server = RunServer()
+    yield server
+    server.close()

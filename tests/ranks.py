@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from revpatch.ledger.history import Ledger, effective
 
 CHECKS = Path(__file__).parent / "training/rank_checks.py"
 BIN = Path(sys.executable).parent
@@ -53,3 +57,83 @@ def rank_check(name: str, config: Path, *overrides: str, ranks: int = 2) -> dict
     assert done.returncode == 0, done.stdout
     found: dict[str, Any] = json.loads(out.read_text())
     return found
+
+
+class RunServer:
+    """A process that forks ranks of the command line: see run_server.py."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, str(CHECKS.with_name("run_server.py"))],
+            env=environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def start(self, *args: object, output: Path, world: int = 1, **request: Any) -> list[int]:
+        """Starts ranks and returns their process ids."""
+        assert self.process.stdin is not None
+        asked = {"args": [str(arg) for arg in args], "output": str(output), "world": world, **request}
+        self.process.stdin.write(json.dumps(asked) + "\n")
+        self.process.stdin.flush()
+        pids: list[int] = self._reply(60)["pids"]
+        return pids
+
+    def wait(self, timeout: float = 120) -> list[int]:
+        """The ranks' exit codes; negative is a signal."""
+        codes: list[int] = self._reply(timeout)["codes"]
+        return codes
+
+    def run(self, *args: object, output: Path, world: int = 1, timeout: float = 120, **request: Any) -> list[int]:
+        """Starts ranks and waits for their end."""
+        self.start(*args, output=output, world=world, **request)
+        return self.wait(timeout)
+
+    def close(self) -> None:
+        """Ends it, and whatever it started."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def _reply(self, timeout: float) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        if not select.select([self.process.stdout], [], [], timeout)[0]:
+            self.close()
+            raise AssertionError(f"the ranks did not end within {timeout} s")
+        line = self.process.stdout.readline()
+        assert line, "the server of runs has died"
+        reply: dict[str, Any] = json.loads(line)
+        return reply
+
+
+@dataclass
+class Runs:
+    """Starts the command line on one config, each run in a folder of its own."""
+
+    server: RunServer
+    config: Path
+    folder: Path
+    harm: list[list[int]] = field(default_factory=list)
+
+    def path(self, name: str) -> Path:
+        return self.folder / name
+
+    def log(self, name: str) -> Path:
+        return self.folder / f"{name}.log"
+
+    def start(self, name: str, *options: str, **request: Any) -> list[int]:
+        args = ["train", self.config, "--set", f"output_dir={self.path(name)}", *options]
+        self.log(name).write_text("")
+        return self.server.start(*args, output=self.log(name), **{"world": 2, "harm": self.harm, **request})
+
+    def run(self, name: str, *options: str, timeout: float = 120, **request: Any) -> list[int]:
+        self.start(name, *options, **request)
+        return self.server.wait(timeout)
+
+    def events(self, name: str, kind: str) -> list[dict[str, Any]]:
+        records = Ledger(self.path(name) / "ledger", readonly=True).journal.records()
+        return [event for event in effective(records) if event["event"] == kind]
+
+    def commits(self, name: str) -> list[str]:
+        return [event["sha256"] for event in self.events(name, "entry") if event["kind"] == "commit"]

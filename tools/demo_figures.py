@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from revpatch.ledger.history import Ledger
+from revpatch.ledger.history import Ledger, effective
 
 
 def figure(name: str, asked: str, measured: float | str, unit: str, holds: bool) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def figure(name: str, asked: str, measured: float | str, unit: str, holds: bool)
 def figures_of(run: Path, again: Path | None) -> list[dict[str, Any]]:
     """The figures of a demo run, and of a second one with the same seed."""
     ledger = Ledger(run / "ledger", readonly=True)
-    events = ledger.journal.records()
+    events = effective(ledger.journal.records())
     commits = {event["phase"]: event["sets"] for event in events if event["event"] == "commit"}
     rollbacks = [event for event in events if event["event"] == "rollback" and event["phase"] == "scrambled"]
     jargon, scrambled = commits["jargon"], commits["scrambled"]

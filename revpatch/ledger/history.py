@@ -64,8 +64,26 @@ def recorded(event: dict[str, Any]) -> Recorded:
 
 def pruned_in(event: dict[str, Any]) -> list[str]:
     """The names that a `pruned` event took away; none for any other event."""
-    names = event.get("files") if event["event"] == "pruned" else None
-    return [str(name) for name in names] if isinstance(names, list) else []
+    return _names(event.get("files")) if event["event"] == "pruned" else []
+
+
+def superseded_in(event: dict[str, Any]) -> list[str]:
+    """The names that a `resume` event set aside; none for any other event."""
+    return _names(event.get("superseded")) if event["event"] == "resume" else []
+
+
+def _names(value: Any) -> list[str]:
+    return [str(name) for name in value] if isinstance(value, list) else []
+
+
+def effective(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The events that count: without those that a run went back before when it went on from a snapshot."""
+    kept: list[dict[str, Any]] = []
+    for event in events:
+        if event["event"] == "resume" and isinstance(since := event.get("undoes_from"), int):
+            kept = [earlier for earlier in kept if earlier["seq"] < since]
+        kept.append(event)
+    return kept
 
 
 def live_entries(events: list[dict[str, Any]], problems: list[str] | None = None) -> dict[str, Recorded]:
@@ -85,7 +103,7 @@ def live_entries(events: list[dict[str, Any]], problems: list[str] | None = None
                 continue
             live.pop(entry.name, None)  # recorded again, after a resume: it moves to its new place in time
             live[entry.name] = entry
-        for name in pruned_in(event):
+        for name in (*pruned_in(event), *superseded_in(event)):
             live.pop(name, None)
     return live
 
@@ -196,13 +214,26 @@ class Ledger:
                 self.journal.append("orphan", file=path.name, moved_to=None, bytes=path.stat().st_size)
                 path.unlink()
                 continue
-            aside, number = path.with_name(f"{path.name}.orphan"), 1
-            while aside.exists():
-                number += 1
-                aside = path.with_name(f"{path.name}.orphan-{number}")
+            aside = _aside(path, "orphan")
             sha256, size = sha256_of_file(path), path.stat().st_size
             self.journal.append("orphan", file=path.name, moved_to=aside.name, sha256=sha256, bytes=size)
             path.rename(aside)
+        sync_directory(self.directory)
+        return names
+
+    def resume(self, events: int, **fields: Any) -> list[str]:
+        """Goes back to what the ledger was after its first `events` events, as a snapshot noted; returns the names of
+        the entries since then, which the run will write anew.
+
+        They are renamed to `NAME.superseded` (`.superseded-2`, ...) and kept. Journals one `resume` event with `fields`.
+        Raises OSError.
+        """
+        names = [entry.name for entry in self.entries() if entry.seq >= events]
+        self.journal.append("resume", undoes_from=events, superseded=names, **fields)
+        for name in names:
+            del self._live[name]
+            path = self.directory / name
+            path.rename(_aside(path, "superseded"))
         sync_directory(self.directory)
         return names
 
@@ -228,3 +259,12 @@ class Ledger:
             (self.directory / name).unlink(missing_ok=True)
         sync_directory(self.directory)
         return names
+
+
+def _aside(path: Path, word: str) -> Path:
+    """A name beside `path` that nothing has yet."""
+    aside, number = path.with_name(f"{path.name}.{word}"), 1
+    while aside.exists():
+        number += 1
+        aside = path.with_name(f"{path.name}.{word}-{number}")
+    return aside

@@ -106,6 +106,12 @@ class Journal:
         """Whether a head that was noted earlier is still part of this history."""
         return head == GENESIS or head in self._digests
 
+    def head_after(self, events: int) -> str | None:
+        """The head after the first `events` events; None if there were never so many."""
+        if events > len(self._digests):
+            return None
+        return self._digests[events - 1] if events else GENESIS
+
     def records(self) -> list[dict[str, Any]]:
         """All events, oldest first, each with `seq`, `time`, `event`, its fields, and `previous`."""
         return list(self._records)

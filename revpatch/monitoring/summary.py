@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from revpatch.ledger.history import effective
 from revpatch.ledger.journal import Journal
 
 
@@ -17,9 +18,8 @@ def print_summary(run: Path, console: Console) -> None:
 
     Raises JournalError for a damaged journal, FileNotFoundError if `run` holds none.
     """
-    commits = [
-        event for event in Journal(run / "ledger/journal.jsonl", readonly=True).records() if event["event"] == "commit"
-    ]
+    events = effective(Journal(run / "ledger/journal.jsonl", readonly=True).records())
+    commits = [event for event in events if event["event"] == "commit"]
     title = Text(f"{run.name}: held-out losses in nats per token", style="table.title")
     table = Table(title=title, title_justify="left")
     for column in (

@@ -12,7 +12,7 @@ import numpy as np
 
 UInt64s = np.ndarray[Any, np.dtype[np.uint64]]
 _ROUNDS = 16  # with 12, ranges of 3 to 7 are seen to be permuted unevenly
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def mix64(x: Any) -> UInt64s:
@@ -34,7 +34,7 @@ def hash64(*words: Any) -> UInt64s:
     for word in words:
         word = np.uint64(word % 2**64) if isinstance(word, int) else np.asarray(word).astype(np.uint64)
         with np.errstate(over="ignore"):
-            state = mix64((state + _GOLDEN) ^ word)
+            state = mix64((state + GOLDEN) ^ word)
     return state
 
 
@@ -65,7 +65,7 @@ def _feistel(x: UInt64s, size: UInt64s, key: UInt64s) -> UInt64s:
     low, high = x & low_mask, x >> low_bits
     for i in range(_ROUNDS):
         with np.errstate(over="ignore"):
-            key = key + _GOLDEN
+            key = key + GOLDEN
         if i % 2:
             low = low ^ (mix64(key ^ high) & low_mask)
         else:

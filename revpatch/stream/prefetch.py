@@ -10,6 +10,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Generic, TypeVar
 
 Batch = TypeVar("Batch")
@@ -21,19 +22,33 @@ class _Fetched(Generic[Batch]):
 
 
 class Prefetcher(Iterator[Batch], Generic[Batch]):
-    """`fetch(step)` for every step, in order, at most `depth` finished batches ahead of the caller.
+    """`settle(step, fetch(step))` for every step, in order, ahead of the caller.
 
-    What `fetch` or `steps` raises is raised by `next` at the very step it belongs to, after the batches before it;
-    nothing is fetched after that. Close it, or use it as a context: the thread ends with the fetch it is in.
+    At most `depth` settled batches wait for the caller, and one more is fetched; it is settled when one is taken. What
+    `fetch`, `settle` or `steps` raises is raised by `next` at the very step it belongs to, after the batches before it;
+    nothing is fetched after that. Close it, or use it as a context.
+
+    `settle` may meet other processes, if all take batches and close at the same steps: a thread that is closed settles
+    what the fastest one can have settled, `depth` steps after the last that was taken, so that none is left waiting for
+    another. After an error there is no such step: leaving the context by one leaves the thread to itself.
     """
 
-    def __init__(self, fetch: Callable[[int], Batch], steps: Iterable[int], depth: int = 2) -> None:
+    def __init__(
+        self,
+        fetch: Callable[[int], Batch],
+        steps: Iterable[int],
+        depth: int = 2,
+        settle: Callable[[int, Batch], Batch] | None = None,
+    ) -> None:
         if depth < 1:
             raise ValueError(f"depth is {depth}; at least 1 batch must fit")
-        self._fetch = fetch
+        self._fetch, self._settle = fetch, settle
         self._steps = steps
-        self._ready: queue.Queue[_Fetched[Batch] | BaseException] = queue.Queue(depth)
+        self._depth = depth
+        self._room = threading.Semaphore(depth)
+        self._ready: queue.SimpleQueue[_Fetched[Batch] | BaseException] = queue.SimpleQueue()
         self._closing = threading.Event()
+        self._taken = 0
         self._end: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="revpatch-prefetch", daemon=True)
         self._thread.start()
@@ -41,8 +56,13 @@ class Prefetcher(Iterator[Batch], Generic[Batch]):
     def __enter__(self) -> Prefetcher[Batch]:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+        else:
+            self._closing.set()
 
     def __iter__(self) -> Prefetcher[Batch]:
         return self
@@ -54,6 +74,8 @@ class Prefetcher(Iterator[Batch], Generic[Batch]):
         if self._end is None:
             ready = self._ready.get()
             if isinstance(ready, _Fetched):
+                self._taken += 1
+                self._room.release()
                 return ready.batch
             self._end = ready
         raise self._end  # again at every further call: an error must not turn into a quiet end
@@ -61,18 +83,25 @@ class Prefetcher(Iterator[Batch], Generic[Batch]):
     def close(self) -> None:
         """Stop reading and wait for the thread. May be called again."""
         self._closing.set()
-        while self._thread.is_alive():
-            try:  # the thread may be waiting for room
-                self._ready.get_nowait()
-            except queue.Empty:
-                self._thread.join(timeout=0.01)
+        self._room.release(self._depth + 1)  # the thread may be waiting for room
+        self._thread.join()
 
     def _run(self) -> None:
         try:
-            for step in self._steps:
-                if self._closing.is_set():
+            for number, step in enumerate(self._steps, start=1):
+                if self._past_the_end(number):
                     return
-                self._ready.put(_Fetched(self._fetch(step)))
+                batch = self._fetch(step)
+                self._room.acquire()
+                if self._past_the_end(number):
+                    return
+                if self._settle is not None:
+                    batch = self._settle(step, batch)
+                self._ready.put(_Fetched(batch))
             self._ready.put(StopIteration())
         except BaseException as error:  # handed over: it belongs to the caller
             self._ready.put(error)
+
+    def _past_the_end(self, number: int) -> bool:
+        """Whether the batch of this number will be neither taken nor settled by another process."""
+        return self._closing.is_set() and (self._settle is None or number > self._taken + self._depth)

@@ -1,7 +1,7 @@
 """The sample of past phases that is rehearsed, and which block of it is rehearsed when.
 
 Of all blocks trained on in a phase, keep the k with the smallest hash(seed, block id). That sample is uniform, needs no
-coordination, is the same however the blocks were spread over ranks, and merges by a sort. At commit it is written as
+coordination, and is the same however the blocks were spread over ranks. At commit it is written as
 a small set of shards of its own, so that the corpus need not be there any more to rehearse it.
 Later, which replay block lane i sees at step k is a function of (seed, i, k): nothing to remember here either.
 """
@@ -16,8 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from revpatch.stream.corpus import Corpus, check_alike
 from revpatch.stream.manifest import MANIFEST_VERSION, Manifest
 from revpatch.stream.permutation import hash64
+from revpatch.stream.quarantine import Quarantine
 from revpatch.stream.shard_set import ShardSet
 from revpatch.stream.tars import (
     DEFAULT_SHARD_BYTES,
@@ -52,33 +54,28 @@ def bottom_k(seed: int, block_ids: np.ndarray[Any, Any], k: int) -> Int64s:
     return kept
 
 
-def merge(seed: int, k: int, *samples: np.ndarray[Any, Any]) -> Int64s:
-    """The sample of the union, from the samples (of k or more) of its parts; in any order and grouping."""
-    return bottom_k(seed, np.concatenate([np.empty(0, np.int64), *samples]), k)
-
-
 def write_replay(
-    shard_set: ShardSet, block_ids: np.ndarray[Any, Any], directory: str | Path, name: str, *, note: str | None = None
+    corpus: Corpus, block_ids: np.ndarray[Any, Any], directory: str | Path, name: str, *, note: str | None = None
 ) -> Manifest:
     """Copy these blocks, each once and in the order of their ids, into a set of shards `directory/name`.
 
     The folder appears when it is whole. One that is there already stays if it is the same and is refused
     (FileExistsError) if not. Raises ValueError for no blocks or a name that is no plain folder name, IndexError for
-    ids that the set has not, ShardError when the set is broken.
+    ids that the corpus has not, ShardError when a shard is broken.
     """
     if not re.fullmatch(r"\w[\w.\-]*", name):
         raise ValueError(f"replay set name {name!r}: use letters, digits, '_', '-' and '.' alone; it names a folder")
     block_ids = np.unique(np.asarray(block_ids, dtype=np.int64))
     if not len(block_ids):
         raise ValueError(f"replay set {name!r}: there is no block to keep; train at least one step before a commit")
-    source = shard_set.manifest
+    source = corpus.sets[0].manifest
     folder = Path(directory).resolve() / name
     refuse_foreign(folder)
     temporary = temporary_folder(folder)
     writer = ShardWriter(temporary, source.dtype, blocks_in(DEFAULT_SHARD_BYTES, source.block_bytes), prefix=name)
     try:
         for start in range(0, len(block_ids), _COPY_BLOCKS):
-            writer.write(shard_set.read(block_ids[start : start + _COPY_BLOCKS]))
+            writer.write(corpus.read(block_ids[start : start + _COPY_BLOCKS]))
         manifest = Manifest(
             version=MANIFEST_VERSION,
             split="replay",
@@ -91,12 +88,12 @@ def write_replay(
             blocks=len(block_ids),
             shards=writer.close(),
             tokenizer=source.tokenizer,
-            sources=source.sources,
+            sources=tuple(name for shards in corpus.sets for name in shards.manifest.sources),
             text_column=None,
             holdout=0.0,
             max_tokens=None,
             licence=source.licence,
-            note=note or f"{len(block_ids)} of the {source.blocks} blocks of the set with digest {source.digest}",
+            note=note or f"{len(block_ids)} of the {len(corpus)} blocks of {', '.join(corpus.digests)}",
         )
         manifest.write(temporary)
         install_folder(temporary, folder, manifest)
@@ -119,15 +116,7 @@ class ReplayMixture:
         if lanes < 1:
             raise ValueError(f"lanes is {lanes}; replay needs at least 1 (batch.replay_blocks)")
         for other in sets[1:]:
-            for what in ("block_size", "tokenizer"):
-                found, expected = getattr(other.manifest, what), getattr(sets[0].manifest, what)
-                if what == "tokenizer":
-                    found, expected = found.fingerprint, expected.fingerprint
-                if found != expected:
-                    raise ValueError(
-                        f"replay sets differ in {what}: {expected} in {sets[0].directory}, {found} in "
-                        f"{other.directory}; build them with the same tokenizer and block_size"
-                    )
+            check_alike(sets[0], other)
         self.sets = tuple(sets)
         self.lanes = lanes
         self.seed = seed
@@ -150,14 +139,21 @@ class ReplayMixture:
         block = hash64(SAMPLE_VERSION, _BLOCK, self.seed, step, lane) % self._blocks[which]
         return which.astype(np.int64), block.astype(np.int64)
 
-    def read(self, step: int, start: int = 0, stop: int | None = None) -> tuple[Int64s, list[tuple[str, int]]]:
+    def read(
+        self, step: int, start: int = 0, stop: int | None = None, quarantine: Quarantine | None = None
+    ) -> tuple[Int64s, list[tuple[str, int]]]:
         """The blocks of `locate`, (stop - start, block_size) int64, and a key for each: (set's digest, block id).
 
-        Equal keys mean equal tokens, in any run, so that what was computed from a block can be cached under it.
+        Blocks of shards that are out, in `quarantine`, are replaced. Equal keys mean equal tokens, in any run, so
+        that what was computed from a block can be cached under it. Raises ShardError for a broken shard.
         """
         which, block_ids = self.locate(step, start, stop)
+        lanes = np.arange(start, start + len(which), dtype=np.int64)
         tokens = np.empty((len(which), self.sets[0].block_size), dtype=np.int64)
         for i in np.unique(which).tolist():
-            tokens[which == i] = self.sets[i].read(block_ids[which == i])
+            rows = which == i
+            if quarantine is not None:
+                block_ids[rows] = quarantine.replace(self.sets[i].manifest, block_ids[rows], step, lanes[rows])
+            tokens[rows] = self.sets[i].read(block_ids[rows])
         keys = [(self._digests[i], block) for i, block in zip(map(int, which), map(int, block_ids), strict=True)]
         return tokens, keys

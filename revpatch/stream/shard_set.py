@@ -31,7 +31,8 @@ class ShardSet:
     a shard is missing or has another size. Reading is safe from several threads. Close it, or use it as a context.
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, cache=None) -> None:
+        self.location = str(directory)
         self.directory = Path(directory).absolute()
         self.manifest = Manifest.read(self.directory)
         self.block_size = self.manifest.block_size
@@ -41,6 +42,12 @@ class ShardSet:
         self._verified: set[int] = set()
         self._files: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, least recently used first
         self._lock = threading.Lock()
+
+    def want(self, shards): ...
+    def shards_of(self, ids):
+        return np.searchsorted(self._ends, ids, side="right")
+
+    def check_sizes(self):
         for i, shard in enumerate(self.manifest.shards):
             path = self.directory / shard.name
             if not path.is_file():
@@ -131,5 +138,8 @@ class ShardSet:
         path = self.directory / self.manifest.shards[shard].name
         raise ShardError(
             f"{path}: shard {shard} of {len(self.manifest.shards)}: expected {expected}, found {found}; "
-            "copy this file again from where it came, or build the shards again into a new folder"
+            "copy this file again from where it came, or build the shards again into a new folder",
+            location=str(path),
+            shard=shard,
+            digest=self.manifest.digest,
         )

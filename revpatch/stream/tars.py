@@ -32,6 +32,13 @@ _SUFFIX = "bin"
 class ShardError(ValueError):
     """A shard is not what its manifest says: it is missing, has another size or hash, or holds another block."""
 
+    def __init__(self, message, *, location="", shard=0, offset=None, digest=""):
+        super().__init__(message)
+        self.location = location
+        self.shard = shard
+        self.offset = offset
+        self.digest = digest
+
 
 def member_key(block_id: int) -> str:
     """A block's webdataset key. Wide enough for any corpus, so that every header has one size."""

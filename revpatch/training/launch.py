@@ -21,6 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+_LOST = ("gloo/transport", "Connection closed by peer", "Timed out waiting")
+"""What torch's errors say when a peer is gone, where they have no type of their own."""
 
 
 @dataclass(frozen=True)
@@ -81,11 +83,18 @@ class Peers:
         launch: where this one stands.
         device: where its tensors live.
         control: the group for verdicts and states; None for the default one.
+        reading: the group in which the reading threads meet, beside what the main threads do.
     """
 
-    def __init__(self, launch: Launch, device: torch.device, control: dist.ProcessGroup | None) -> None:
+    def __init__(
+        self,
+        launch: Launch,
+        device: torch.device,
+        control: dist.ProcessGroup | None,
+        reading: dist.ProcessGroup | None = None,
+    ) -> None:
         self.rank, self.world, self.device = launch.rank, launch.world, device
-        self.control = control
+        self.control, self.reading = control, reading
 
     def from_rank0(self, value: Any) -> Any:
         """Rank 0's value, on every rank; the others pass None."""
@@ -104,6 +113,19 @@ class Peers:
         dist.all_reduce(tensor)
         return tensor.div_(self.world)
 
+    def agree(self, failure: T | None, interrupted: bool) -> tuple[list[T], bool]:
+        """What the reading threads of all ranks have met: every failure, by rank, and whether any was told to stop."""
+        if self.world == 1:
+            return [] if failure is None else [failure], interrupted
+        flags = torch.tensor([failure is not None, interrupted], dtype=torch.int32)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.reading)
+        failed, stopped = flags.tolist()
+        if not failed:
+            return [], bool(stopped)
+        found: list[Any] = [None] * self.world
+        dist.all_gather_object(found, failure, group=self.reading)
+        return [each for each in found if each is not None], bool(stopped)
+
     def barrier(self) -> None:
         """Waits for all ranks."""
         dist.barrier(group=self.control)
@@ -111,7 +133,11 @@ class Peers:
 
 @contextmanager
 def process_group(launch: Launch, device: torch.device, timeout_minutes: float) -> Iterator[Peers]:
-    """Joins the process group, and leaves it."""
+    """Joins the process group, and leaves it.
+
+    Raises:
+        ConnectionError: another rank has ended, or does not answer in time.
+    """
     timeout = timedelta(minutes=timeout_minutes)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -120,14 +146,21 @@ def process_group(launch: Launch, device: torch.device, timeout_minutes: float) 
         dist.init_process_group("gloo", timeout=timeout)
     try:
         control = dist.new_group(backend="gloo", timeout=timeout) if device.type == "cuda" else None
-        peers = Peers(launch, device, control)
+        reading = dist.new_group(backend="gloo", timeout=timeout) if launch.world > 1 else None
+        peers = Peers(launch, device, control, reading)
         yield peers
         peers.barrier()
         # A gloo worker that frees the tensors of the last collective needs the interpreter's lock; if it first gets it
         # while the interpreter is shutting down, it aborts the process.
         time.sleep(0.2)
-    finally:
         dist.destroy_process_group()
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or any(word in str(error) for word in _LOST)):
+            raise
+        raise ConnectionError(
+            f"another rank has ended or does not answer ({str(error).strip().splitlines()[0][:200]}); why is in that "
+            "rank's own message. The same command goes on from the newest snapshot"
+        ) from error
 
 
 def _free_port() -> int:

@@ -8,6 +8,7 @@ from typing import Any
 from revpatch.config import PhaseConfig
 from revpatch.training.batches import Batches
 from revpatch.training.rollback import GoodState
+from revpatch.training.snapshot import PhaseProgress
 
 
 @dataclass
@@ -28,6 +29,40 @@ class Phase:
     rollbacks: int = 0
     """States given up so far."""
     lr_factor: float = 1.0
+    done: int = 0
+    """Optimizer steps made."""
+    epochs: list[int] = field(default_factory=list)
+    """The epoch that each of its sets of shards is in; empty before the first step."""
+
+    @classmethod
+    def of(cls, index: int, config: PhaseConfig, batches: Batches, progress: PhaseProgress) -> Phase:
+        """A phase where a snapshot left it."""
+        return cls(
+            index,
+            config,
+            batches,
+            progress.start,
+            progress.good,
+            list(progress.learned),
+            list(progress.pending),
+            progress.probed,
+            progress.rollbacks,
+            progress.lr_factor,
+            progress.step,
+        )
+
+    def progress(self) -> PhaseProgress:
+        """What a snapshot keeps of it."""
+        return PhaseProgress(
+            self.done,
+            self.start,
+            self.good,
+            list(self.learned),
+            list(self.pending),
+            self.probed,
+            self.rollbacks,
+            self.lr_factor,
+        )
 
     def global_step(self, step: int) -> int:
         """Optimizer steps of the run at a step of this phase."""

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer
 
-from revpatch.config import BaseConfig, Config, ConfigError
+from revpatch.config import BaseConfig, Config, ConfigError, PhaseConfig
 from revpatch.patch.families import FAMILIES
-from revpatch.stream.lanes import Lanes
+from revpatch.stream.corpus import Corpus
 from revpatch.stream.manifest import Manifest, tokenizer_fingerprint
+from revpatch.stream.mixture import Mixture
+from revpatch.stream.shard_cache import ShardCache
 from revpatch.stream.shard_set import ShardSet
 from revpatch.training.zero_config import read_deepspeed_config
 
@@ -20,9 +23,9 @@ from revpatch.training.zero_config import read_deepspeed_config
 class Plan:
     """What a run reads, opened and checked."""
 
-    phases: list[ShardSet]
+    phases: list[Corpus]
     """In the order of the config's phases."""
-    lanes: list[Lanes]
+    mixtures: list[Mixture]
     """The order of each phase's blocks."""
     replay_base: ShardSet | None
     probes: list[ShardSet]
@@ -30,13 +33,24 @@ class Plan:
     tokenizer: str
     """Fingerprint of the tokenizer of base and shards."""
 
+    def digests(self, config: Config, phase: int | None) -> dict[str, list[str]]:
+        """Digests of the sets that are in use in a phase, or between phases, by the config's key."""
+        found = {
+            f"probes.sets {s.name}": [p.manifest.digest] for s, p in zip(config.probes.sets, self.probes, strict=True)
+        }
+        if self.replay_base is not None:
+            found["replay.base"] = [self.replay_base.manifest.digest]
+        if phase is not None:
+            found[f"phases {config.phases[phase].name}"] = self.phases[phase].digests
+        return found
+
 
 def check(config: Config, world: int) -> Plan:
     """Opens what the config names.
 
     Raises:
-        ConfigError: a combination can't work, or shards are missing or broken; the message names key, value, and what
-            to do.
+        ConfigError: a combination can't work, or shards are missing or (unless broken ones are quarantined) have another
+            size; the message names key, value, and what to do.
         FileNotFoundError: DeepSpeed's file is missing.
     """
     config.batch.accumulation(world)
@@ -44,49 +58,74 @@ def check(config: Config, world: int) -> Plan:
     architecture = _architecture(config.base)
     _check_layers(config, architecture)
     fingerprint = _fingerprint(config.base)
+    cache = _cache(config)
     opened: dict[str, ShardSet] = {}
-    for key, folder in _folders(config):
+    for key, place in locations(config):
         try:
-            shards = opened[key] = ShardSet(folder)
+            shards = opened[key] = ShardSet(place, cache)
+            if config.stream.on_error == "stop":
+                shards.check_sizes()
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{key} = {folder}: {error}") from None
-        _check_shards(key, folder, shards.manifest, config, fingerprint, architecture)
-    lanes = []
+            raise ConfigError(f"{key} = {place}: {error}") from None
+        _check_shards(key, place, shards.manifest, config, fingerprint, architecture)
+    corpora, mixtures = [], []
     for index, phase in enumerate(config.phases):
-        key = f"phases.{index}.shards"
-        try:
-            order = Lanes(
-                opened[key].manifest,
-                config.batch.new_blocks,
-                config.seed + index,
-                config.stream.shuffle_blocks,
-                phase.repeat,
-            )
-        except ValueError as error:
-            raise ConfigError(f"{key} = {phase.shards}: {error}") from None
-        if order.total_steps is not None and phase.steps > order.total_steps:
-            raise ConfigError(
-                f"phases.{index}.steps = {phase.steps}, but {phase.shards} holds {order.total_steps} steps an epoch "
-                f"of {config.batch.new_blocks} blocks: set repeat: true, or steps to at most {order.total_steps}"
-            )
-        lanes.append(order)
+        corpora.append(Corpus([opened[key] for key in _part_keys(index, phase)]))
+        mixtures.append(_mixture(config, index, corpora[-1]))
     _check_held_out(config, opened)
     return Plan(
-        phases=[opened[f"phases.{index}.shards"] for index in range(len(config.phases))],
-        lanes=lanes,
+        phases=corpora,
+        mixtures=mixtures,
         replay_base=opened.get("replay.base"),
         probes=[opened[f"probes.sets.{index}.shards"] for index in range(len(config.probes.sets))],
         tokenizer=fingerprint,
     )
 
 
-def _folders(config: Config) -> Iterator[tuple[str, str]]:
+def locations(config: Config) -> Iterator[tuple[str, str]]:
+    """Every key that names shards, and what it names."""
     for index, phase in enumerate(config.phases):
-        yield f"phases.{index}.shards", phase.shards
+        for key, part in zip(_part_keys(index, phase), phase.parts, strict=True):
+            yield key, part.shards
     if config.replay.base is not None:
         yield "replay.base", config.replay.base
     for index, probe in enumerate(config.probes.sets):
         yield f"probes.sets.{index}.shards", probe.shards
+
+
+def _part_keys(index: int, phase: PhaseConfig) -> list[str]:
+    if isinstance(phase.shards, str):
+        return [f"phases.{index}.shards"]
+    return [f"phases.{index}.shards.{part}.shards" for part in range(len(phase.shards))]
+
+
+def _cache(config: Config) -> ShardCache | None:
+    folder = config.stream.shard_cache
+    if folder is None:
+        return None
+    return ShardCache(Path(folder).expanduser(), int(config.stream.shard_cache_gb * 1e9))
+
+
+def _mixture(config: Config, index: int, corpus: Corpus) -> Mixture:
+    phase = config.phases[index]
+    names = ", ".join(part.shards for part in phase.parts)
+    try:
+        mixture = Mixture(
+            [shards.manifest for shards in corpus.sets],
+            [part.weight for part in phase.parts],
+            config.batch.new_blocks,
+            config.seed + index,
+            config.stream.shuffle_blocks,
+            phase.repeat,
+        )
+    except ValueError as error:
+        raise ConfigError(f"phases.{index}.shards = {names}: {error}") from None
+    if mixture.total_steps is not None and phase.steps > mixture.total_steps:
+        raise ConfigError(
+            f"phases.{index}.steps = {phase.steps}, but {names} holds {mixture.total_steps} steps an epoch of "
+            f"{config.batch.new_blocks} blocks: set repeat: true, or steps to at most {mixture.total_steps}"
+        )
+    return mixture
 
 
 def _architecture(base: BaseConfig) -> Any:
@@ -155,7 +194,7 @@ def _check_held_out(config: Config, opened: dict[str, ShardSet]) -> None:
     # By the shards' hashes: a manifest's digest also tells apart two builds of one text under different notes.
     trained = {
         shard.sha256: key
-        for key, _ in _folders(config)
+        for key, _ in locations(config)
         if not key.startswith("probes.")
         for shard in opened[key].manifest.shards
     }

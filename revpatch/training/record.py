@@ -30,16 +30,18 @@ class Record:
         directory: the run's folder, made by `prepare_run`.
         enabled: whether this is rank 0.
         tensorboard: whether to write event files.
+        purge_step: of a run that goes on, the first step that TensorBoard is told anew.
     """
 
-    def __init__(self, directory: Path, enabled: bool, tensorboard: bool) -> None:
+    def __init__(self, directory: Path, enabled: bool, tensorboard: bool, purge_step: int | None = None) -> None:
         self.enabled = enabled
-        self.board = Board(directory / "tensorboard", enabled=enabled and tensorboard)
+        self.board = Board(directory / "tensorboard", enabled and tensorboard, purge_step)
         self.ledger = Ledger(directory / "ledger") if enabled else None
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self._progress = Progress(*columns, console=console) if enabled and console.is_terminal else None
         self._task: Any = None
-        self._parent: str | None = None
+        self.parent: str | None = None
+        """sha256 of the entry from which the next one descends."""
         self.restart_clock()
 
     def event(self, name: str, **fields: Any) -> None:
@@ -56,33 +58,29 @@ class Record:
         patch: dict[str, Tensor],
         metadata: dict[str, Any],
         sets: dict[str, dict[str, Any]],
-    ) -> str:
-        """An entry of the ledger, child of the one its weights come from; its file name ("" on other ranks)."""
+    ) -> tuple[str, str | None]:
+        """An entry of the ledger, child of the one its weights come from; its file's name and sha256 ("" and None on
+        other ranks)."""
         if self.ledger is None:
-            return ""
+            return "", None
         known = {"kind": kind, "phase": phase, "phase_index": phase_index, "step": step}
-        metadata = {**known, "parent": self._parent, **metadata}
+        metadata = {**known, "parent": self.parent, **metadata}
         path, sha256 = self.ledger.record(kind, phase_index, phase, step, patch, metadata, sets=sets)
-        self._parent = sha256
+        self.parent = sha256
         if kind == "commit":
             log.info("commit %s  sha256 %s", path.name, sha256)
-        return path.name
-
-    def descend_from(self, name: str) -> None:
-        """The entries to come are children of this one: the weights have gone back to it."""
-        if self.ledger is not None:
-            self._parent = next(entry.sha256 for entry in self.ledger.entries() if entry.name == name)
+        return path.name, sha256
 
     def restart_clock(self) -> None:
         """Leaves what happened since the last log line, such as a probe, out of tokens/s."""
         self._since, self._tokens = time.monotonic(), 0
 
-    def begin_phase(self, name: str, steps: int) -> None:
+    def begin_phase(self, name: str, steps: int, done: int = 0) -> None:
         """Starts the phase's progress bar and clock."""
         self.restart_clock()
         if self._progress is not None:
             self._progress.start()
-            self._task = self._progress.add_task(name, total=steps)
+            self._task = self._progress.add_task(name, total=steps, completed=done)
 
     def advance(self, tokens: int) -> None:
         """One optimizer step, of so many tokens over all ranks."""
@@ -142,6 +140,10 @@ class Record:
             self.board.scalars(global_step, {f"probe/{name}/gate": values["gate"]})
             shown.append(f"{name} {values['loss']:.4f} ({values['drift']:+.4f})")
         log.info("%s probe at %d  %s", phase, step, "  ".join(shown))
+
+    def time(self, global_step: int, what: str, seconds: float) -> None:
+        """How long the step was kept waiting for something."""
+        self.board.scalars(global_step, {f"time/{what}": seconds})
 
     def text(self, global_step: int, tag: str, words: str) -> None:
         """A line in the log and a text in TensorBoard."""

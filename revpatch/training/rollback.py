@@ -30,6 +30,8 @@ class GoodState:
     """Of the guarded sets, against the phase's start."""
     entry: str = ""
     """Its file in the ledger."""
+    sha256: str | None = None
+    """The file's sha256."""
 
 
 def state_sha256(patch: Patch, state: EngineState) -> str:
@@ -57,8 +59,8 @@ def restore(engine: Engine, patch: Patch, state: EngineState | None, peers: Peer
     if len(set(hashes)) > 1:
         held = "; ".join(f"rank {rank} holds {sha256}" for rank, sha256 in enumerate(hashes))
         raise RuntimeError(
-            f"the ranks disagree after a rollback: {held}. Training on would mix two patches, so the run stops "
-            "here; its ledger is whole. Check the memory and the network of the ranks that differ"
+            f"the ranks disagree after loading one state: {held}. Training on would mix two patches, so the run "
+            "stops here; its ledger is whole. Check the memory and the network of the ranks that differ"
         )
     return hashes[0]
 

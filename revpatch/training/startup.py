@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
-from pathlib import Path
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -16,47 +16,56 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from revpatch.config import BaseConfig, Config, ConfigError
-from revpatch.config_file import dump_config
-from revpatch.monitoring.terminal import console, log_to
+from revpatch.monitoring.terminal import console
 from revpatch.patch.families import blocks_of, head_of
 from revpatch.patch.patched_model import Patch, base_sha256
 from revpatch.training.engine import Engine
 from revpatch.training.launch import Peers
+from revpatch.training.preflight import Plan
+from revpatch.training.resume import Standing, stand
 
 log = logging.getLogger("revpatch")
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def prepare_run(config: Config, peers: Peers) -> Path:
-    """Makes the run's folder on rank 0 and starts its log; every rank gets the path.
+def prepare_run(config: Config, peers: Peers, fresh: bool = False, overwrite: bool = False) -> Standing:
+    """Claims the run's folder on rank 0 and finds out where the run stands; every rank is told, or gets the refusal.
 
     Raises:
-        FileExistsError: the folder holds a run or other files; nothing is overwritten.
+        FileExistsError, ConfigError, OSError: see `stand`; nothing was overwritten.
     """
-    directory = Path(config.output_dir).absolute()
-    refusal = None
+    standing: Standing | None = None
+    refusal: Exception | None = None
     if peers.rank == 0:
-        refusal = _claim(directory, config)
+        try:
+            standing = stand(config, fresh, overwrite)
+        except (OSError, ValueError) as error:
+            refusal = error
     refusal = peers.from_rank0(refusal)
     if refusal is not None:
-        raise FileExistsError(refusal)
-    return directory
+        raise refusal
+    told: Standing = peers.from_rank0(None if standing is None else replace(standing, lock=None))
+    return standing or told
 
 
-def _claim(directory: Path, config: Config) -> str | None:
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        return (
-            f"output_dir = {config.output_dir}: it exists and is no empty folder. Nothing was overwritten: choose "
-            "another folder (--set output_dir=...), or move that one away"
-        )
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-        log_to(directory / "train.log")
-    except OSError as error:
-        return f"output_dir = {config.output_dir}: can't be written: {error}"
-    return None
+def check_same_data(config: Config, plan: Plan, peers: Peers) -> None:
+    """Raises ConfigError if two ranks found other shards under one name, as on nodes with copies of their own."""
+    found = peers.gather(
+        [(key, plan.digests(config, phase)) for phase, key in enumerate(p.name for p in config.phases)]
+    )
+    for rank, other in enumerate(found):
+        if other != found[0]:
+            wrong = next(
+                name
+                for (_, here), (_, there) in zip(found[0], other, strict=True)
+                for name in here
+                if here[name] != there[name]
+            )
+            raise ConfigError(
+                f"{wrong}: rank 0 and rank {rank} found different shards there (their manifests differ): give every "
+                "node the same ones"
+            )
 
 
 def load_base(config: BaseConfig, device: torch.device) -> nn.Module:

@@ -7,110 +7,56 @@ through `peers.from_rank0`; what only rank 0 does (write, show) is inside `Recor
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
-import numpy as np
 import torch
-from torch import nn
 
-from revpatch.config import Config, PhaseConfig
-from revpatch.patch.patched_model import attach, patch_state, switchboard
-from revpatch.stream.replay import ReplayMixture, write_replay
-from revpatch.stream.shard_set import ShardSet
-from revpatch.training import startup
-from revpatch.training.batches import Batches
-from revpatch.training.engine import fresh_state, make_engine
+from revpatch.config import PhaseConfig
+from revpatch.patch.patched_model import patch_state
+from revpatch.stream.replay import write_replay
+from revpatch.training.batches import Ready
+from revpatch.training.engine import fresh_state
 from revpatch.training.guard import Comparison, Keep, Rollback, Stop, decide, stopped_phase_keeps
-from revpatch.training.invertibility import Invertibility, measure_invertibility
-from revpatch.training.launch import Launch, Peers, process_group
-from revpatch.training.objective import TERMS, PatchObjective
+from revpatch.training.objective import TERMS
 from revpatch.training.phase import Phase
-from revpatch.training.preflight import Plan, check
-from revpatch.training.probe import Measurement, Prober
-from revpatch.training.record import Meter, Record
 from revpatch.training.rollback import GoodState, restore
+from revpatch.training.run_state import RunState
 from revpatch.training.schedule import learning_rate
-from revpatch.training.teacher import Teacher
-from revpatch.training.watch import Sets, Watch
+from revpatch.training.watch import Sets
 
 log = logging.getLogger("revpatch")
 Verdict = Keep | Rollback | Stop
 
 
-def train(config: Config) -> Path:
-    """Trains every phase of the config on this rank; returns the run's folder.
+class Trainer(RunState):
+    """One rank's part of a run; made as `RunState` is."""
 
-    Raises:
-        ConfigError, FileNotFoundError, ValueError: the config can't be used; before any process group is formed.
-        FileExistsError: the run's folder is taken.
-        RuntimeError: the engine's world is not the launcher's, or two ranks disagree after a rollback.
-    """
-    launch = Launch.from_environment()
-    plan = check(config, launch.world)
-    device = launch.device()
-    with process_group(launch, device, config.engine.timeout_minutes) as peers:
-        base = startup.load_base(config.base, device)  # first, so that a base that fails leaves no folder behind
-        directory = startup.prepare_run(config, peers)
-        record = Record(directory, peers.rank == 0, config.monitoring.tensorboard)
-        try:
-            Trainer(config, plan, base, peers, record, directory).run()
-        finally:
-            record.close()
-    return directory
-
-
-class Trainer:
-    """One rank's part of a run.
-
-    Args:
-        config: the run's config.
-        plan: what it reads.
-        base: the frozen base, on this rank's device.
-        peers: the other ranks.
-        record: what rank 0 writes; does nothing elsewhere.
-        directory: the run's folder.
-    """
-
-    def __init__(
-        self, config: Config, plan: Plan, base: nn.Module, peers: Peers, record: Record, directory: Path
-    ) -> None:
-        self.config, self.plan, self.peers, self.record, self.directory = config, plan, peers, record, directory
-        self.base = base
-        identity = startup.identity(config, self.base, plan.tokenizer)
-        torch.manual_seed(config.seed)
-        self.patch = attach(self.base, config.sidecar)
-        switchboard(self.base).checkpointing = config.base.activation_checkpointing
-        if config.base.compile:
-            startup.compile_base(self.base)
-        self.teacher = Teacher(self.base)
-        objective = PatchObjective(self.base, self.patch, self.teacher, config.objective)
-        self.engine = make_engine(config, objective, peers)
-        sets = list(zip(config.probes.sets, plan.probes, strict=True))
-        prober = Prober(self.base, sets, rows=2 * config.batch.micro_blocks)
-        self.watch = Watch(config, prober, enabled=peers.rank == 0)
-        self.meter = Meter()
-        self.identity = identity
-        self.replay = [] if plan.replay_base is None else [plan.replay_base]
-        self.committed: dict[str, Measurement] = {}
-        self._announce()
-
-    def run(self) -> None:
-        """All phases."""
+    def run(self) -> bool:
+        """All phases, from where the run stands; false if a signal ended it before the last."""
         first_step = 0
         for index, config in enumerate(self.config.phases):
-            phase = self._begin(index, config, first_step)
-            self._train(phase)
-            self._commit(phase)
+            if self.resumed is None or index >= self.resumed.phase_index:
+                phase = self._begin(index, config, first_step)
+                if not self._train(phase):
+                    return False
+                self._commit(phase)
             first_step += config.steps
+        self.snapshots.finish()
         self.record.event("run_end")
+        return True
 
-    def _train(self, phase: Phase) -> None:
-        """The loop."""
+    def _train(self, phase: Phase) -> bool:
+        """The loop; false if a signal ended it."""
         steps = phase.config.steps
-        with phase.batches.stream(steps) as stream:
-            for step, micro_batches in enumerate(stream, start=1):
+        with phase.batches.stream(steps, phase.done) as stream:
+            for ready in stream:
+                self._note(phase, ready)
+                if ready.interrupted:
+                    self._interrupt(phase)
+                    return False
+                step = ready.step
                 rate = phase.lr_factor * learning_rate(self.config.optimizer, step, steps)
-                self.meter.add(*self.engine.train_step(phase.batches.to_device(micro_batches), rate))
+                self.meter.add(*self.engine.train_step(phase.batches.to_device(ready.micro_batches), rate))
+                phase.done = step
                 phase.pending.append(step)
                 self.record.advance(self._tokens_a_step())
 
@@ -123,25 +69,52 @@ class Trainer:
                     self._roll_back(phase, step, verdict.reason)
                 elif isinstance(verdict, Stop):
                     self._stop(phase, step, verdict.reason)
-                    return
+                    return True
+                if step % self.config.snapshot.every == 0:
+                    self.take_snapshot(phase)
         if phase.pending:
             self._return_to(phase, steps, phase.good, "the phase ended with a probe above its tolerance")
+        return True
 
     def _begin(self, index: int, config: PhaseConfig, first_step: int) -> Phase:
-        """Fresh optimizer state, the first probe and the start entry."""
-        batch, peers = self.config.batch, self.peers
-        mixture = ReplayMixture(self.replay, batch.replay_blocks, self.config.seed) if self.replay else None
-        batches = Batches(self.plan.phases[index], self.plan.lanes[index], mixture, batch, peers, first_step)
+        """The phase where a snapshot left it; or fresh optimizer state, the first probe and the start entry."""
+        batches = self.batches(index, first_step)
+        resumed, self.resumed = self.resumed, None
+        if resumed is not None and resumed.phase is not None:
+            phase = Phase.of(index, config, batches, resumed.phase)
+            self.record.begin_phase(config.name, config.steps, phase.done)
+            return phase
         state = fresh_state(self.patch)
-        restore(self.engine, self.patch, state, peers)
+        restore(self.engine, self.patch, state, self.peers)
         measured = self.committed = self.committed or self.watch.measure()
         self.record.event("phase_start", phase=config.name, phase_index=index, steps=config.steps)
         start = GoodState(0, state, measured)
         phase = Phase(index, config, batches, start, start)
         start.comparisons = self.watch.compare(phase, measured)
-        start.entry = self._enter("start", phase, 0, self.watch.sets(phase, measured, start.comparisons))
+        start.entry, start.sha256 = self._enter("start", phase, 0, self.watch.sets(phase, measured, start.comparisons))
         self.record.begin_phase(config.name, config.steps)
         return phase
+
+    def _note(self, phase: Phase, ready: Ready) -> None:
+        """Puts down what the stream met on the way to this step."""
+        for broken in ready.quarantined:
+            self.record.event("quarantine", phase=phase.config.name, step=ready.step, **broken.as_fields())
+            words = f"{phase.config.name}: from step {ready.step} on without {broken.location}: {broken.reason}"
+            self.record.text(phase.global_step(ready.step), "event/quarantine", words)
+        parts, epochs = phase.batches.mixture.parts, phase.batches.mixture.epochs(ready.step - 1)
+        if phase.epochs and epochs != phase.epochs:
+            left = ", ".join(str(part.carried(epoch)) for part, epoch in zip(parts, epochs, strict=True))
+            words = ", ".join(str(epoch) for epoch in epochs)
+            if self.peers.rank == 0:
+                name = phase.config.name
+                log.info(
+                    "%s epoch %s begins at %d, with %s blocks left over of the one before",
+                    name,
+                    words,
+                    ready.step,
+                    left,
+                )
+        phase.epochs = epochs
 
     def _log(self, phase: Phase, step: int, rate: float) -> Verdict:
         """Means over steps and ranks; a loss that is not finite on one rank is seen by all, at the same step."""
@@ -184,7 +157,7 @@ class Trainer:
         self.record.restart_clock()
         if isinstance(verdict, Keep) and verdict.good:
             phase.good = GoodState(step, self.engine.state(), measured, comparisons)
-            phase.good.entry = self._enter("good", phase, step, sets)
+            phase.good.entry, phase.good.sha256 = self._enter("good", phase, step, sets)
             phase.learned += phase.pending
             phase.pending = []
             if self.record.ledger is not None:
@@ -208,7 +181,7 @@ class Trainer:
         phase.learned = [learned for learned in phase.learned if learned <= target.step]
         probed_at, sets = phase.probed
         self._enter("rollback", phase, step, sets if probed_at == step else {})
-        self.record.descend_from(target.entry)
+        self.record.parent = target.sha256
         restore(self.engine, self.patch, target.engine if self.peers.rank == 0 else None, self.peers)
         phase.pending, phase.good = [], target
         self.meter.take()
@@ -233,13 +206,13 @@ class Trainer:
             name: {**values, "reference": values["before"], "rise": values["drift"]}
             for name, values in self.watch.sets(phase, good.measurements, comparisons).items()
         }
-        entry = self._enter("commit", phase, good.step, sets)
+        entry, _ = self._enter("commit", phase, good.step, sets)
         self.committed = good.measurements
         self.teacher.follow(self.patch)
         self._keep_replay(phase)
         inverse = None
         if self.peers.rank == 0 and self.config.sidecar.check_invertibility:
-            inverse = str(self._invertibility(self.plan.phases[phase.index]))
+            inverse = str(self.invertibility(self.plan.phases[phase.index]))
         self.record.event(
             "commit",
             phase=name,
@@ -251,24 +224,32 @@ class Trainer:
         )
         words = "  ".join(f"{key} {values['loss']:.4f} ({values['drift']:+.4f})" for key, values in sets.items())
         self.record.text(phase.global_step(phase.config.steps), "event/commit", f"{name} committed: {words}")
+        self.take_snapshot(phase, committed=True)
 
     def _keep_replay(self, phase: Phase) -> None:
         if not self.config.batch.replay_blocks or not phase.learned:
             return
-        directory, name = self.directory / "replay", f"{phase.index:03d}_{phase.config.name}"
+        name = f"{phase.index:03d}_{phase.config.name}"
         if self.peers.rank == 0:
             ids = phase.batches.sample(self.config.seed, phase.learned, self.config.replay.blocks_per_phase)
-            write_replay(self.plan.phases[phase.index], ids, directory, name)
+            write_replay(self.plan.phases[phase.index], ids, self.directory / "replay", name)
         self.peers.barrier()
-        self.replay.append(ShardSet(directory / name))
+        self.add_sample(name)
 
-    def _invertibility(self, shards: ShardSet, noise: float = 0.0) -> Invertibility:
-        tokens = torch.from_numpy(shards.read(np.zeros(1, np.int64))).to(self.peers.device)
-        return measure_invertibility(self.base, self.patch, tokens, noise)
+    def _interrupt(self, phase: Phase) -> None:
+        """A signal asked to stop: a snapshot, on disk before anything else."""
+        self.take_snapshot(phase)
+        self.snapshots.finish()
+        self.record.end_phase()
+        self.record.event("interrupted", phase=phase.config.name, step=phase.done)
+        words = (
+            f"stopped by a signal after step {phase.done} of {phase.config.name}; the same command goes on from here"
+        )
+        self.record.text(phase.global_step(phase.done), "event/interrupted", words)
 
-    def _enter(self, kind: str, phase: Phase, step: int, sets: Sets) -> str:
+    def _enter(self, kind: str, phase: Phase, step: int, sets: Sets) -> tuple[str, str | None]:
         if self.peers.rank != 0:
-            return ""
+            return "", None
         losses = {name: values["loss"] for name, values in sets.items()}
         metadata = {**self.identity, "probes": losses}
         return self.record.entry(kind, phase.index, phase.config.name, step, patch_state(self.patch), metadata, sets)
@@ -278,11 +259,3 @@ class Trainer:
 
     def _tokens_a_step(self) -> int:
         return (self.config.batch.new_blocks + self.config.batch.replay_blocks) * self.config.base.block_size
-
-    def _announce(self) -> None:
-        facts = startup.facts(self.config, self.base, self.patch, self.engine, self.peers)
-        if self.config.sidecar.check_invertibility:
-            facts["inverse error, weights ± 0.02"] = str(self._invertibility(self.plan.phases[0], noise=0.02))
-        if self.peers.rank == 0:
-            startup.show(facts)
-        self.record.event("run", base=self.identity["base"], seed=self.config.seed, facts=facts)

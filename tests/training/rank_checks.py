@@ -32,7 +32,7 @@ from revpatch.training.trainer import Trainer
 
 def batches_of(phase: Phase, steps: int) -> list[list[MicroBatch]]:
     with phase.batches.stream(steps) as stream:
-        return list(stream)
+        return [ready.micro_batches for ready in stream]
 
 
 def run_steps(trainer: Trainer, batches: Iterable[list[MicroBatch]], rate: float) -> list[float]:
@@ -41,7 +41,7 @@ def run_steps(trainer: Trainer, batches: Iterable[list[MicroBatch]], rate: float
 
 def whole_engine(trainer: Trainer) -> dict[str, Any]:
     """Losses, the bytes on the wire and exact rollback, in one launch."""
-    trainer._enter = lambda *_: ""  # type: ignore[method-assign]
+    trainer._enter = lambda *_: ("", None)  # type: ignore[method-assign]
     return {**losses(trainer), **bytes_reduced(trainer), **exact_rollback(trainer)}
 
 
@@ -232,10 +232,11 @@ def main() -> None:
     plan = check(config, launch.world)
     torch.set_num_threads(1)
     with process_group(launch, launch.device(), config.engine.timeout_minutes) as peers:
-        directory = startup.prepare_run(config, peers)
-        record = Record(directory, peers.rank == 0, config.monitoring.tensorboard)
+        standing = startup.prepare_run(config, peers)
+        record = Record(standing.directory, peers.rank == 0, config.monitoring.tensorboard)
         base = startup.load_base(config.base, peers.device)
-        trainer = Trainer(config, plan, base, peers, record, directory)
+        trainer = Trainer(config, plan, base, peers, record, standing.directory)
+        trainer.take_up(standing)
         found = CHECKS[name](trainer)
         record.close()
         if peers.rank == 0:

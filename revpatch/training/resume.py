@@ -1,0 +1,220 @@
+"""Whether a run begins, goes on or is over: the folder that the config names, held against the config."""
+
+from __future__ import annotations
+
+import fcntl
+import re
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from revpatch.config import Config, ConfigError
+from revpatch.config_file import dump_config, load_config
+from revpatch.ledger.durable import write_atomically
+from revpatch.ledger.history import JOURNAL_NAME, Ledger
+from revpatch.ledger.journal import Journal
+from revpatch.monitoring.terminal import log_to
+from revpatch.training.snapshot import Snapshot, newest_snapshot
+
+CONFIG_NAME = "config.yaml"
+OUTPUTS = (CONFIG_NAME, "train.log", "ledger", "replay", "snapshot", "tensorboard")
+"""What a run writes into its folder."""
+_LOCK_NAME = ".lock"
+
+MAY_CHANGE = (
+    r"output_dir|monitoring\..*|snapshot\..*|ledger\..*|engine\..*|build\..*|probes\.every",
+    r"stream\.(on_error|shard_cache|shard_cache_gb)",
+    r"base\.(model|compile|activation_checkpointing)|batch\.micro_blocks",  # a base has its sha256
+    r"phases\.\d+\.steps",
+    r"replay\.base|probes\.sets\.\d+\.shards|phases\.\d+\.shards(\.\d+\.shards)?",  # shards have their digests
+)
+"""Keys that may differ from those a run began with; what they name is held against hashes where there are any."""
+
+
+@dataclass
+class Standing:
+    """Where a run stands."""
+
+    directory: Path
+    begun: bool = False
+    """It is there already."""
+    snapshot: Snapshot | None = None
+    """What it goes on from; None begins it anew."""
+    changed: dict[str, list[Any]] = field(default_factory=dict)
+    """Config keys whose values are others than before: [old, new]."""
+    lock: Any = None
+    """The open file whose lock keeps other processes out of the folder."""
+
+
+def stand(config: Config, fresh: bool, overwrite: bool) -> Standing:
+    """Looks at the run's folder and claims it; for rank 0 alone.
+
+    Raises:
+        FileExistsError: the folder holds other things; or a run, and `fresh` asks for a new one without `overwrite`.
+        ConfigError: the run there was begun with another config; or another process trains in it.
+        EntryError, JournalError: the ledger or a snapshot there is damaged.
+    """
+    directory = Path(config.output_dir).absolute()
+    named = f"output_dir = {config.output_dir}"
+    is_run = (directory / CONFIG_NAME).is_file()
+    if directory.exists() and not is_run and (not directory.is_dir() or _holds_anything(directory)):
+        raise FileExistsError(
+            f"{named}: it exists, and is neither an empty folder nor a run. Nothing was overwritten: choose another "
+            "folder (--set output_dir=...), or move that one away"
+        )
+    if is_run and fresh and not overwrite:
+        raise FileExistsError(
+            f"{named}: it holds a run, and --fresh would begin another there. Nothing was overwritten: choose another "
+            "folder (--set output_dir=...), leave out --fresh to go on with it, or add --overwrite to delete it"
+        )
+    directory.mkdir(parents=True, exist_ok=True)
+    standing = Standing(directory, lock=_lock(directory, named))
+    if is_run and fresh:
+        for name in OUTPUTS:
+            path = directory / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    log_to(directory / "train.log")
+    if is_run and not fresh:
+        standing.begun = True
+        standing.snapshot = newest_snapshot(directory / "snapshot")
+        standing.changed = compare_configs(load_config(directory / CONFIG_NAME), config, standing.snapshot, named)
+        _check_history(standing)
+    write_atomically(directory / CONFIG_NAME, dump_config(config).encode())
+    return standing
+
+
+def is_over(standing: Standing, config: Config) -> bool:
+    """Whether every phase of the config was committed."""
+    return standing.snapshot is not None and standing.snapshot.phase_index >= len(config.phases)
+
+
+def compare_configs(old: Config, new: Config, snapshot: Snapshot | None, named: str) -> dict[str, list[Any]]:
+    """The keys whose values differ, if all of them may.
+
+    Raises:
+        ConfigError: the differing keys that may not.
+    """
+    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    known = len(old.phases)
+    appended = [key for key in after if key not in before and (found := _phase_of(key)) is not None and found >= known]
+    changed = {
+        key: [before.get(key), after.get(key)]
+        for key in {**before, **after}
+        if before.get(key) != after.get(key) and key not in appended
+    }
+    wrong = [key for key in changed if not any(re.fullmatch(pattern, key) for pattern in MAY_CHANGE)]
+    for index, phase in enumerate(new.phases):
+        key = f"phases.{index}.steps"
+        if snapshot is None or key not in changed:
+            continue
+        made = snapshot.phase.step if snapshot.phase is not None and index == snapshot.phase_index else 0
+        if index < snapshot.phase_index or phase.steps < made:
+            wrong.append(key)
+    if wrong:
+        lines = [f"  {key}: {changed[key][0]!r} then, {changed[key][1]!r} now" for key in wrong]
+        raise ConfigError(
+            f"{named} holds a run that was begun with another config, which differs in\n" + "\n".join(lines) + "\n"
+            "Set these back to go on with it, or choose another folder (--set output_dir=...). Steps may change in "
+            "phases that are not committed, and not below what was trained; phases may be added at the end"
+        )
+    return changed
+
+
+def check_shards(snapshot: Snapshot, digests: dict[str, list[str]]) -> None:
+    """Holds the shards that are used from here on against those that were used before.
+
+    Raises:
+        ConfigError: a key names shards with other contents.
+    """
+    for key, expected in snapshot.digests.items():
+        if key in digests and digests[key] != expected:
+            raise ConfigError(
+                f"{key}: these are not the shards that the run has trained with so far: expected digests "
+                f"{_short(expected)}, found {_short(digests[key])}; name the shards that it began with"
+            )
+
+
+def check_identity(snapshot: Snapshot, identity: dict[str, Any]) -> None:
+    """Holds base and tokenizer against those that the run was begun with.
+
+    Raises:
+        ConfigError: they are others; their names and folders may differ.
+    """
+    then, now = snapshot.identity, identity
+    for what, before, after in (
+        ("base.model: weights of sha256", then["base"]["sha256"], now["base"]["sha256"]),
+        ("base.model: a tokenizer of fingerprint", then["tokenizer"], now["tokenizer"]),
+    ):
+        if before != after:
+            raise ConfigError(
+                f"{what} {before[:16]}… were used so far, and this one has {after[:16]}…: name the base that the run "
+                "was begun with"
+            )
+
+
+def go_back(standing: Standing, ledger: Ledger, **fields: Any) -> None:
+    """Brings ledger and replay to where the snapshot is; what came after it is set aside, and will be made again."""
+    snapshot = standing.snapshot
+    orphans = ledger.set_aside_orphans()
+    events = 0 if snapshot is None else snapshot.events
+    ledger.resume(
+        events,
+        snapshot=None if snapshot is None else snapshot.name,
+        changed=standing.changed,
+        orphans=orphans,
+        **fields,
+    )
+    keep = [] if snapshot is None else snapshot.replay
+    replay = standing.directory / "replay"
+    for folder in sorted(replay.iterdir()) if replay.is_dir() else []:
+        if folder.name not in keep:
+            shutil.rmtree(folder)
+
+
+def _check_history(standing: Standing) -> None:
+    journal = Journal(standing.directory / "ledger" / JOURNAL_NAME)
+    snapshot = standing.snapshot
+    if snapshot is not None and journal.head_after(snapshot.events) != snapshot.head:
+        raise ConfigError(
+            f"{standing.directory}: snapshot {snapshot.name} was written after {snapshot.events} events of a journal "
+            f"whose line {snapshot.events} has sha256 {snapshot.head[:16]}…, and ledger/{JOURNAL_NAME} is not that one: "
+            "put back the journal that belongs to it, or remove the snapshot to go on from an older one"
+        )
+
+
+def _lock(directory: Path, named: str) -> Any:
+    file = (directory / _LOCK_NAME).open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise ConfigError(
+            f"{named}: another process is training in this folder: wait for it, stop it, or choose another folder"
+        ) from None
+    return file
+
+
+def _holds_anything(directory: Path) -> bool:
+    return any(path.name != _LOCK_NAME for path in directory.iterdir())
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested keys and list items by their dotted names."""
+    items: Any = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if items is None or not value:
+        return {prefix: value}
+    return {
+        key: leaf
+        for name, inner in items
+        for key, leaf in _flat(inner, f"{prefix}.{name}" if prefix else str(name)).items()
+    }
+
+
+def _phase_of(key: str) -> int | None:
+    found = re.match(r"phases\.(\d+)\.", key)
+    return int(found[1]) if found else None
+
+
+def _short(digests: list[str]) -> str:
+    return ", ".join(f"{digest[:16]}…" for digest in digests)

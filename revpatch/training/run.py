@@ -1,0 +1,68 @@
+"""A run, from a config to its end, on this rank: check, join the others, claim the folder, train."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from revpatch.config import Config
+from revpatch.training import startup
+from revpatch.training.first_use import build_on_first_use, needs_building
+from revpatch.training.interrupt import Interruption
+from revpatch.training.launch import Launch, process_group
+from revpatch.training.preflight import check
+from revpatch.training.record import Record
+from revpatch.training.resume import is_over
+from revpatch.training.trainer import Trainer
+
+log = logging.getLogger("revpatch")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call of `train` ended."""
+
+    directory: Path
+    """The run's folder."""
+    interrupted: bool = False
+    """By a signal, after a snapshot was written."""
+
+
+def train(config: Config, fresh: bool = False, overwrite: bool = False) -> Outcome:
+    """Trains every phase of the config on this rank, from where the run in its folder stands.
+
+    Args:
+        config: the run's config.
+        fresh: begin a new run; refused where there is one, unless `overwrite` deletes it.
+        overwrite: see `fresh`.
+
+    Raises:
+        ConfigError, FileNotFoundError, ValueError: the config can't be used, or is not that of the run in its folder.
+        FileExistsError: the run's folder is taken.
+        ShardError: a shard is broken; on all ranks, at the same step.
+        RuntimeError: the engine's world is not the launcher's, or two ranks disagree.
+    """
+    interruption = Interruption()
+    launch = Launch.from_environment()
+    device = launch.device()
+    plan = None if needs_building(config) else check(config, launch.world)
+    with process_group(launch, device, config.engine.timeout_minutes) as peers:
+        if plan is None:
+            plan = check(build_on_first_use(config, peers), launch.world)
+        startup.check_same_data(config, plan, peers)
+        base = startup.load_base(config.base, device)  # first, so that a base that fails leaves no folder behind
+        standing = startup.prepare_run(config, peers, fresh, overwrite)
+        if is_over(standing, config):
+            if peers.rank == 0:
+                log.info("the run in %s is over: every phase is committed; add a phase to train on", standing.directory)
+            return Outcome(standing.directory)
+        again = None if standing.snapshot is None else standing.snapshot.step + 1
+        record = Record(standing.directory, peers.rank == 0, config.monitoring.tensorboard, purge_step=again)
+        try:
+            trainer = Trainer(config, plan, base, peers, record, standing.directory, interruption)
+            trainer.take_up(standing)
+            interruption.training = True
+            return Outcome(standing.directory, interrupted=not trainer.run())
+        finally:
+            record.close()

@@ -1,0 +1,189 @@
+"""What one rank trains with, made from a config and a plan; and all of it in and out of a snapshot."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from revpatch.config import Config
+from revpatch.patch.patched_model import attach, switchboard
+from revpatch.stream.corpus import Corpus
+from revpatch.stream.quarantine import Quarantine
+from revpatch.stream.replay import ReplayMixture
+from revpatch.stream.shard_set import ShardSet
+from revpatch.stream.tars import ShardError
+from revpatch.training import startup
+from revpatch.training.batches import Batches
+from revpatch.training.engine import make_engine
+from revpatch.training.invertibility import Invertibility, measure_invertibility
+from revpatch.training.launch import Peers
+from revpatch.training.objective import PatchObjective
+from revpatch.training.phase import Phase
+from revpatch.training.preflight import Plan
+from revpatch.training.probe import Measurement, Prober
+from revpatch.training.record import Meter, Record
+from revpatch.training.resume import Standing, check_identity, check_shards, go_back
+from revpatch.training.rollback import restore
+from revpatch.training.snapshot import Snapshot, SnapshotWriter, random_state, set_random_state
+from revpatch.training.teacher import Teacher
+from revpatch.training.watch import Watch
+
+log = logging.getLogger("revpatch")
+
+
+class RunState:
+    """The parts of a run on one rank.
+
+    Args:
+        config: the run's config.
+        plan: what it reads.
+        base: the frozen base, on this rank's device.
+        peers: the other ranks.
+        record: what rank 0 writes; does nothing elsewhere.
+        directory: the run's folder.
+        interrupted: asks whether this process was told to stop.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        plan: Plan,
+        base: nn.Module,
+        peers: Peers,
+        record: Record,
+        directory: Path,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.config, self.plan, self.peers, self.record, self.directory = config, plan, peers, record, directory
+        self.base, self.interrupted = base, interrupted
+        self.identity = startup.identity(config, self.base, plan.tokenizer)
+        torch.manual_seed(config.seed)
+        self.patch = attach(self.base, config.sidecar)
+        switchboard(self.base).checkpointing = config.base.activation_checkpointing
+        if config.base.compile:
+            startup.compile_base(self.base)
+        self.teacher = Teacher(self.base)
+        objective = PatchObjective(self.base, self.patch, self.teacher, config.objective)
+        self.engine = make_engine(config, objective, peers)
+        sets = list(zip(config.probes.sets, plan.probes, strict=True))
+        prober = Prober(self.base, sets, rows=2 * config.batch.micro_blocks)
+        self.watch = Watch(config, prober, enabled=peers.rank == 0)
+        self.meter = Meter()
+        self.quarantine = Quarantine(config.seed)
+        self.samples: list[str] = []
+        """Folders under replay/ of what the committed phases left to rehearse."""
+        self.replay = [] if plan.replay_base is None else [plan.replay_base]
+        self.committed: dict[str, Measurement] = {}
+        self.resumed: Snapshot | None = None
+        """What the run goes on from, until the phase it belongs to has begun."""
+        self.snapshots = SnapshotWriter(directory / "snapshot", config.snapshot.keep)
+
+    def take_up(self, standing: Standing) -> None:
+        """Brings model, teacher, probes, replay and ledger to where the run stands, and puts down that it goes on."""
+        facts = startup.facts(self.config, self.base, self.patch, self.engine, self.peers)
+        if self.config.sidecar.check_invertibility:
+            facts["inverse error, weights ± 0.02"] = str(self.invertibility(self.plan.phases[0], noise=0.02))
+        if self.peers.rank == 0:
+            startup.show(facts)
+        if standing.begun:
+            self._go_on(standing)
+        if standing.begun and self.record.ledger is not None:
+            go_back(standing, self.record.ledger, facts=facts)
+        if standing.snapshot is None:
+            self.record.event("run", base=self.identity["base"], seed=self.config.seed, facts=facts)
+
+    def take_snapshot(self, phase: Phase, committed: bool = False) -> None:
+        """Copies the state, which all ranks take part in; rank 0 writes it while training goes on.
+
+        `committed`: of the run between this phase and the next. Raises OSError if the one before could not be written.
+        """
+        began = time.monotonic()
+        state = self.engine.state()
+        if self.record.ledger is None:
+            return
+        step, journal = phase.global_step(phase.config.steps if committed else phase.done), self.record.ledger.journal
+        snapshot = Snapshot(
+            step=step,
+            phase_index=phase.index + committed,
+            first_step=step if committed else phase.batches.first_step,
+            engine=state,
+            phase=None if committed else phase.progress(),
+            events=len(journal.records()),
+            head=journal.head,
+            parent=self.record.parent,
+            identity=self.identity,
+            digests=self.plan.digests(self.config, None if committed else phase.index),
+            replay=list(self.samples),
+            quarantine=[broken for broken in self.quarantine.broken if broken.since < step],
+            committed=self.committed,
+            first=self.watch.first,
+            random=random_state(self.peers.device),
+        )
+        self.snapshots.write(snapshot)
+        self.record.time(step, "snapshot", time.monotonic() - began)
+
+    def batches(self, index: int, first_step: int) -> Batches:
+        """The data of a phase, which begins after so many steps of the run."""
+        batch = self.config.batch
+        return Batches(
+            self.plan.phases[index],
+            self.plan.mixtures[index],
+            ReplayMixture(self.replay, batch.replay_blocks, self.config.seed) if self.replay else None,
+            batch,
+            self.peers,
+            first_step,
+            self.quarantine,
+            self.config.stream.on_error,
+            self.interrupted,
+        )
+
+    def add_sample(self, name: str) -> None:
+        """Rehearses the sample of a phase, in replay/`name`, from here on."""
+        self.samples.append(name)
+        self.replay.append(ShardSet(self.directory / "replay" / name))
+
+    def invertibility(self, corpus: Corpus, noise: float = 0.0) -> Invertibility:
+        """How well the map in use can be undone on a block of the corpus, with weights moved by so much noise."""
+        tokens = torch.from_numpy(self._some_block(corpus)).to(self.peers.device)
+        return measure_invertibility(self.base, self.patch, tokens, noise)
+
+    def _some_block(self, corpus: Corpus) -> NDArray[np.int64]:
+        """(1, block_size): the first block; or, where broken shards are let pass, of the first shard that is whole."""
+        blocks = [shard.blocks for shards in corpus.sets for shard in shards.manifest.shards]
+        for first in np.cumsum([0, *blocks[:-1]]):
+            try:
+                return corpus.read(np.array([first]))
+            except ShardError as error:
+                if self.config.stream.on_error == "stop":
+                    raise
+                broken = error
+        raise broken
+
+    def _go_on(self, standing: Standing) -> None:
+        snapshot = standing.snapshot
+        if self.peers.rank == 0:
+            place = "its beginning, as there is no snapshot yet" if snapshot is None else f"snapshot {snapshot.name}"
+            log.info("going on with the run in %s from %s", standing.directory, place)
+        if snapshot is None:
+            return
+        check_identity(snapshot, self.identity)
+        check_shards(snapshot, self.plan.digests(self.config, snapshot.phase_index if snapshot.phase else None))
+        if snapshot.phase_index:  # the teacher is the patch that the phase began with
+            committed = snapshot.engine if snapshot.phase is None else snapshot.phase.start.engine
+            restore(self.engine, self.patch, committed, self.peers)
+            self.teacher.follow(self.patch)
+        restore(self.engine, self.patch, snapshot.engine, self.peers)
+        for name in snapshot.replay:
+            self.add_sample(name)
+        self.quarantine.broken = list(snapshot.quarantine)
+        self.committed, self.watch.first = snapshot.committed, snapshot.first
+        self.record.parent = snapshot.parent
+        set_random_state(snapshot.random)
+        self.resumed = snapshot

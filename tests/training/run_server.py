@@ -1,0 +1,165 @@
+"""Runs the command line in real processes for tests, one a rank, without importing torch anew for each of them.
+
+    request, a JSON line:  {"args": ["train", CONFIG, ...], "world": 2, "output": FILE, "kill": {...}, "harm": [[0, 6]]}
+    replies:               {"pids": [...]} at once, {"codes": [...]} when all have ended (negative: the signal)
+
+The processes are forked, so that each is what `python -m revpatch` would be, seconds earlier. `kill` names a rank and
+a moment at which it sends itself SIGKILL: the n-th call of "module:function", before it, after it, or ("half") when it
+has written half of what it was to write. `wait_at` names a call before which it makes a file OUTPUT.waiting, and waits.
+`harm` names probes, by phase and step, that find every loss worse by 1 nat. `swap` has one rank find another folder.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import secrets
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+HALF = ("revpatch.ledger.entry:write_atomically", "revpatch.training.snapshot:write_atomically")
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+
+
+def wait_in(file: Path) -> None:
+    file.touch()
+    time.sleep(60)
+
+
+def arm(target: str, call: int, when: str, act: Callable[[], None]) -> None:
+    """Lets this process act at a moment."""
+    module_name, _, names = target.partition(":")
+    holder: Any = importlib.import_module(module_name)
+    *path, last = names.split(".")
+    for name in path:
+        holder = getattr(holder, name)
+    original, calls = getattr(holder, last), [0]
+
+    def armed(*args: Any, **options: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == call and when == "before":
+            act()
+        if calls[0] == call and when == "half":
+            write_half(*args)
+        result = original(*args, **options)
+        if calls[0] == call and when == "after":
+            act()
+        return result
+
+    def write_half(*args: Any) -> None:
+        if target in HALF:
+            path, data = args
+            path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp").write_bytes(data[: len(data) // 2])
+        else:  # Journal._write
+            journal, data = args
+            with journal.path.open("ab") as file:
+                file.write(data[: len(data) // 2])
+        act()
+
+    setattr(holder, last, armed)
+
+
+def make_worse(harm: list[list[int]]) -> None:
+    from revpatch.training.probe import Measurement
+    from revpatch.training.trainer import Trainer
+    from revpatch.training.watch import Watch
+
+    probe, measure = Trainer._probe, Watch.measure
+    now: list[Any] = [None]
+
+    def probing(self: Any, phase: Any, step: int) -> Any:
+        now[0] = [phase.index, step]
+        try:
+            return probe(self, phase, step)
+        finally:
+            now[0] = None
+
+    def measuring(self: Any) -> Any:
+        rise = 1.0 if now[0] in harm else 0.0
+        return {key: Measurement(m.losses + rise, m.gates, m.changes) for key, m in measure(self).items()}
+
+    Trainer._probe = probing  # type: ignore[method-assign]
+    Watch.measure = measuring  # type: ignore[method-assign]
+
+
+def swap_folders(path: str, other: str) -> None:
+    from revpatch.stream.shard_set import ShardSet
+
+    made = ShardSet.__init__
+
+    def make(self: Any, location: Any, *args: Any) -> None:
+        made(self, other if str(location) == path else location, *args)
+
+    ShardSet.__init__ = make  # type: ignore[method-assign]
+
+
+def child(rank: int, port: int, request: dict[str, Any]) -> None:
+    world = request["world"]
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in places.items()})
+    output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for descriptor in (1, 2):
+        os.dup2(output, descriptor)
+    from revpatch import cli
+
+    kill = request.get("kill")
+    if kill is not None and kill["rank"] in (rank, "all"):
+        arm(kill["target"], kill["call"], kill["when"], die)
+    if (wait := request.get("wait_at")) is not None:
+        arm(wait["target"], wait["call"], "before", lambda: wait_in(Path(request["output"] + ".waiting")))
+    make_worse(request.get("harm", []))
+    if (swap := request.get("swap")) is not None and swap["rank"] == rank:
+        swap_folders(*swap["path"])
+    sys.argv = ["revpatch", *request["args"]]
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def main() -> None:
+    import deepspeed  # noqa: F401
+    import torch
+    import transformers  # noqa: F401
+
+    import revpatch.training.run  # noqa: F401
+
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        request = json.loads(line)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        Path(request["output"]).touch()
+        pids = []
+        for rank in range(request["world"]):
+            pid = os.fork()
+            if pid == 0:
+                child(rank, port, request)
+            pids.append(pid)
+        print(json.dumps({"pids": pids}), flush=True)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+        print(json.dumps({"codes": codes}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

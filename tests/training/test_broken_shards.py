@@ -1,0 +1,127 @@
+"""Shards that break while two real ranks train: all stop at once, or all go on without the shard, from one step on."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import Runs, RunServer
+from toy import BLOCK_SIZE, Toy
+
+from revpatch.ledger.audit import verify
+from revpatch.stream.build import build_shards
+from revpatch.stream.manifest import Manifest
+from revpatch.stream.tars import stride_of
+
+BLOCKS_PER_SHARD = 20
+STRIDE = stride_of(2 * BLOCK_SIZE)
+
+
+def cut(bytes_kept: int) -> Callable[[Path], None]:
+    return lambda path: path.write_bytes(path.read_bytes()[:bytes_kept])
+
+
+def overwrite(start: int, data: bytes) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        whole = bytearray(path.read_bytes())
+        whole[start : start + len(data)] = data
+        path.write_bytes(whole)
+
+    return damage
+
+
+DAMAGE: dict[str, Callable[[Path], Any]] = {
+    "corrupt": overwrite(3 * STRIDE + 520, b"\xff\xff"),
+    "cut inside a member": cut(3 * STRIDE + 530),
+    "cut on a member's boundary": cut(4 * STRIDE),
+    "cut inside a header": cut(4 * STRIDE + 100),
+    "a header destroyed": overwrite(5 * STRIDE, b"\0" * 512),
+    "zeroed": overwrite(0, b"\0" * BLOCKS_PER_SHARD * STRIDE),
+    "missing": Path.unlink,
+}
+
+
+@pytest.fixture
+def runs(toy: Toy, server: RunServer, tmp_path: Path) -> Runs:
+    """A run over several shards, in a folder of their own, of which one may be damaged."""
+    build_shards(
+        [toy.folder / "first.jsonl"],
+        toy.tokenizer,
+        BLOCK_SIZE,
+        tmp_path / "new",
+        blocks_per_shard=BLOCKS_PER_SHARD,
+        max_tokens=100 * BLOCK_SIZE,
+    )
+    config = toy.config_file(
+        tmp_path,
+        phases=[{"name": "first", "shards": str(tmp_path / "new"), "steps": 24}],
+        probes={"every": 12, "sets": [{"name": "base", "shards": str(toy.shards("base_probe")), "max_blocks": 16}]},
+        snapshot={"every": 4},
+    )
+    return Runs(server, config, tmp_path)
+
+
+def broken_shard(runs: Runs, index: int) -> Path:
+    return runs.folder / "new" / Manifest.read(runs.folder / "new").shards[index].name
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_stop_names_the_shard_and_stops_all_ranks(runs: Runs, damage: str) -> None:
+    path = broken_shard(runs, 1)
+    DAMAGE[damage](path)
+    began = time.monotonic()
+    codes = runs.run("run", "--set", "stream.shuffle_blocks=8", timeout=60)
+    assert codes == [2, 2], runs.log("run").read_text()
+    assert time.monotonic() - began < 30
+    words = runs.log("run").read_text()
+    assert str(path) in words and "shard 1 of" in words
+    if path.exists() and path.stat().st_size == Manifest.read(path.parent).shards[1].bytes:  # else it is seen before
+        assert "rank 0 on" in words or "rank 1 on" in words
+        assert "All ranks stop here" in words
+        assert damage == "corrupt" or "offset" in words
+
+
+@pytest.mark.parametrize("damage", ["corrupt", "cut inside a member", "missing"])
+def test_quarantine_takes_it_out_for_all_ranks_from_one_step_on(runs: Runs, damage: str) -> None:
+    path = broken_shard(runs, 2)
+    DAMAGE[damage](path)
+    quarantine = ["--set", "stream.on_error=quarantine", "--set", "stream.shuffle_blocks=8"]
+    found = {}
+    for world in (1, 2, 4):
+        assert runs.run(f"world{world}", *quarantine, world=world) == [0] * world, runs.log(f"world{world}").read_text()
+        events = runs.events(f"world{world}", "quarantine")
+        assert [(event["shard"], event["location"]) for event in events] == [(2, str(path))]
+        found[world] = [(event["phase"], event["step"]) for event in events]
+        assert "on" in events[0]["reason"] and events[0]["reason"].startswith("rank ")
+        sample = Manifest.read(runs.path(f"world{world}") / "replay/000_first")
+        found[world] += [shard.sha256 for shard in sample.shards]
+        assert verify(runs.path(f"world{world}")).ok
+    assert found[1] == found[2] == found[4], "one step, and one sample, whatever the world"
+
+
+def test_a_run_goes_on_after_a_quarantine_as_though_it_had_not_been_killed(runs: Runs) -> None:
+    DAMAGE["corrupt"](broken_shard(runs, 0))
+    quarantine = ["--set", "stream.on_error=quarantine", "--set", "stream.shuffle_blocks=8"]
+    assert runs.run("through", *quarantine) == [0, 0], runs.log("through").read_text()
+    step = {"rank": 0, "target": "revpatch.training.engine:AccelerateEngine.train_step", "call": 19, "when": "before"}
+    assert 0 not in runs.run("killed", *quarantine, kill=step)
+    assert runs.run("killed", *quarantine) == [0, 0]
+    assert runs.commits("killed") == runs.commits("through")
+    key = "shard", "step", "location"
+    assert [[e[k] for k in key] for e in runs.events("killed", "quarantine")] == [
+        [e[k] for k in key] for e in runs.events("through", "quarantine")
+    ]
+
+
+def test_two_ranks_with_other_shards_under_one_name_are_stopped(runs: Runs, toy: Toy) -> None:
+    """As on two nodes, each with a copy of its own."""
+    other = runs.folder / "other"
+    shutil.copytree(toy.shards("second"), other)
+    swap = {"rank": 1, "path": [str(runs.folder / "new"), str(other)]}
+    assert runs.run("run", swap=swap) == [2, 2]
+    words = runs.log("run").read_text()
+    assert "rank 0 and rank 1 found different shards" in words and "phases first" in words
