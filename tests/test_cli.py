@@ -233,7 +233,7 @@ def test_a_folder_that_holds_something_is_refused_and_left_as_it_is(toy: Toy, tm
     taken.mkdir()
     (taken / "thesis.txt").write_text("ten years of work", encoding="utf-8")
     result = in_a_process("train", str(toy.config_file(tmp_path)))
-    one_line(result, "output_dir", taken, "no empty folder", "another folder")
+    one_line(result, "output_dir", taken, "neither an empty folder nor a run", "another folder")
     assert [path.name for path in taken.iterdir()] == ["thesis.txt"]
     assert (taken / "thesis.txt").read_text(encoding="utf-8") == "ten years of work"
 

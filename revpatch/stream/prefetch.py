@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
@@ -30,7 +31,7 @@ class Prefetcher(Iterator[Batch], Generic[Batch]):
 
     `settle` may meet other processes, if all take batches and close at the same steps: a thread that is closed settles
     what the fastest one can have settled, `depth` steps after the last that was taken, so that none is left waiting for
-    another. After an error there is no such step: leaving the context by one leaves the thread to itself.
+    another. After an error there is no such step: leaving the context by one doesn't wait for a thread that settles.
     """
 
     def __init__(
@@ -49,6 +50,8 @@ class Prefetcher(Iterator[Batch], Generic[Batch]):
         self._ready: queue.SimpleQueue[_Fetched[Batch] | BaseException] = queue.SimpleQueue()
         self._closing = threading.Event()
         self._taken = 0
+        self.waited = 0.0
+        """Seconds that the caller has waited for batches in all."""
         self._end: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="revpatch-prefetch", daemon=True)
         self._thread.start()
@@ -59,10 +62,12 @@ class Prefetcher(Iterator[Batch], Generic[Batch]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None:
+        if error is None or self._settle is None:
             self.close()
         else:
+            self._settle = None
             self._closing.set()
+            self._room.release()
 
     def __iter__(self) -> Prefetcher[Batch]:
         return self
@@ -72,7 +77,9 @@ class Prefetcher(Iterator[Batch], Generic[Batch]):
         if self._closing.is_set():
             raise RuntimeError("the prefetcher is closed; make a new one")
         if self._end is None:
+            began = time.monotonic()
             ready = self._ready.get()
+            self.waited += time.monotonic() - began
             if isinstance(ready, _Fetched):
                 self._taken += 1
                 self._room.release()
@@ -93,10 +100,11 @@ class Prefetcher(Iterator[Batch], Generic[Batch]):
                     return
                 batch = self._fetch(step)
                 self._room.acquire()
+                settle = self._settle
                 if self._past_the_end(number):
                     return
-                if self._settle is not None:
-                    batch = self._settle(step, batch)
+                if settle is not None:
+                    batch = settle(step, batch)
                 self._ready.put(_Fetched(batch))
             self._ready.put(StopIteration())
         except BaseException as error:  # handed over: it belongs to the caller

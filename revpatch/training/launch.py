@@ -154,13 +154,19 @@ def process_group(launch: Launch, device: torch.device, timeout_minutes: float) 
         # while the interpreter is shutting down, it aborts the process.
         time.sleep(0.2)
         dist.destroy_process_group()
-    except RuntimeError as error:
-        if not (isinstance(error, dist.DistError) or any(word in str(error) for word in _LOST)):
-            raise
-        raise ConnectionError(
-            f"another rank has ended or does not answer ({str(error).strip().splitlines()[0][:200]}); why is in that "
-            "rank's own message. The same command goes on from the newest snapshot"
-        ) from error
+    except BaseException as error:
+        if launch.world == 1:  # with others, destroying it would wait for what the reading thread has begun with them
+            dist.destroy_process_group()
+        if isinstance(error, RuntimeError) and _is_lost_peer(error):
+            raise ConnectionError(
+                f"another rank has ended or does not answer ({str(error).strip().splitlines()[0][:200]}); why is in "
+                "that rank's own message. The same command goes on from the newest snapshot"
+            ) from error
+        raise
+
+
+def _is_lost_peer(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in _LOST)
 
 
 def _free_port() -> int:

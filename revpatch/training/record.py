@@ -42,6 +42,7 @@ class Record:
         self._task: Any = None
         self.parent: str | None = None
         """sha256 of the entry from which the next one descends."""
+        self._waited = 0.0
         self.restart_clock()
 
     def event(self, name: str, **fields: Any) -> None:
@@ -73,18 +74,22 @@ class Record:
 
     def restart_clock(self) -> None:
         """Leaves what happened since the last log line, such as a probe, out of tokens/s."""
-        self._since, self._tokens = time.monotonic(), 0
+        self._since, self._tokens, self._steps, self._waited_before = time.monotonic(), 0, 0, self._waited
 
     def begin_phase(self, name: str, steps: int, done: int = 0) -> None:
         """Starts the phase's progress bar and clock."""
+        self._waited = 0.0
         self.restart_clock()
         if self._progress is not None:
             self._progress.start()
             self._task = self._progress.add_task(name, total=steps, completed=done)
 
-    def advance(self, tokens: int) -> None:
-        """One optimizer step, of so many tokens over all ranks."""
+    def advance(self, tokens: int, waited: float) -> None:
+        """One optimizer step, of so many tokens over all ranks; `waited` is how many seconds the phase's steps have
+        waited for data so far."""
         self._tokens += tokens
+        self._steps += 1
+        self._waited = waited
         if self._progress is not None:
             self._progress.advance(self._task)
 
@@ -110,9 +115,11 @@ class Record:
         `indices` are the blocks that the layers' sidecars follow."""
         if not self.enabled:
             return
-        now = time.monotonic()
-        speed = self._tokens / max(now - self._since, 1e-9)
-        self._since, self._tokens = now, 0
+        seconds = max(time.monotonic() - self._since, 1e-9)
+        speed, steps = self._tokens / seconds, max(self._steps, 1)
+        self.board.scalars(global_step, {"time/step": seconds / steps})
+        self.board.scalars(global_step, {"time/waiting_for_data": (self._waited - self._waited_before) / steps})
+        self.restart_clock()
         values = dict(zip(TERMS, terms.tolist(), strict=True))
         self.board.scalars(global_step, {f"loss/{name}": value for name, value in values.items()})
         self.board.scalars(global_step, {"optimizer/lr": rate, "speed/tokens_per_second": speed})

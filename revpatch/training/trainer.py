@@ -58,7 +58,7 @@ class Trainer(RunState):
                 self.meter.add(*self.engine.train_step(phase.batches.to_device(ready.micro_batches), rate))
                 phase.done = step
                 phase.pending.append(step)
-                self.record.advance(self._tokens_a_step())
+                self.record.advance(self._tokens_a_step(), stream.waited)
 
                 verdict: Verdict = Keep()
                 if step % self.config.monitoring.every == 0 or self._probe_due(step, steps):

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_shards import make_manifest, write_blocks
 
+from revpatch.stream.corpus import Corpus
 from revpatch.stream.lanes import Lanes
 from revpatch.stream.manifest import Manifest
-from revpatch.stream.replay import ReplayMixture, block_priority, bottom_k, merge, write_replay
+from revpatch.stream.replay import ReplayMixture, block_priority, bottom_k, write_replay
 from revpatch.stream.shard_set import ShardSet
 
 IDS = st.lists(st.integers(0, 500), max_size=60)
@@ -33,16 +34,10 @@ def test_the_k_of_smallest_priority_each_once(values: list[int], k: int, seed: i
 
 
 @settings(max_examples=100, deadline=None)
-@given(a=IDS, b=IDS, c=IDS, k=st.integers(1, 20))
-def test_merge_is_associative_commutative_and_the_sample_of_all(
-    a: list[int], b: list[int], c: list[int], k: int
-) -> None:
-    x, y, z = (bottom_k(7, ids(part), k) for part in (a, b, c))
-    whole = bottom_k(7, ids(a + b + c), k).tolist()
-    assert merge(7, k, merge(7, k, x, y), z).tolist() == whole
-    assert merge(7, k, x, merge(7, k, y, z)).tolist() == whole
-    assert merge(7, k, z, x, y).tolist() == whole
-    assert merge(7, k).tolist() == []
+@given(a=IDS, b=IDS, k=st.integers(1, 20))
+def test_the_sample_of_the_parts_samples_is_that_of_the_whole(a: list[int], b: list[int], k: int) -> None:
+    parts = np.concatenate([bottom_k(7, ids(part), k) for part in (a, b)])
+    assert bottom_k(7, parts, k).tolist() == bottom_k(7, ids(a + b), k).tolist()
 
 
 def test_the_sample_of_a_phase_is_the_same_for_every_world() -> None:
@@ -55,7 +50,7 @@ def test_the_sample_of_a_phase_is_the_same_for_every_world() -> None:
             bottom_k(0, np.concatenate([stream.block_ids(k, r * share, (r + 1) * share) for k in steps]), 40)
             for r in range(world)
         ]
-        np.testing.assert_array_equal(merge(0, 40, *ranks), expected)
+        np.testing.assert_array_equal(bottom_k(0, np.concatenate(ranks), 40), expected)
 
 
 def test_the_sample_is_uniform() -> None:
@@ -95,8 +90,17 @@ def source(tmp_path: Path) -> ShardSet:
     return ShardSet(tmp_path / "source")
 
 
+def test_a_replay_set_of_a_mixture(source: ShardSet, tmp_path: Path) -> None:
+    write_blocks(tmp_path / "more", 1000 + np.arange(16).reshape(2, 8), blocks_per_shard=7)
+    corpus = Corpus([source, ShardSet(tmp_path / "more")])
+    manifest = write_replay(corpus, ids([51, 3]), tmp_path / "replay", "a")
+    assert manifest.sources == ("some.txt", "some.txt")
+    with ShardSet(tmp_path / "replay" / "a") as replay:
+        np.testing.assert_array_equal(replay.read(np.arange(2)), corpus.read(ids([3, 51])))
+
+
 def test_a_replay_set_holds_the_blocks_and_is_a_set_like_any_other(source: ShardSet, tmp_path: Path) -> None:
-    manifest = write_replay(source, ids([40, 3, 17, 3]), tmp_path / "replay", "000_wiki")
+    manifest = write_replay(Corpus([source]), ids([40, 3, 17, 3]), tmp_path / "replay", "000_wiki")
     assert sorted(path.name for path in (tmp_path / "replay").iterdir()) == ["000_wiki"]
     assert sorted(path.name for path in (tmp_path / "replay" / "000_wiki").iterdir()) == [
         "000_wiki-000000.tar",
@@ -110,11 +114,11 @@ def test_a_replay_set_holds_the_blocks_and_is_a_set_like_any_other(source: Shard
 
 
 def test_writing_again_gives_the_same_and_another_sample_is_refused(source: ShardSet, tmp_path: Path) -> None:
-    first = write_replay(source, ids([1, 2]), tmp_path, "a")
+    first = write_replay(Corpus([source]), ids([1, 2]), tmp_path, "a")
     before = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
-    assert write_replay(source, ids([2, 1]), tmp_path, "a") == first
+    assert write_replay(Corpus([source]), ids([2, 1]), tmp_path, "a") == first
     with pytest.raises(FileExistsError, match="differs in"):
-        write_replay(source, ids([1, 3]), tmp_path, "a")
+        write_replay(Corpus([source]), ids([1, 3]), tmp_path, "a")
     assert {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "source"]
 
@@ -122,15 +126,15 @@ def test_writing_again_gives_the_same_and_another_sample_is_refused(source: Shar
 @pytest.mark.parametrize("name", ["", ".", "../a", "a/b", ".hidden", "a b"])
 def test_a_name_cannot_leave_the_folder(source: ShardSet, tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match="replay set name"):
-        write_replay(source, ids([1]), tmp_path / "replay", name)
+        write_replay(Corpus([source]), ids([1]), tmp_path / "replay", name)
     assert not (tmp_path / "replay").exists()
 
 
 def test_nothing_to_keep_and_what_is_not_there(source: ShardSet, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no block to keep"):
-        write_replay(source, ids([]), tmp_path, "a")
+        write_replay(Corpus([source]), ids([]), tmp_path, "a")
     with pytest.raises(IndexError):
-        write_replay(source, ids([50]), tmp_path, "a")
+        write_replay(Corpus([source]), ids([50]), tmp_path, "a")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch.distributed as dist
 from tokenizers import AddedToken
@@ -56,13 +57,37 @@ NO_PROBES = {"sets": []}
 def test_a_sound_config_is_planned(toy: Toy, tmp_path: Path) -> None:
     for world in (1, 2, 4):
         plan = check(toy.config(tmp_path), world)
-        assert [shards.directory for shards in plan.phases] == [toy.shards("first"), toy.shards("second")]
-        assert [shards.directory.name for shards in plan.probes] == ["base_probe", "first_probe", "second_probe"]
+        locations = [[shards.location for shards in corpus.sets] for corpus in plan.phases]
+        assert locations == [[str(toy.shards("first"))], [str(toy.shards("second"))]]
+        assert [Path(shards.location).name for shards in plan.probes] == ["base_probe", "first_probe", "second_probe"]
         assert plan.replay_base is not None
-        assert plan.replay_base.directory == toy.shards("base")
-        assert [lanes.lanes for lanes in plan.lanes] == [4, 4]
-        assert plan.lanes[0].seed != plan.lanes[1].seed, "two phases on one corpus would else see it in one order"
-        assert plan.tokenizer == plan.phases[0].manifest.tokenizer.fingerprint
+        assert plan.replay_base.location == str(toy.shards("base"))
+        assert [mixture.lanes for mixture in plan.mixtures] == [4, 4]
+        seeds = [mixture.parts[0].seed for mixture in plan.mixtures]
+        assert seeds[0] != seeds[1], "two phases on one corpus would else see it in one order"
+        assert plan.tokenizer == plan.phases[0].sets[0].manifest.tokenizer.fingerprint
+
+
+def test_a_mixture_is_planned(toy: Toy, tmp_path: Path) -> None:
+    parts = [{"shards": str(toy.shards("first")), "weight": 3}, {"shards": str(toy.shards("second"))}]
+    phases = [{"name": "both", "shards": parts, "steps": 12}]
+    plan = check(toy.config(tmp_path, phases=phases, probes=NO_PROBES), 2)
+    first = plan.phases[0].sets[0].manifest.blocks
+    ids = np.concatenate([plan.mixtures[0].block_ids(step) for step in range(40)])
+    assert (ids < first).sum() == 3 * (ids >= first).sum()
+    assert list(plan.digests(toy.config(tmp_path, phases=phases, probes=NO_PROBES), 0)["phases both"]) == [
+        shards.manifest.digest for shards in plan.phases[0].sets
+    ]
+
+
+def test_parts_of_a_mixture_that_do_not_go_together(toy: Toy, refused: Refused, tmp_path: Path) -> None:
+    parts = [{"shards": str(toy.shards("first"))}, {"shards": str(tmp_path / "nowhere")}]
+    message = refused(phases=[{"name": "both", "shards": parts, "steps": 12}], probes=NO_PROBES)
+    holds(message, "phases.0.shards.1.shards", tmp_path / "nowhere")
+    parts[1] = {"shards": str(toy.shards("second")), "weight": 1e-9}
+    holds(
+        refused(phases=[{"name": "both", "shards": parts, "steps": 12}], probes=NO_PROBES), "weight 1e-09", "raise it"
+    )
 
 
 def test_no_replay_and_no_probes_are_planned(toy: Toy, tmp_path: Path) -> None:
