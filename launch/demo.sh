@@ -15,6 +15,7 @@ if [ -z "$OUT" ]; then # a folder of its own for each demo, so that none is over
 fi
 
 export HF_HUB_OFFLINE=1
+OPTIONS=()
 RANKS="$(python -c 'import torch; print(torch.cuda.device_count())')"
 if [ "$RANKS" -gt 0 ]; then
     # The demo's 16 new and 16 replayed blocks split over 1, 2, 4, 8 or 16 ranks.
@@ -23,9 +24,13 @@ if [ "$RANKS" -gt 0 ]; then
 else
     export DS_ACCELERATOR=cpu OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((($(nproc) + 1) / 2))}"
     LAUNCH=(deepspeed --quiet --num_accelerators 2)
+    if python -c 'import sys; from revpatch.training.launch import bfloat16_is_slow; sys.exit(not bfloat16_is_slow())'; then
+        echo "demo: this CPU is slower in bfloat16 than in float32; the base is run in float32"
+        OPTIONS=(--set base.dtype=float32)
+    fi
 fi
 "${LAUNCH[@]}" --master_port "${MASTER_PORT:-$((20000 + RANDOM % 10000))}" --module revpatch \
-    train configs/demo.yaml --set "output_dir='$OUT'"
+    train configs/demo.yaml --set "output_dir='$OUT'" "${OPTIONS[@]}"
 
 say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
 PATCH="$OUT/ledger/001_devil_commit.pt"

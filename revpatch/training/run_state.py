@@ -23,7 +23,7 @@ from revpatch.training import startup
 from revpatch.training.batches import Batches
 from revpatch.training.engine import make_engine
 from revpatch.training.invertibility import Invertibility, measure_invertibility
-from revpatch.training.launch import Peers
+from revpatch.training.launch import Peers, bfloat16_is_slow
 from revpatch.training.objective import PatchObjective
 from revpatch.training.phase import Phase
 from revpatch.training.preflight import Plan
@@ -92,6 +92,8 @@ class RunState:
             facts["inverse error, weights ± 0.02"] = str(self.invertibility(self.plan.phases[0], noise=0.02))
         if self.peers.rank == 0:
             startup.show(facts)
+            if self.config.base.dtype == "bfloat16" and self.peers.device.type == "cpu" and bfloat16_is_slow():
+                log.warning("this CPU is slower in bfloat16 than in float32: --set base.dtype=float32 is faster here")
         if standing.begun:
             self._go_on(standing)
         if standing.begun and self.record.ledger is not None:

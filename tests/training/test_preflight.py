@@ -277,16 +277,16 @@ def test_a_batch_that_the_ranks_cant_share(refused: Refused) -> None:
 def test_the_command_line_refuses_before_a_process_group_and_before_the_folder_is_made(
     toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from revpatch.training import trainer
+    from revpatch.training import run
 
     def formed(*_: Any, **__: Any) -> None:
         raise AssertionError("a process group was formed before the config was checked")
 
-    monkeypatch.setattr(trainer, "process_group", formed)
+    monkeypatch.setattr(run, "process_group", formed)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     config = toy.config(tmp_path, base={"block_size": 32})
     with pytest.raises(ConfigError, match="block_size"):
-        trainer.train(config)
+        run.train(config)
     assert not Path(config.output_dir).exists()

@@ -1,0 +1,117 @@
+"""What a training step of the demo's size waits for: data and snapshots, as shares of the step.
+
+    python tools/bench_run.py [--steps N] [--json FILE]
+
+Workload: the demo's first phase (configs/demo.yaml: 2.6 M parameter base, in float32 if this CPU is faster in it, 16 new and 16 replayed blocks of
+128 tokens, DeepSpeed ZeRO 0) for 100 steps on two ranks of one thread each, with a log line at every step and a snapshot
+at every fifth. The trainer's own clocks are read back from its TensorBoard files: time/step, time/waiting_for_data and
+time/snapshot (what the step stands still while the state is copied; the file is written beside the steps). The first ten
+steps are left out. Prints a table and exits with 1 if a figure does not hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from revpatch.training.launch import bfloat16_is_slow
+
+ROOT = Path(__file__).resolve().parent.parent
+WARM_UP = 10
+
+
+def train(run: Path, steps: int) -> None:
+    """One run of the workload in the folder `run`."""
+    phase = {"name": "jargon", "shards": "shards/demo/jargon", "steps": steps}
+    probe = {"name": "sotu", "shards": "shards/demo/sotu_probe", "max_blocks": 16}
+    settings = {
+        "output_dir": f"'{run}'",
+        "phases": json.dumps([phase]),
+        "probes.sets": json.dumps([probe]),
+        "probes.every": 10 * steps,
+        "optimizer.warmup_steps": WARM_UP,
+        "monitoring.every": 1,
+        "snapshot.every": 5,
+    }
+    if bfloat16_is_slow():
+        settings["base.dtype"] = "float32"
+    port = 20000 + random.randrange(10000)
+    launcher = [str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node=2", f"--master_port={port}"]
+    options = [option for key, value in settings.items() for option in ("--set", f"{key}={value}")]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(
+        [*launcher, "-m", "revpatch", "train", "configs/demo.yaml", *options],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"the run failed:\n{done.stdout}{done.stderr}")
+
+
+def figures_of(run: Path) -> list[dict[str, Any]]:
+    """The shares, from the run's TensorBoard files."""
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    seconds = {
+        name: [scalar.value for scalar in events.Scalars(f"time/{name}") if scalar.step > WARM_UP]
+        for name in ("step", "waiting_for_data", "snapshot")
+    }
+    step = statistics.median(seconds["step"])
+    waiting = statistics.mean(seconds["waiting_for_data"]) / statistics.mean(seconds["step"])
+    snapshot = statistics.median(seconds["snapshot"]) / step
+    worst = max(seconds["snapshot"]) / step
+    return [
+        {"name": "median step", "asked": "", "measured": round(1000 * step, 1), "unit": "ms", "holds": True},
+        *(
+            {
+                "name": name,
+                "asked": f"<= {limit}",
+                "measured": round(share, 6),
+                "unit": "of a step",
+                "holds": share <= limit,
+            }
+            for name, share, limit in (
+                ("waiting for data, mean", waiting, 0.01),
+                ("standing still for a snapshot, median", snapshot, 0.05),
+                ("standing still for a snapshot, longest", worst, 0.05),
+            )
+        ),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        train(Path(folder) / "run", arguments.steps)
+        rows = figures_of(Path(folder) / "run")
+    table = Table(title=f"a step of the demo's size; {os.cpu_count()} cores, python {platform.python_version()}")
+    for column in ("figure", "asked", "measured", "unit", "holds"):
+        table.add_column(column)
+    for row in rows:
+        table.add_row(row["name"], row["asked"], str(row["measured"]), row["unit"], "yes" if row["holds"] else "NO")
+    Console().print(table)
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"figures": rows}, indent=2) + "\n", encoding="utf-8")
+    sys.exit(0 if all(row["holds"] for row in rows) else 1)
+
+
+if __name__ == "__main__":
+    main()
