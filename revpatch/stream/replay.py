@@ -125,8 +125,8 @@ class ReplayMixture:
                     found, expected = found.fingerprint, expected.fingerprint
                 if found != expected:
                     raise ValueError(
-                        f"replay sets differ in {what}: {expected} in {sets[0].directory}, {found} in "
-                        f"{other.directory}; build them with the same tokenizer and block_size"
+                        f"replay sets differ in {what}: {expected} in {sets[0].location}, {found} in "
+                        f"{other.location}; build them with the same tokenizer and block_size"
                     )
         self.sets = tuple(sets)
         self.lanes = lanes

@@ -30,7 +30,15 @@ _SUFFIX = "bin"
 
 
 class ShardError(ValueError):
-    """A shard is not what its manifest says: it is missing, has another size or hash, or holds another block."""
+    """A shard can't be read, or is not what its manifest says: another size or hash, or another block in a place.
+
+    `location` is its full path or URL, `shard` its index in the manifest, and `offset` the first byte that is known to
+    be wrong, or None.
+    """
+
+    def __init__(self, message: str, location: str = "", shard: int = -1, offset: int | None = None) -> None:
+        super().__init__(message)
+        self.location, self.shard, self.offset = location, shard, offset
 
 
 def member_key(block_id: int) -> str:

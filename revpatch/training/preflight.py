@@ -48,6 +48,7 @@ def check(config: Config, world: int) -> Plan:
     for key, folder in _folders(config):
         try:
             shards = opened[key] = ShardSet(folder)
+            shards.check_sizes()
         except (OSError, ValueError) as error:
             raise ConfigError(f"{key} = {folder}: {error}") from None
         _check_shards(key, folder, shards.manifest, config, fingerprint, architecture)

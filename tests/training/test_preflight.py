@@ -56,10 +56,10 @@ NO_PROBES = {"sets": []}
 def test_a_sound_config_is_planned(toy: Toy, tmp_path: Path) -> None:
     for world in (1, 2, 4):
         plan = check(toy.config(tmp_path), world)
-        assert [shards.directory for shards in plan.phases] == [toy.shards("first"), toy.shards("second")]
-        assert [shards.directory.name for shards in plan.probes] == ["base_probe", "first_probe", "second_probe"]
+        assert [Path(shards.location) for shards in plan.phases] == [toy.shards("first"), toy.shards("second")]
+        assert [Path(shards.location).name for shards in plan.probes] == ["base_probe", "first_probe", "second_probe"]
         assert plan.replay_base is not None
-        assert plan.replay_base.directory == toy.shards("base")
+        assert Path(plan.replay_base.location) == toy.shards("base")
         assert [lanes.lanes for lanes in plan.lanes] == [4, 4]
         assert plan.lanes[0].seed != plan.lanes[1].seed, "two phases on one corpus would else see it in one order"
         assert plan.tokenizer == plan.phases[0].manifest.tokenizer.fingerprint
