@@ -189,18 +189,18 @@ class ShardCache:
             nonlocal received
             sha256, received = hashlib.sha256(), 0
             for chunk in remote.stream(placed.location):
-                if received + len(chunk) > placed.shard.bytes:
-                    raise placed.error(f"{placed.shard.bytes} bytes", "more", placed.shard.bytes, _ADVICE)
-                self._write(descriptor, chunk, received)
-                sha256.update(chunk)
                 received += len(chunk)
+                if received > placed.shard.bytes:
+                    raise placed.error(f"{placed.shard.bytes} bytes", "more", placed.shard.bytes, _ADVICE)
+                self._write(descriptor, chunk, received - len(chunk))
+                sha256.update(chunk)
             placed.check(descriptor, received, sha256.hexdigest())
 
         def final(error: Exception) -> bool:
             nonlocal wrong
             if not isinstance(error, ShardError):
                 return remote.is_final(error)
-            wrong += received == placed.shard.bytes or error.offset == placed.shard.bytes
+            wrong += received >= placed.shard.bytes  # less may be a connection that broke, unnoticed
             return wrong == _WRONG_CONTENTS
 
         try:
@@ -208,12 +208,8 @@ class ShardCache:
         except ValueError:  # says it all: a broken shard, a full disk, a package that is missing
             raise
         except Exception as error:
-            raise placed.error(
-                f"{placed.shard.bytes} bytes",
-                f"{remote.describe(error)}, after {received} bytes",
-                received or None,
-                _ADVICE,
-            ) from error
+            found = f"{remote.describe(error)}, after {received} bytes"
+            raise placed.error(f"{placed.shard.bytes} bytes", found, received, _ADVICE) from error
 
     def _write(self, descriptor: int, chunk: bytes, offset: int) -> None:
         written = 0

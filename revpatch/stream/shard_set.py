@@ -159,7 +159,7 @@ class ShardSet:
         """Fill `members`, (n, stride), with blocks block_id, block_id + 1, ..."""
         offset = (block_id - placed.first_block) * self._stride
         try:
-            found = os.preadv(descriptor, [members], offset)
+            found = os.preadv(descriptor, [members.data], offset)
         except OSError as error:
             raise placed.error("a file that can be read", str(error), offset) from error
         if found != members.nbytes:
