@@ -78,15 +78,12 @@ class CacheFolder:
                 raise
         return descriptor
 
-    def keep(self, sha256: str, descriptor: int) -> bool:
-        """Make a filled file one of the cache's, still in use; False when it was removed at once to make room."""
+    def keep(self, sha256: str, descriptor: int) -> None:
+        """Make a filled file one of the cache's, still in use."""
         os.fsync(descriptor)
-        self._part(sha256).rename(self._path(sha256))
-        fcntl.flock(descriptor, fcntl.LOCK_SH)  # in two steps: another process may come between them
-        if _is_linked(descriptor):
-            return True
-        os.close(descriptor)
-        return False
+        with self._locked():  # a listing might else miss both names, and flock's change of a lock is not atomic
+            self._part(sha256).rename(self._path(sha256))
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
 
     def abandon(self, sha256: str, descriptor: int) -> None:
         """Remove a reserved file."""

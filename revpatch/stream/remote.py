@@ -79,6 +79,8 @@ def describe(error: Exception) -> str:
     """What went wrong, in a few words."""
     if isinstance(error, FileNotFoundError):
         return "nothing (not found, as HTTP 404)"
+    if not str(error) and isinstance(error.__cause__, Exception):  # fsspec's time-outs say nothing themselves
+        return describe(error.__cause__)
     status = getattr(error, "status", None)
     if isinstance(status, int):
         return f"HTTP {status} {getattr(error, 'message', '')}".rstrip()

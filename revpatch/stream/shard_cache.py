@@ -26,7 +26,7 @@ _POLL_SECONDS = 0.02
 _OPEN_FILES = 64
 _WANTED = 256
 _WRONG_CONTENTS = 2
-_ADVICE = "look at what lies there; copy the shard there again from where it was built, or build the shards again"
+_ADVICE = "look whether the host can be reached and the file is there; if it is gone, copy it there again"
 
 
 @dataclass
@@ -167,6 +167,7 @@ class ShardCache:
             return None
         try:
             self._download(placed, descriptor)
+            self._folder.keep(sha256, descriptor)
         except BaseException:
             self._folder.abandon(sha256, descriptor)
             raise
@@ -179,7 +180,7 @@ class ShardCache:
             )
         self._fetched.add(sha256)
         self._verified.add(sha256)
-        return descriptor if self._folder.keep(sha256, descriptor) else None
+        return descriptor
 
     def _download(self, placed: PlacedShard, descriptor: int) -> None:
         """Fill the file. Raises ShardError when no attempt brings the shard."""
@@ -191,7 +192,7 @@ class ShardCache:
             for chunk in remote.stream(placed.location):
                 received += len(chunk)
                 if received > placed.shard.bytes:
-                    raise placed.error(f"{placed.shard.bytes} bytes", "more", placed.shard.bytes, _ADVICE)
+                    raise placed.error(f"{placed.shard.bytes} bytes", "more", placed.shard.bytes)
                 self._write(descriptor, chunk, received - len(chunk))
                 sha256.update(chunk)
             placed.check(descriptor, received, sha256.hexdigest())
