@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import resource
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from flaky_server import FlakyServer, slow, status
 from toy_shards import write_blocks
 
 from revpatch.stream import remote, shard_cache
-from revpatch.stream.cache_folder import ShardCacheError
+from revpatch.stream.cache_folder import CacheFolder, ShardCacheError
 from revpatch.stream.manifest import Manifest
 from revpatch.stream.shard_cache import ShardCache
 from revpatch.stream.shard_set import ShardSet
@@ -160,6 +161,7 @@ def test_the_least_recently_used_goes_first_and_what_others_put_there_stays(
             cache.close()  # its locks would decide, instead of the order of use
             time.sleep(0.02)
     assert [tar_of(folder, where, i).exists() for i in range(6)] == [True, False, False, True, True, False]
+    assert server.count("shard-000000.tar") == 1
     assert (where / "notes.txt").exists()
 
 
@@ -244,6 +246,23 @@ def test_threads_and_sets_share_too(folder: Path, server: FlakyServer, where: Pa
     assert len(list(where.glob("*.tar"))) == 6
 
 
+def test_only_one_may_fill_a_file(where: Path) -> None:
+    mine, other = CacheFolder(where, 1000), CacheFolder(where, 1000)
+    descriptor = mine.reserve("a" * 64, 600)
+    assert descriptor is not None
+    assert other.reserve("a" * 64, 600) is None
+    with pytest.raises(BlockingIOError):
+        other.reserve("b" * 64, 600)
+    mine.keep("a" * 64, descriptor)
+    assert other.reserve("a" * 64, 600) is None
+    os.close(descriptor)
+    descriptor = other.reserve("b" * 64, 600)
+    assert descriptor is not None
+    assert mine.open("a" * 64) is None
+    other.abandon("b" * 64, descriptor)
+    assert size_of(where) == 0
+
+
 def test_a_second_run_fetches_nothing(server: FlakyServer, where: Path) -> None:
     for _ in range(2):
         with ShardCache(where, 10**6) as cache, ShardSet(server.url, cache) as shards:
@@ -269,20 +288,22 @@ def test_a_damaged_copy_is_fetched_again(
 
 
 def test_a_process_killed_while_it_fetches_leaves_nothing_that_stays(
-    reader: Callable[..., subprocess.Popen], server: FlakyServer, where: Path
+    reader: Callable[..., subprocess.Popen], folder: Path, server: FlakyServer, where: Path
 ) -> None:
     for i in range(6):
         server.faults[f"shard-{i:06d}.tar"] = [slow(60)]
-    process = reader(SHARD_BYTES * 2)
+    process = reader(SHARD_BYTES)
     wait_for(lambda: where.is_dir() and list(where.glob("*.part")), "a fetch")
     process.send_signal(signal.SIGKILL)
     process.wait()
     (left,) = where.glob("*.part")
     server.faults.clear()
-    with ShardCache(where, SHARD_BYTES * 2) as cache, ShardSet(server.url, cache) as shards:
+    with ShardCache(where, SHARD_BYTES) as cache, ShardSet(server.url, cache) as shards:
+        others = np.array([10 * i for i in range(6) if tar_of(folder, where, i).stem != left.stem])
+        np.testing.assert_array_equal(shards.read(others), BLOCKS[others])
+        assert not left.exists()
         np.testing.assert_array_equal(shards.read(np.arange(60)), BLOCKS)
-    assert not left.exists()
-    assert size_of(where) <= 2 * SHARD_BYTES
+    assert size_of(where) == SHARD_BYTES
 
 
 def test_a_full_disk_is_told(reader: Callable[..., subprocess.Popen], where: Path) -> None:
@@ -350,8 +371,8 @@ def test_a_fault_ahead_is_quiet_until_the_shard_is_read(server: FlakyServer, whe
     with ShardCache(where, 10**6) as cache, ShardSet(server.url, cache) as shards:
         shards.want([2, 3])
         wait_for(lambda: list(where.glob("*.tar")), "the shard after it")
-        shards.want([2])
-        shards.read(np.array([30]))
+        shards.want([2, 4])
+        wait_for(lambda: len(list(where.glob("*.tar"))) == 2, "the one after that")
         assert server.count("shard-000002.tar") == 1, "nor is it asked for in vain again"
         with pytest.raises(ShardError, match="shard 2 of 6"):
             shards.read(np.array([20]))
