@@ -172,6 +172,8 @@ class StreamConfig(Section):
     """Folder on local disk for shards that lie elsewhere, shared by all processes of a machine."""
     shard_cache_gb: PositiveFloat = 20.0
     """Size that the shard cache may reach, in 10⁹ bytes."""
+    retries: NonNegative = 5
+    """Attempts at fetching a shard after the first one has failed, with growing pauses."""
 
 
 class BuildConfig(Section):

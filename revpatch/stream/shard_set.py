@@ -1,59 +1,68 @@
-"""A built folder of shards, opened for reading any block of it.
+"""A built set of shards, opened for reading any block of it: a local folder, or one behind an URL or a command.
 
-tarfile takes a tar that is cut or overwritten in the middle for one that ends there, so nothing is left to it: sizes
-are compared when the set is opened, a shard is hashed against the manifest before its first block is handed out, and
-every block's header must bear the block's own name.
+tarfile takes a tar that is cut or overwritten in the middle for one that ends there, so nothing is left to it: a shard
+is hashed against the manifest before its first block is handed out, and every block's header must bear the block's own
+name.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
-from collections import OrderedDict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from webdataset.gopen import gopen
 
-from revpatch.stream.manifest import Manifest
+from revpatch.stream import remote
+from revpatch.stream.local_files import LocalFiles
+from revpatch.stream.manifest import MANIFEST_NAME, Manifest
+from revpatch.stream.placed_shard import PlacedShard
+from revpatch.stream.shard_cache import ShardCache
 from revpatch.stream.tars import HEADER_BYTES, ShardError, member_name, stride_of
 
-_OPEN_FILES = 64
-_HASH_CHUNK = 2**20
+_NAME_BYTES = len(member_name(0)) + 1
+_DIGITS = 10 ** np.arange(11, -1, -1, dtype=np.int64)
+
+Int64s = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class ShardSet:
-    """The blocks of `directory`, by number.
+    """The blocks of a set, by number. Reading is safe from several threads. Close it, or use it as a context.
 
-    Raises FileNotFoundError when the folder has no manifest, ValueError when that is not sound, and ShardError when
-    a shard is missing or has another size. Reading is safe from several threads. Close it, or use it as a context.
+    Args:
+        location: a local folder, which is read in place; the URL of a folder (http, https, or any protocol of fsspec);
+            or `pipe:COMMAND`, in which `{name}` stands for a file's name.
+        cache: where the shards of a set that is not local are kept. It stays the caller's to close.
+
+    Raises FileNotFoundError when there is no manifest, ValueError when that is not sound, when the location makes no
+    sense or when a cache is missing, and ConnectionError when the host can't be reached.
     """
 
-    def __init__(self, directory: str | Path, cache=None) -> None:
-        self.location = str(directory)
-        self.directory = Path(directory).absolute()
-        self.manifest = Manifest.read(self.directory)
+    def __init__(self, location: str | Path, cache: ShardCache | None = None) -> None:
+        self.location = str(location)
+        self._is_local = not remote.is_remote(self.location)
+        self._files: LocalFiles | ShardCache
+        if self._is_local:
+            self.location = str(Path(location).absolute())
+            self.manifest = Manifest.read(self.location)
+            self._files = LocalFiles()
+        else:
+            if cache is None:
+                raise ValueError(
+                    f"{self.location}: shards that are not local are kept in a cache, found none; "
+                    "set stream.shard_cache to a folder on a local disk"
+                )
+            self.manifest = _fetch_manifest(self.location, cache.retries)
+            self._files = cache
         self.block_size = self.manifest.block_size
         self._stride = stride_of(self.manifest.block_bytes)
         self._dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
         self._ends = np.cumsum([shard.blocks for shard in self.manifest.shards], dtype=np.int64)
-        self._verified: set[int] = set()
-        self._files: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, least recently used first
+        self._placed = _place(self.location, self.manifest)
+        self._broken: dict[int, ShardError] = {}
         self._lock = threading.Lock()
-
-    def want(self, shards): ...
-    def shards_of(self, ids):
-        return np.searchsorted(self._ends, ids, side="right")
-
-    def check_sizes(self):
-        for i, shard in enumerate(self.manifest.shards):
-            path = self.directory / shard.name
-            if not path.is_file():
-                self._fail(i, "a file", "nothing")
-            if path.stat().st_size != shard.bytes:
-                self._fail(i, f"{shard.bytes} bytes", f"{path.stat().st_size}")
 
     def __len__(self) -> int:
         return self.manifest.blocks
@@ -65,81 +74,127 @@ class ShardSet:
         self.close()
 
     def close(self) -> None:
-        """Close the files. A later read opens them again."""
-        with self._lock:
-            while self._files:
-                os.close(self._files.popitem()[1])
+        """Close the files of a local set. A later read opens them again."""
+        if isinstance(self._files, LocalFiles):
+            with self._lock:
+                self._files.close()
 
-    def read(self, block_ids: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    def read(self, block_ids: np.ndarray[Any, Any]) -> Int64s:
         """The tokens of these blocks, (n,) -> (n, block_size) int64, in the order asked for.
 
-        Raises IndexError for an id that is not in the set and ShardError for a shard that is broken.
+        Raises IndexError for an id that is not in the set, ShardError for a shard that is broken or can't be had, at
+        once when that is known already, and ShardCacheError (a ValueError) when the cache has no room for it.
         """
-        block_ids = np.asarray(block_ids, dtype=np.int64)
-        if len(block_ids) and not 0 <= block_ids.min() <= block_ids.max() < len(self):
-            raise IndexError(f"{self.directory}: block ids are 0 to {len(self) - 1}, found {block_ids.tolist()}")
-        tokens = np.empty((len(block_ids), self.block_size), dtype=np.int64)
-        shards = np.searchsorted(self._ends, block_ids, side="right")
+        block_ids = self._checked(block_ids)
+        order = np.argsort(block_ids, kind="stable")
+        ordered = block_ids[order]
         with self._lock:
-            for row, (shard, block_id) in enumerate(zip(shards.tolist(), block_ids.tolist(), strict=True)):
-                tokens[row] = self._read_block(shard, block_id)
+            members = self._read_members(ordered)
+        tokens = np.empty((len(ordered), self.block_size), dtype=np.int64)
+        tokens[order] = members[:, HEADER_BYTES : HEADER_BYTES + self.manifest.block_bytes].view(self._dtype)
         return tokens
+
+    def shards_of(self, block_ids: np.ndarray[Any, Any]) -> Int64s:
+        """The index of the shard that each block lies in, (n,) -> (n,) int64. Raises IndexError as `read` does."""
+        return np.searchsorted(self._ends, self._checked(block_ids), side="right").astype(np.int64)
+
+    def want(self, shards: Iterable[int]) -> None:
+        """Have these shards fetched in the background. A local set has them already."""
+        if isinstance(self._files, ShardCache):
+            self._files.want([self._placed[shard] for shard in shards if shard not in self._broken])
+
+    def check_sizes(self) -> None:
+        """Raise ShardError for the first shard of a local set that is missing or has another size."""
+        if not self._is_local:
+            return
+        for placed in self._placed:
+            path = Path(placed.location)
+            if not path.is_file():
+                raise placed.error("a file", "nothing")
+            if path.stat().st_size != placed.shard.bytes:
+                raise placed.error(f"{placed.shard.bytes} bytes", f"{path.stat().st_size}")
 
     def verify(self) -> None:
         """Hash every shard that has not been. Raises ShardError for the first one that is broken."""
-        with self._lock:
-            for i in range(len(self.manifest.shards)):
-                self._verify_shard(i)
+        for placed in self._placed:
+            with self._lock:
+                self._acquire(placed)
+                self._files.release(placed)
 
-    def _read_block(self, shard: int, block_id: int) -> np.ndarray[Any, Any]:
-        descriptor = self._descriptor(shard)
-        first = int(self._ends[shard]) - self.manifest.shards[shard].blocks
-        offset = (block_id - first) * self._stride
-        member = os.pread(descriptor, HEADER_BYTES + self.manifest.block_bytes, offset)
-        name = member_name(block_id).encode() + b"\0"
-        # The shard was hashed, so what is seen here is a file that was changed since.
-        if len(member) != HEADER_BYTES + self.manifest.block_bytes:
-            self._fail(shard, f"{HEADER_BYTES + self.manifest.block_bytes} bytes at offset {offset}", f"{len(member)}")
-        if not member.startswith(name):
-            self._fail(shard, f"member {member_name(block_id)} at offset {offset}", repr(member[: len(name)]))
-        return np.frombuffer(member, dtype=self._dtype, offset=HEADER_BYTES)
+    def _checked(self, block_ids: np.ndarray[Any, Any]) -> Int64s:
+        block_ids = np.asarray(block_ids, dtype=np.int64)
+        if len(block_ids) and not 0 <= block_ids.min() <= block_ids.max() < len(self):
+            raise IndexError(f"{self.location}: block ids are 0 to {len(self) - 1}, found {block_ids.tolist()}")
+        return block_ids
 
-    def _descriptor(self, shard: int) -> int:
-        if shard not in self._files:
-            self._verify_shard(shard)
+    def _read_members(self, ordered: Int64s) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """The members of these sorted ids, header and padding included, (n,) -> (n, stride); neighbours in one go."""
+        members = np.empty((len(ordered), self._stride), dtype=np.uint8)
+        shards = np.searchsorted(self._ends, ordered, side="right")
+        is_first = np.ones(len(ordered), dtype=bool)  # of a run of neighbours in one shard
+        is_first[1:] = (np.diff(ordered) != 1) | (np.diff(shards) != 0)
+        starts = np.flatnonzero(is_first)
+        stops = np.append(starts[1:], len(ordered))[: len(starts)]
+        for shard, start, stop in zip(shards[starts].tolist(), starts.tolist(), stops.tolist(), strict=True):
+            placed = self._placed[shard]
+            descriptor = self._acquire(placed)
             try:
-                self._files[shard] = os.open(self.directory / self.manifest.shards[shard].name, os.O_RDONLY)
-            except OSError as error:
-                self._fail(shard, "a file that can be read", str(error))
-            if len(self._files) > _OPEN_FILES:
-                os.close(self._files.popitem(last=False)[1])
-        self._files.move_to_end(shard)
-        return self._files[shard]
+                self._read_run(placed, descriptor, int(ordered[start]), members[start:stop])
+            finally:
+                self._files.release(placed)
+        self._check_names(ordered, shards, members)
+        return members
 
-    def _verify_shard(self, shard: int) -> None:
-        if shard in self._verified:
-            return
-        sha256 = hashlib.sha256()
-        size = 0
+    def _acquire(self, placed: PlacedShard) -> int:
+        """A descriptor of the verified shard. A broken one is found so once, and from then on it is known."""
+        if placed.index in self._broken:
+            raise self._broken[placed.index].with_traceback(None)
         try:
-            with gopen(str(self.directory / self.manifest.shards[shard].name), "rb") as file:
-                while chunk := file.read(_HASH_CHUNK):
-                    sha256.update(chunk)
-                    size += len(chunk)
-        except OSError as error:
-            self._fail(shard, "a file that can be read", str(error))
-        if size != self.manifest.shards[shard].bytes:
-            self._fail(shard, f"{self.manifest.shards[shard].bytes} bytes", f"{size}")
-        if sha256.hexdigest() != self.manifest.shards[shard].sha256:
-            self._fail(shard, f"sha256 {self.manifest.shards[shard].sha256}", sha256.hexdigest())
-        self._verified.add(shard)
+            return self._files.acquire(placed)
+        except ShardError as error:
+            self._broken[placed.index] = error
+            raise
 
-    def _fail(self, shard: int, expected: str, found: str) -> None:
-        path = self.directory / self.manifest.shards[shard].name
-        raise ShardError(
-            f"{path}: shard {shard} of {len(self.manifest.shards)}: expected {expected}, found {found}; "
-            "copy this file again from where it came, or build the shards again into a new folder",
-            location=str(path),
-            shard=shard,
-            digest=self.manifest.digest,
-        )
+    def _read_run(self, placed: PlacedShard, descriptor: int, block_id: int, members: np.ndarray[Any, Any]) -> None:
+        """Fill `members`, (n, stride), with blocks block_id, block_id + 1, ..."""
+        offset = (block_id - placed.first_block) * self._stride
+        try:
+            found = os.preadv(descriptor, [members.data], offset)
+        except OSError as error:
+            raise placed.error("a file that can be read", str(error), offset) from error
+        if found != members.nbytes:
+            # The shard was hashed, so what is seen here is a file that was changed since.
+            last = offset + found // self._stride * self._stride
+            raise placed.error(f"{self._stride} bytes at offset {last}", str(offset + found - last), last)
+
+    def _check_names(self, ordered: Int64s, shards: Int64s, members: np.ndarray[Any, Any]) -> None:
+        """Every header must begin with its block's name: again, the file may have been changed."""
+        expected = np.zeros((len(ordered), _NAME_BYTES), dtype=np.uint8)
+        expected[:] = np.frombuffer(member_name(0).encode() + b"\0", dtype=np.uint8)
+        expected[:, : len(_DIGITS)] += (ordered[:, None] // _DIGITS % 10).astype(np.uint8)
+        wrong = np.flatnonzero((members[:, :_NAME_BYTES] != expected).any(axis=1))
+        if len(wrong):
+            placed, block_id = self._placed[shards[wrong[0]]], int(ordered[wrong[0]])
+            offset = (block_id - placed.first_block) * self._stride
+            found = bytes(members[wrong[0], :_NAME_BYTES])
+            raise placed.error(f"member {member_name(block_id)} at offset {offset}", repr(found), offset)
+
+
+def _place(location: str, manifest: Manifest) -> list[PlacedShard]:
+    placed, first_block, count, digest = [], 0, len(manifest.shards), manifest.digest
+    for i, shard in enumerate(manifest.shards):
+        where = remote.url_in(location, shard.name) if remote.is_remote(location) else f"{location}/{shard.name}"
+        placed.append(PlacedShard(where, i, count, shard, first_block, manifest.block_bytes, digest))
+        first_block += shard.blocks
+    return placed
+
+
+def _fetch_manifest(location: str, retries: int) -> Manifest:
+    url = remote.url_in(location, MANIFEST_NAME)
+    try:
+        return Manifest.from_json(remote.read_all(url, retries), url)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{url}: there is no manifest, so {location} is not a whole set of shards; check the URL, or copy the "
+            "whole folder there"
+        ) from error

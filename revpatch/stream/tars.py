@@ -30,14 +30,17 @@ _SUFFIX = "bin"
 
 
 class ShardError(ValueError):
-    """A shard is not what its manifest says: it is missing, has another size or hash, or holds another block."""
+    """A shard can't be read, or is not what its manifest says: another size or hash, or another block in a place.
 
-    def __init__(self, message, *, location="", shard=0, offset=None, digest=""):
+    `location` is its full path or URL, `shard` its index in the manifest whose digest is `digest`, and `offset` the
+    first byte that is known to be wrong, or None.
+    """
+
+    def __init__(
+        self, message: str, location: str = "", shard: int = -1, offset: int | None = None, digest: str = ""
+    ) -> None:
         super().__init__(message)
-        self.location = location
-        self.shard = shard
-        self.offset = offset
-        self.digest = digest
+        self.location, self.shard, self.offset, self.digest = location, shard, offset, digest
 
 
 def member_key(block_id: int) -> str:

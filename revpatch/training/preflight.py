@@ -14,6 +14,7 @@ from revpatch.patch.families import FAMILIES
 from revpatch.stream.corpus import Corpus
 from revpatch.stream.manifest import Manifest, tokenizer_fingerprint
 from revpatch.stream.mixture import Mixture
+from revpatch.stream.remote import is_remote
 from revpatch.stream.shard_cache import ShardCache
 from revpatch.stream.shard_set import ShardSet
 from revpatch.training.zero_config import read_deepspeed_config
@@ -100,10 +101,11 @@ def _part_keys(index: int, phase: PhaseConfig) -> list[str]:
 
 
 def _cache(config: Config) -> ShardCache | None:
+    """Where shards that are not local are kept, if there are any."""
     folder = config.stream.shard_cache
-    if folder is None:
+    if folder is None or not any(is_remote(place) for _, place in locations(config)):
         return None
-    return ShardCache(Path(folder).expanduser(), int(config.stream.shard_cache_gb * 1e9))
+    return ShardCache(Path(folder).expanduser(), int(config.stream.shard_cache_gb * 1e9), config.stream.retries)
 
 
 def _mixture(config: Config, index: int, corpus: Corpus) -> Mixture:

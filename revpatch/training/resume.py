@@ -24,7 +24,7 @@ _LOCK_NAME = ".lock"
 
 MAY_CHANGE = (
     r"output_dir|monitoring\..*|snapshot\..*|ledger\..*|engine\..*|build\..*|probes\.every",
-    r"stream\.(on_error|shard_cache|shard_cache_gb)",
+    r"stream\.(on_error|shard_cache|shard_cache_gb|retries)",
     r"base\.(model|compile|activation_checkpointing)|batch\.micro_blocks",  # a base has its sha256
     r"phases\.\d+\.steps",
     r"replay\.base|probes\.sets\.\d+\.shards|phases\.\d+\.shards(\.\d+\.shards)?",  # shards have their digests

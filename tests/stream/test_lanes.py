@@ -188,7 +188,7 @@ def test_blocks_are_read_in_the_order_asked_for(tmp_path: Path) -> None:
 
 
 def test_more_shards_than_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("revpatch.stream.shard_set._OPEN_FILES", 3)
+    monkeypatch.setattr("revpatch.stream.local_files._OPEN_FILES", 3)
     blocks = np.arange(80).reshape(20, 4)
     write_blocks(tmp_path / "set", blocks, blocks_per_shard=1)
     open_before = len(list(Path("/proc/self/fd").iterdir())) if Path("/proc/self/fd").exists() else 0
@@ -247,10 +247,10 @@ def test_a_damaged_shard_is_named_before_a_block_of_it_is_handed_out(
             use(ShardSet(built))
 
 
-def test_a_shard_of_another_size_is_refused_when_the_set_is_opened(built: Path) -> None:
+def test_a_shard_of_another_size_is_refused_when_the_sizes_are_checked(built: Path) -> None:
     name = damaged(built, DAMAGES["cut on a member boundary"])
     with pytest.raises(ShardError, match=rf"{name}.*expected \d+ bytes, found 3072"):
-        ShardSet(built)
+        ShardSet(built).check_sizes()
 
 
 def test_the_shards_that_are_whole_can_still_be_read(built: Path) -> None:
@@ -271,7 +271,7 @@ def test_a_missing_and_a_swapped_shard(built: Path) -> None:
     first.write_bytes(kept)
     second.unlink()
     with pytest.raises(ShardError, match=rf"{second.name}: shard 1 of \d+: expected a file, found nothing"):
-        ShardSet(built)
+        ShardSet(built).check_sizes()
 
 
 def test_a_shard_that_changes_while_it_is_read(built: Path) -> None:
