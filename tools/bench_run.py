@@ -3,10 +3,10 @@
     python tools/bench_run.py [--steps N] [--json FILE]
 
 Workload: the demo's first phase (configs/demo.yaml: 2.6 M parameter base, in float32 where the CPU is faster in it, 16
-new and 16 replayed blocks of 128 tokens, DeepSpeed ZeRO 0) for 100 steps on two ranks of one thread each, with a log line
-at every step and a snapshot at every fifth. The trainer's own clocks are read back from its TensorBoard files: time/step,
-time/waiting_for_data and time/snapshot (what a step stands still while the state is copied; the file is written beside
-the steps). The first ten steps are left out. Prints a table and exits with 1 if a figure does not hold.
+new and 16 replayed blocks of 128 tokens, DeepSpeed ZeRO 0) for 100 steps on two ranks of one thread each, with a log
+line at every step and a snapshot at every fifth. The trainer's own clocks are read back from its TensorBoard files:
+time/step, time/waiting_for_data and time/snapshot (what a step stands still while the state is copied; the file is
+written beside the steps). The first ten steps are left out. Prints a table and exits with 1 if a figure does not hold.
 """
 
 from __future__ import annotations

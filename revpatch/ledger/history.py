@@ -225,7 +225,8 @@ class Ledger:
         """Goes back to what the ledger was after its first `events` events, as a snapshot noted; returns the names of
         the entries since then, which the run will write anew.
 
-        They are renamed to `NAME.superseded` (`.superseded-2`, ...) and kept. Journals one `resume` event with `fields`.
+        They are renamed to `NAME.superseded` (`.superseded-2`, ...) and kept. Journals one `resume` event, with
+        `fields`.
         Raises OSError.
         """
         names = [entry.name for entry in self.entries() if entry.seq >= events]

@@ -50,7 +50,7 @@ def check(config: Config, world: int) -> Plan:
     """Opens what the config names.
 
     Raises:
-        ConfigError: a combination can't work, or shards are missing or (unless broken ones are quarantined) have another
+        ConfigError: a combination can't work, or shards are missing or (unless broken ones are quarantined) of another
             size; the message names key, value, and what to do.
         FileNotFoundError: DeepSpeed's file is missing.
     """

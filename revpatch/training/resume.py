@@ -80,7 +80,8 @@ def stand(config: Config, fresh: bool, overwrite: bool) -> Standing:
         standing.snapshot = newest_snapshot(directory / "snapshot")
         standing.changed = compare_configs(load_config(directory / CONFIG_NAME), config, standing.snapshot, named)
         _check_history(standing)
-    write_atomically(directory / CONFIG_NAME, dump_config(config).encode())
+    if not standing.begun:
+        write_atomically(directory / CONFIG_NAME, dump_config(config).encode())
     return standing
 
 
@@ -153,8 +154,9 @@ def check_identity(snapshot: Snapshot, identity: dict[str, Any]) -> None:
             )
 
 
-def go_back(standing: Standing, ledger: Ledger, **fields: Any) -> None:
+def go_back(standing: Standing, config: Config, ledger: Ledger, **fields: Any) -> None:
     """Brings ledger and replay to where the snapshot is; what came after it is set aside, and will be made again."""
+    write_atomically(standing.directory / CONFIG_NAME, dump_config(config).encode())
     snapshot = standing.snapshot
     orphans = ledger.set_aside_orphans()
     events = 0 if snapshot is None else snapshot.events
@@ -178,7 +180,7 @@ def _check_history(standing: Standing) -> None:
     if snapshot is not None and journal.head_after(snapshot.events) != snapshot.head:
         raise ConfigError(
             f"{standing.directory}: snapshot {snapshot.name} was written after {snapshot.events} events of a journal "
-            f"whose line {snapshot.events} has sha256 {snapshot.head[:16]}…, and ledger/{JOURNAL_NAME} is not that one: "
+            f"whose line {snapshot.events} has sha256 {snapshot.head[:16]}…, and ledger/{JOURNAL_NAME} is not that: "
             "put back the journal that belongs to it, or remove the snapshot to go on from an older one"
         )
 

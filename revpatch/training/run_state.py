@@ -97,7 +97,7 @@ class RunState:
         if standing.begun:
             self._go_on(standing)
         if standing.begun and self.record.ledger is not None:
-            go_back(standing, self.record.ledger, facts=facts)
+            go_back(standing, self.config, self.record.ledger, facts=facts)
         if standing.snapshot is None:
             self.record.event("run", base=self.identity["base"], seed=self.config.seed, facts=facts)
 

@@ -40,7 +40,6 @@ class Trainer(RunState):
                     return False
                 self._commit(phase)
             first_step += config.steps
-        self.snapshots.finish()
         self.record.event("run_end")
         return True
 
@@ -225,6 +224,7 @@ class Trainer(RunState):
         words = "  ".join(f"{key} {values['loss']:.4f} ({values['drift']:+.4f})" for key, values in sets.items())
         self.record.text(phase.global_step(phase.config.steps), "event/commit", f"{name} committed: {words}")
         self.take_snapshot(phase, committed=True)
+        self.snapshots.finish()
 
     def _keep_replay(self, phase: Phase) -> None:
         if not self.config.batch.replay_blocks or not phase.learned:

@@ -137,9 +137,11 @@ def child(rank: int, port: int, request: dict[str, Any]) -> None:
 
 
 def main() -> None:
+    import accelerate  # noqa: F401
     import deepspeed  # noqa: F401
     import torch
-    import transformers  # noqa: F401
+    from torch.utils import tensorboard  # noqa: F401
+    from transformers.models.gpt2 import modeling_gpt2, tokenization_gpt2  # noqa: F401
 
     import revpatch.training.run  # noqa: F401
 
