@@ -173,11 +173,11 @@ def test_another_world_or_zero_stage_goes_on_with_the_same_losses(
         phases=[{"name": "first", "shards": str(toy.shards("first")), "steps": 80}],
         optimizer={"lr": 3.0e-3, "warmup_steps": 5},
         monitoring={"every": 1, "tensorboard": True},
-        probes={"every": 40},
+        probes={"every": 40, "sets": [{"name": "base", "shards": str(toy.shards("base_probe")), "max_blocks": 16}]},
         snapshot={"every": 10},
     )
     runs = Runs(server, config, tmp_path)
-    assert runs.run("through", *engine(stage), world=world) == [0] * world
+    assert runs.run("through", *engine(stage), world=world) == [0] * world, runs.log("through").read_text()
     log = "revpatch.training.trainer:Trainer._log"
     killed = {"rank": 0, "target": log, "call": 24, "when": "after"}
     assert 0 not in runs.run("moved", *engine(stage), world=world, kill=killed)
