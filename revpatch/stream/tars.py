@@ -178,7 +178,7 @@ class _OpenShard:
         self.file.seek(length)
 
     def write(self, rows: np.ndarray[Any, Any], blocks: int) -> None:
-        self._append(memoryview(rows).cast("B"))
+        self._append(rows.reshape(-1).data)
         self.blocks += blocks
 
     def finish(self) -> Shard:
