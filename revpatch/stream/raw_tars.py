@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
 import braceexpand
-from webdataset.gopen import gopen
 
 from revpatch.stream import long_text
 from revpatch.stream.documents import Document, Input, LongDocument, Meter, Reading, file_identity
@@ -83,6 +82,8 @@ def _read(url: str, reading: Reading) -> Iterator[Document | LongDocument]:
 @contextlib.contextmanager
 def _opened(url: str) -> Iterator[BinaryIO]:
     """The tar's bytes. Raises _BadTar when the command or the download that gave them all ended with a failure."""
+    from webdataset.gopen import gopen  # which imports torch, and takes seconds: only where it is needed
+
     raw = cast(BinaryIO, io.FileIO(url) if Path(url).is_file() else gopen(url, "rb"))
     try:
         yield raw
