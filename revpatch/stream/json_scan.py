@@ -194,7 +194,7 @@ def _scalar(window: _Window) -> Any:
 
 def _pass_over(window: _Window) -> None:
     """Go to the end of the value that begins here."""
-    depth = 0
+    closing: list[str] = []
     while True:
         character = window.peek()
         if not character:
@@ -203,18 +203,15 @@ def _pass_over(window: _Window) -> None:
             for _ in _strings(window):
                 pass
         elif character in "[{":
-            depth += 1
+            closing.append("]" if character == "[" else "}")
             window.at += 1
         elif character in "]}":
-            depth -= 1
-            window.at += 1
-        elif depth:
+            window.expect(closing.pop() if closing else "a value")
+        elif closing:
             match = _NO_STRUCTURE.match(window.text, window.at)
             assert match is not None
             window.at = match.end()
         else:
             _scalar(window)
-        if depth <= 0:
-            if depth < 0:
-                raise _Broken("a bracket is closed that was not opened")
+        if not closing:
             return

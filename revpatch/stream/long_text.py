@@ -15,9 +15,9 @@ from typing import BinaryIO
 
 from revpatch.stream.holdout import is_held_out_in_parts
 
-LONG_BYTES = 4 * 2**20
+LONG_BYTES = 2**20
 """A text of more bytes than this is a long one."""
-PIECE_CHARACTERS = 2**20
+PIECE_CHARACTERS = 2**18
 
 
 class LongText:

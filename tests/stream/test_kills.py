@@ -23,15 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BUILD = """
 import json, sys
 import revpatch.stream.build, revpatch.stream.chunks, revpatch.stream.long_text
-from tokenizers import Tokenizer
-
-class Fast:  # what building asks of a tokenizer of transformers, whose import takes seconds
-    name_or_path, eos_token_id, all_special_tokens = "toy", 0, ["<|endoftext|>"]
-    def __init__(self, path):
-        self.backend_tokenizer = Tokenizer.from_file(path)
-        self.get_vocab = self.backend_tokenizer.get_vocab
-    def __len__(self):
-        return len(self.get_vocab())
+from light_tokenizer import LightTokenizer
 
 if __name__ == "__main__":
     arguments = json.loads(sys.argv[1])
@@ -39,7 +31,7 @@ if __name__ == "__main__":
     revpatch.stream.chunks.CHUNK_DOCUMENTS = arguments.pop("chunk", 20)
     revpatch.stream.long_text.LONG_BYTES = 20_000
     revpatch.stream.long_text.PIECE_CHARACTERS = 3_000
-    tokenizer = Fast(arguments.pop("tokenizer"))
+    tokenizer = LightTokenizer(arguments.pop("tokenizer"))
     def progress(p):
         print(p.tokens, flush=True)
     try:
@@ -86,7 +78,7 @@ def start(corpus: Path) -> Start:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tests/stream"},
             preexec_fn=limit and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))),
         )
 
