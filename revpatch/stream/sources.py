@@ -43,14 +43,14 @@ def read_documents(sources: Iterable[str | Path], text_column: str = "text") -> 
 
 
 def is_raw_source(spec: str) -> bool:
-    """Whether this names text to build shards from, and not a folder of shards: `hf:`, `wds:`, files, or a folder of
+    """Whether this names text to build shards from, not a folder of shards: `hf:`, `wds:`, files, globs, or a folder of
     them."""
     if spec.startswith(("hf:", "wds:")):
         return True
     path = Path(spec)
     if path.is_dir():
         return not (path / MANIFEST_NAME).exists() and any(_files_below(path))
-    return known_ending(path.name) is not None
+    return known_ending(path.name) is not None or glob.has_magic(spec)
 
 
 def name_of_source(source: str | Path) -> str:
