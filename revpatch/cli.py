@@ -1,4 +1,4 @@
-"""The command line: `revpatch train | generate | shards build | ledger log | ledger verify`."""
+"""The command line: `revpatch train | generate | shards ... | ledger log | ledger verify`."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Annotated
 
 import typer
 
-from revpatch.monitoring.terminal import console, quiet_libraries
+from revpatch import shards_cli
+from revpatch.monitoring.terminal import console, quiet_libraries, say
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-shards_app = typer.Typer(help="Build token shards.", no_args_is_help=True)
 ledger_app = typer.Typer(help="Read a run's ledger.", no_args_is_help=True)
-app.add_typer(shards_app, name="shards")
+app.add_typer(shards_cli.app, name="shards")
 app.add_typer(ledger_app, name="ledger")
 
 RunArgument = Annotated[Path, typer.Argument(help="Folder of the run.")]
@@ -65,7 +65,7 @@ def train(
         raise typer.Exit(EXIT_CODE)
     if os.environ.get("RANK", "0") == "0":
         print_summary(directory, console)
-        console.print(f"Ledger, log and TensorBoard files are in {directory}", markup=False, highlight=False)
+        say(f"Ledger, log and TensorBoard files are in {directory}")
 
 
 @app.command()
@@ -93,52 +93,6 @@ def generate(
 
     sampling = Sampling(greedy, max_new_tokens, temperature, top_p, repetition_penalty, no_repeat_ngram, seed)
     typer.echo(generate_text(patch, prompt, gate, sampling, base))  # as it is: a console would expand tabs and :names:
-
-
-@shards_app.command("build")
-def shards_build(
-    sources: Annotated[list[Path], typer.Argument(help=".txt, .jsonl or .jsonl.gz files.")],
-    tokenizer: Annotated[str, typer.Option(help="Hugging Face name or local folder of the tokenizer.")],
-    out: Annotated[Path, typer.Option(help="Folder to write; it must not exist.")],
-    block_size: Annotated[int, typer.Option(min=2, help="Tokens a block.")] = 1024,
-    text_column: Annotated[str, typer.Option(help="Field of a JSONL line that holds the text.")] = "text",
-    holdout: Annotated[float, typer.Option(help="Fraction of the documents that goes to OUT_probe.")] = 0.0,
-    max_tokens: Annotated[int | None, typer.Option(help="Stop after so many tokens.")] = None,
-    licence: Annotated[str | None, typer.Option(help="Rights in the text, kept in the manifest.")] = None,
-    note: Annotated[str | None, typer.Option(help="What the text is, kept in the manifest.")] = None,
-) -> None:
-    """Turn documents into webdataset tars of token blocks with a manifest."""
-    from transformers import AutoTokenizer
-
-    from revpatch.stream.build import Progress, build_shards
-
-    try:
-        loaded = AutoTokenizer.from_pretrained(tokenizer)
-    except OSError as error:
-        raise ValueError(f"--tokenizer {tokenizer}: {str(error).splitlines()[0]}") from error
-    with console.status("reading") as status:
-
-        def show(progress: Progress) -> None:
-            status.update(f"{progress.documents:,} documents, {progress.tokens:,} tokens, {progress.blocks:,} blocks")
-
-        manifest = build_shards(
-            sources,
-            loaded,
-            block_size,
-            out,
-            text_column=text_column,
-            licence=licence,
-            note=note,
-            holdout=holdout,
-            max_tokens=max_tokens,
-            progress=show,
-        )
-    console.print(
-        f"{out}: {manifest.blocks:,} blocks of {manifest.block_size} tokens from {manifest.documents:,} documents in "
-        f"{len(manifest.shards)} shards",
-        markup=False,
-        highlight=False,
-    )
 
 
 @ledger_app.command("log")

@@ -22,8 +22,9 @@ FLOORS = {
     "revpatch.monitoring": 2,
     "revpatch.training": 3,
     "revpatch.generate": 3,
-    "revpatch.cli": 4,
-    "revpatch.__main__": 5,
+    "revpatch.shards_cli": 4,
+    "revpatch.cli": 5,
+    "revpatch.__main__": 6,
 }
 """Room, and its floor."""
 

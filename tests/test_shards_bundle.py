@@ -16,7 +16,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from revpatch.config_file import load_config
-from revpatch.stream.build import is_held_out
+from revpatch.stream.holdout import is_held_out
 from revpatch.stream.manifest import Manifest, tokenizer_fingerprint
 from revpatch.stream.shard_set import ShardSet
 from revpatch.stream.sources import read_documents

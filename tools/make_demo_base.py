@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import Tensor, nn
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, set_seed
 
-from revpatch.stream.build import is_held_out
+from revpatch.stream.holdout import is_held_out
 from revpatch.stream.sources import read_documents
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from revpatch.stream.build import build_shards, is_held_out
+from revpatch.stream.build import build_shards
+from revpatch.stream.holdout import is_held_out
 from revpatch.stream.sources import read_documents
 
 ROOT = Path(__file__).resolve().parent.parent

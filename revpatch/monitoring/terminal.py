@@ -31,6 +31,11 @@ def quiet_libraries() -> None:
         logger.addFilter(lambda record: record.levelno >= logging.ERROR)  # DeepSpeed sets its own level when imported
 
 
+def say(text: str) -> None:
+    """A line for the person, as it is."""
+    console.print(text, markup=False, highlight=False)
+
+
 def log_to(file: Path) -> None:
     """Sends the log of `revpatch` to the console and, with times, to a file."""
     log = logging.getLogger("revpatch")
@@ -47,4 +52,4 @@ def log_to(file: Path) -> None:
 
 class _ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        console.print(self.format(record), markup=False, highlight=False)
+        say(self.format(record))

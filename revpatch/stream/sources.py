@@ -1,127 +1,115 @@
-"""Documents out of files: one a .txt file, one a line of .jsonl (.gz).
+"""What people name as sources, and the documents in it: files, folders and globs of them, `hf:` and `wds:`.
 
-Files are read in the order given and lines in file order, so that the same sources give the same documents.
-A reader per ending, in one table; every complaint names the file, the line, and what to do.
+    corpus.jsonl.zst            a file; its ending says how it is read (files.py)
+    corpus, 'corpus/**/*.txt'   all files of a known ending below a folder, or that match, in the order of their names
+    hf:NAME[/CONFIG]:SPLIT[#column]     a data set of the hub, or on this machine (hub.py)
+    wds:URL                     tars of .txt and .json members; {000..009} is spelled out (raw_tars.py)
+
+A path that is there is taken to the letter, whatever `#`, `[` or `{` is in it. Sources are read in the order given,
+so that the same sources give the same documents.
 """
 
 from __future__ import annotations
 
-import gzip
-import json
-import zlib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+import glob
+import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+
+from revpatch.stream.documents import Document, Input, Reading
+from revpatch.stream.files import READERS, file_input, known_ending
+from revpatch.stream.hub import hub_input
+from revpatch.stream.manifest import MANIFEST_NAME
+from revpatch.stream.raw_tars import tar_inputs
 
 
-@dataclass(frozen=True)
-class Document:
-    """A text and a name for it: the line's "id" where it has one, else 'file' or 'file:line'."""
+def find_inputs(sources: Iterable[str | Path]) -> list[Input]:
+    """All inputs of the sources, in order. Nothing is read yet, but that what is on this machine is there.
 
-    id: str
-    text: str
+    Raises FileNotFoundError for a missing file and ValueError for an unknown ending, a folder or a glob without
+    any file, and a spec that can't be understood.
+    """
+    return [found for source in sources for found in _inputs_of(str(source))]
 
 
 def read_documents(sources: Iterable[str | Path], text_column: str = "text") -> Iterator[Document]:
-    """The documents of all sources, in order.
+    """The documents of all sources, in order, each of them whole.
 
-    All paths are checked before the first document is read. Raises FileNotFoundError for a missing file and
-    ValueError for an unknown ending, a folder, text that is not UTF-8, broken JSON, or a line whose `text_column`
-    is missing or no text.
+    All paths are checked before the first document is read. Raises what `find_inputs` does, and ValueError for text
+    that is not UTF-8, broken JSON, or a line whose `text_column` is missing or no text.
     """
-    checked = [_check(Path(source)) for source in sources]
-    return (document for path, read in checked for document in read(path, text_column))
+    inputs = find_inputs(sources)
+    return (document for found in inputs for document in _whole_documents(found, text_column))
 
 
-def _check(path: Path) -> tuple[Path, Reader]:
-    endings = [ending for ending in _READERS if path.name.lower().endswith(ending)]
+def is_raw_source(spec: str) -> bool:
+    """Whether this names text to build shards from, not a folder of shards: `hf:`, `wds:`, files, globs, or a folder of
+    them."""
+    if spec.startswith(("hf:", "wds:")):
+        return True
+    path = Path(spec)
     if path.is_dir():
-        raise ValueError(f"{path}: expected a file, found a folder; name the files in it, for example {path}/*.txt")
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file; check the path, which is relative to {Path.cwd()}")
-    if not endings:
+        return not (path / MANIFEST_NAME).exists() and any(_files_below(path))
+    return known_ending(path.name) is not None or glob.has_magic(spec)
+
+
+def name_of_source(source: str | Path) -> str:
+    """What a manifest calls a source: its last part, as a folder of this machine says nothing on another."""
+    spec = str(source)
+    for kind in ("hf:", "wds:"):
+        body = spec.removeprefix(kind)
+        if body != spec:
+            plain_hub_name = kind == "hf:" and not body.startswith((".", "/", "~")) and not Path(body).parent.is_dir()
+            return spec if plain_hub_name else kind + body.rpartition("/")[2]
+    return Path(spec).name or Path(spec).resolve().name
+
+
+def _inputs_of(spec: str) -> list[Input]:
+    if spec.startswith("hf:"):
+        return [hub_input(spec)]
+    if spec.startswith("wds:"):
+        return tar_inputs(spec)
+    path = Path(spec)
+    if path.is_dir():
+        files = sorted(_files_below(path))
+        if not files:
+            raise ValueError(
+                f"{path}: expected a folder with files that end in {', '.join(READERS)}, found none of them in it; "
+                "name another folder, or the files themselves"
+            )
+        return [file_input(file) for file in files]
+    if path.exists():
+        return [file_input(_with_known_ending(path))]
+    if glob.has_magic(spec):
+        matches = sorted(Path(name) for name in glob.glob(spec, recursive=True))  # noqa: PTH207  (Path's knows no absolute pattern)
+        files = [match for match in matches if match.is_file()]
+        if not files:
+            raise FileNotFoundError(f"{spec}: no file matches; check the pattern, which is relative to {Path.cwd()}")
+        return [file_input(_with_known_ending(file)) for file in files]
+    raise FileNotFoundError(f"{path}: no such file; check the path, which is relative to {Path.cwd()}")
+
+
+def _with_known_ending(path: Path) -> Path:
+    if known_ending(path.name) is None:
         raise ValueError(
-            f"{path}: expected a file ending in {', '.join(_READERS)}, found {path.suffix or 'no ending'!r}; "
+            f"{path}: expected a file ending in {', '.join(READERS)}, found {path.suffix or 'no ending'!r}; "
             'rename it, or write its documents as JSONL, one {"text": ...} a line'
         )
-    return path, _READERS[endings[0]]
+    return path
 
 
-def _read_txt(path: Path, text_column: str) -> Iterator[Document]:
-    yield Document(path.name, _decode(path.read_bytes(), str(path)).removeprefix("\ufeff"))
+def _files_below(folder: Path) -> Iterator[Path]:
+    """As a glob, it leaves hidden files and folders out."""
+    for path in folder.rglob("*"):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if not hidden and known_ending(path.name) is not None and path.is_file():
+            yield path
 
 
-def _read_jsonl(path: Path, text_column: str) -> Iterator[Document]:
-    with path.open("rb") as file:
-        yield from _documents_of_lines(file, path, text_column)
-
-
-def _read_jsonl_gz(path: Path, text_column: str) -> Iterator[Document]:
-    try:
-        with gzip.open(path, "rb") as file:
-            yield from _documents_of_lines(file, path, text_column)  # type: ignore[arg-type]
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path}: the gzip file is broken or cut short ({error}); copy it again") from error
-
-
-def _documents_of_lines(file: BinaryIO, path: Path, text_column: str) -> Iterator[Document]:
-    for number, line in enumerate(file, start=1):
-        where = f"{path}:{number}"
-        text = _decode(line, where).removeprefix("\ufeff" if number == 1 else "")
-        if not text.strip():
-            continue
-        try:
-            value = json.loads(text)
-        except ValueError as error:
-            raise ValueError(
-                f"{where}: expected one JSON object, found {_excerpt(text)} ({error}); "
-                "mend the line; an object must not be spread over lines"
-            ) from None
-        if not isinstance(value, dict):
-            raise ValueError(
-                f"{where}: expected an object with the field {text_column!r}, found {_excerpt(text)}; mend the line"
-            )
-        if text_column not in value:
-            raise ValueError(
-                f"{where}: expected the field {text_column!r}, found {', '.join(map(repr, value)) or 'no field'}; "
-                "name the field that holds the text with text_column (--text-column)"
-            )
-        document = value[text_column]
-        if not isinstance(document, str):
-            raise ValueError(
-                f"{where}: field {text_column!r}: expected text, found {type(document).__name__} "
-                f"{_excerpt(json.dumps(document))}; name the field that holds the text with text_column (--text-column)"
-            )
-        _check_unicode(document, where, text_column)
-        identifier = value.get("id")
-        yield Document(identifier if isinstance(identifier, str) else f"{path.name}:{number}", document)
-
-
-def _decode(data: bytes, where: str) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{where}: expected UTF-8, found the byte 0x{data[error.start]:02x} at offset {error.start}; convert it, "
-            "for example: iconv -f latin1 -t utf-8"
-        ) from None
-
-
-def _check_unicode(text: str, where: str, text_column: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which is no character
-        raise ValueError(
-            f"{where}: field {text_column!r}: expected characters, found half of a surrogate pair "
-            f"(\\u{ord(text[error.start]):04x}) at character {error.start}; take it out of the line"
-        ) from None
-
-
-def _excerpt(text: str) -> str:
-    text = text.strip()
-    return repr(text if len(text) <= 60 else text[:57] + "...")
-
-
-Reader = Callable[[Path, str], Iterator[Document]]
-_READERS: dict[str, Reader] = {".txt": _read_txt, ".jsonl": _read_jsonl, ".jsonl.gz": _read_jsonl_gz}
+def _whole_documents(found: Input, text_column: str) -> Iterator[Document]:
+    with tempfile.TemporaryDirectory() as spool:
+        for document in found.read(Reading(text_column, Path(spool))):
+            if isinstance(document, Document):
+                yield document
+            else:
+                yield Document(document.id, "".join(document.text.parts()))

@@ -5,20 +5,19 @@ and no table of offsets is needed:
 
     | header, 512 bytes | block_size tokens, little endian | zeros up to a multiple of 512 |  × blocks  | tar's end |
 
-Time, user, group and mode are fixed: the same blocks give the same bytes.
+Time, user, group and mode are fixed: the same blocks give the same bytes, those of webdataset's own TarWriter.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 import os
+import tarfile
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
-from webdataset.writer import TarWriter
 
 from revpatch.stream.manifest import MANIFEST_NAME, Manifest, Shard, sync_directory
 
@@ -27,6 +26,8 @@ _log = logging.getLogger(__name__)
 HEADER_BYTES = 512
 DEFAULT_SHARD_BYTES = 64 * 2**20
 _SUFFIX = "bin"
+_KEY_DIGITS = 12
+_COPY_BYTES = 2**20
 
 
 class ShardError(ValueError):
@@ -45,7 +46,7 @@ class ShardError(ValueError):
 
 def member_key(block_id: int) -> str:
     """A block's webdataset key. Wide enough for any corpus, so that every header has one size."""
-    return f"{block_id:012d}"
+    return f"{block_id:0{_KEY_DIGITS}d}"
 
 
 def member_name(block_id: int) -> str:
@@ -74,78 +75,143 @@ class ShardWriter:
             raise ValueError(f"blocks_per_shard is {blocks_per_shard}; it must be at least 1")
         self.directory = directory
         self.blocks = 0
+        self.shards: list[Shard] = []
         self._dtype = np.dtype(dtype).newbyteorder("<")
         self._blocks_per_shard = blocks_per_shard
         self._prefix = prefix
-        self._shards: list[Shard] = []
         self._open: _OpenShard | None = None
+
+    @property
+    def open_blocks(self) -> int:
+        """How many blocks of `blocks` are in the shard that is not finished."""
+        return self._open.blocks if self._open is not None else 0
 
     def write(self, tokens: np.ndarray[Any, Any]) -> None:
         """Append blocks, opening a new shard whenever the last one is full."""
-        for block in tokens.astype(self._dtype):
+        while len(tokens):
             if self._open is None:
-                self._open = _OpenShard(self.directory / f"{self._prefix}-{len(self._shards):06d}.tar")
-            self._open.tar.write({"__key__": member_key(self.blocks), _SUFFIX: block.tobytes()})
-            self._open.blocks += 1
-            self.blocks += 1
+                self._open = _OpenShard(self._next_path())
+            now = tokens[: self._blocks_per_shard - self._open.blocks]
+            self._open.write(members(now.astype(self._dtype), self.blocks), len(now))
+            self.blocks += len(now)
+            tokens = tokens[len(now) :]
             if self._open.blocks == self._blocks_per_shard:
                 self._finish_shard()
+
+    def sync(self) -> None:
+        """Bring what was written to the disk, so that it is there after a loss of power."""
+        if self._open is not None:
+            os.fsync(self._open.file.fileno())
+
+    def resume(self, shards: list[Shard], open_blocks: int, block_bytes: int) -> None:
+        """Go on after these finished shards and so many blocks of the next one, whatever else its file holds.
+
+        Raises ShardError when a file is missing or shorter than that.
+        """
+        for shard in shards:
+            _check_length(self.directory / shard.name, shard.bytes, exact=True)
+        self.shards = list(shards)
+        self.blocks = sum(shard.blocks for shard in shards) + open_blocks
+        if open_blocks:
+            self._open = _OpenShard(self._next_path(), open_blocks, open_blocks * stride_of(block_bytes))
 
     def close(self) -> tuple[Shard, ...]:
         """Finish the last shard and return all of them, in order."""
         if self._open is not None:
             self._finish_shard()
-        return tuple(self._shards)
+        return tuple(self.shards)
 
     def abandon(self) -> None:
         """Close the open file, if any, without caring for what is in it."""
         if self._open is not None:
-            self._open.abandon()
+            self._open.file.close()
             self._open = None
+
+    def _next_path(self) -> Path:
+        return self.directory / f"{self._prefix}-{len(self.shards):06d}.tar"
 
     def _finish_shard(self) -> None:
         assert self._open is not None
-        self._shards.append(self._open.finish())
+        self.shards.append(self._open.finish())
         self._open = None
+
+
+def members(blocks: np.ndarray[Any, Any], first_id: int) -> np.ndarray[Any, Any]:
+    """The tar members of (n, block_size) blocks, numbered from `first_id`, as (n, stride) bytes.
+
+    Headers are made for all blocks at once; Python's tarfile takes longer for one than the tokenizer for its block.
+    """
+    count, block_bytes = len(blocks), blocks.shape[1] * blocks.itemsize
+    rows = np.zeros((count, stride_of(block_bytes)), dtype=np.uint8)
+    rows[:, :HEADER_BYTES] = np.frombuffer(_header(block_bytes), dtype=np.uint8)
+    ids = np.arange(first_id, first_id + count)
+    rows[:, :_KEY_DIGITS] = _digits(ids, 10, _KEY_DIGITS)
+    checksums = rows[:, :HEADER_BYTES].sum(axis=1, dtype=np.int64)
+    rows[:, 148:154] = _digits(checksums, 8, 6)
+    rows[:, 154] = 0
+    rows[:, HEADER_BYTES : HEADER_BYTES + block_bytes] = np.ascontiguousarray(blocks).view(np.uint8)
+    return rows
+
+
+def _header(block_bytes: int) -> bytes:
+    """The header of block 0, with spaces for the checksum's digits, as they count in the sum."""
+    info = tarfile.TarInfo(member_name(0))
+    info.size, info.mode, info.mtime = block_bytes, 0o644, 0
+    info.uname = info.gname = "revpatch"
+    header = bytearray(info.tobuf(tarfile.PAX_FORMAT))
+    # The sum is taken over 8 spaces, and written as 6 digits, a zero byte and a space.
+    header[148:156] = b" " * 8
+    return bytes(header)
+
+
+def _digits(numbers: np.ndarray[Any, Any], base: int, count: int) -> np.ndarray[Any, Any]:
+    """The ASCII digits of (n,) numbers, with leading zeros, as (n, count) bytes."""
+    powers = base ** np.arange(count - 1, -1, -1, dtype=np.int64)
+    return (numbers[:, None] // powers % base + ord("0")).astype(np.uint8)
 
 
 class _OpenShard:
     """The tar that is being written, hashed on its way to the disk."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, blocks: int = 0, length: int = 0) -> None:
         self.path = path
-        self.blocks = 0
-        self.file: BinaryIO = path.open("wb")
-        self.hashed = _HashingFile(self.file)
-        self.tar = TarWriter(self.hashed, encoder=False, user="revpatch", group="revpatch", mode=0o644, mtime=0)
+        self.blocks = blocks
+        self.bytes = length
+        self.sha256 = hashlib.sha256()
+        if length:
+            _check_length(path, length, exact=False)
+            with path.open("rb") as file:
+                for start in range(0, length, _COPY_BYTES):
+                    self.sha256.update(file.read(min(_COPY_BYTES, length - start)))
+        self.file = path.open("r+b" if length else "wb", buffering=0)
+        self.file.truncate(length)
+        self.file.seek(length)
+
+    def write(self, rows: np.ndarray[Any, Any], blocks: int) -> None:
+        self._append(rows.reshape(-1).data)
+        self.blocks += blocks
 
     def finish(self) -> Shard:
-        self.tar.close()
-        self.file.flush()
+        end = 2 * 512  # of zeros, and more of them up to a whole record
+        self._append(memoryview(bytes(end + -(self.bytes + end) % tarfile.RECORDSIZE)))
         os.fsync(self.file.fileno())
         self.file.close()
-        return Shard(self.path.name, self.blocks, self.hashed.bytes, self.hashed.sha256.hexdigest())
+        return Shard(self.path.name, self.blocks, self.bytes, self.sha256.hexdigest())
 
-    def abandon(self) -> None:
-        # tarfile would write its end when collected, into a file that is closed by then.
-        with contextlib.suppress(OSError):
-            self.tar.close()
-        with contextlib.suppress(OSError):
-            self.file.close()
-
-
-class _HashingFile:
-    """What tarfile's stream mode asks of a file, which is `write` alone."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.bytes = 0
-        self.sha256 = hashlib.sha256()
-
-    def write(self, data: bytes) -> int:
+    def _append(self, data: memoryview) -> None:
         self.sha256.update(data)
         self.bytes += len(data)
-        return self._file.write(data)
+        while data:  # a disk that is nearly full takes a part
+            data = data[self.file.write(data) :]
+
+
+def _check_length(path: Path, length: int, *, exact: bool) -> None:
+    found = path.stat().st_size if path.is_file() else None
+    if found is None or found < length or (exact and found != length):
+        raise ShardError(
+            f"{path}: expected {'' if exact else 'at least '}{length} bytes, found {found if found else 'nothing'}; "
+            f"the unfinished build is damaged: delete {path.parent.parent} and build anew"
+        )
 
 
 def refuse_foreign(folder: Path) -> None:

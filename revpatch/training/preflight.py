@@ -54,11 +54,7 @@ def check(config: Config, world: int) -> Plan:
             size; the message names key, value, and what to do.
         FileNotFoundError: DeepSpeed's file is missing.
     """
-    config.batch.accumulation(world)
-    read_deepspeed_config(config.engine.deepspeed)
-    architecture = _architecture(config.base)
-    _check_layers(config, architecture)
-    fingerprint = _fingerprint(config.base)
+    architecture, fingerprint = check_base(config, world)
     cache = _cache(config)
     opened: dict[str, ShardSet] = {}
     for key, place in locations(config):
@@ -81,6 +77,19 @@ def check(config: Config, world: int) -> Plan:
         probes=[opened[f"probes.sets.{index}.shards"] for index in range(len(config.probes.sets))],
         tokenizer=fingerprint,
     )
+
+
+def check_base(config: Config, world: int) -> tuple[Any, str]:
+    """What needs no shards: ranks, engine and base. Returns the base's configuration and its tokenizer's fingerprint.
+
+    Raises:
+        ConfigError, FileNotFoundError: as `check`.
+    """
+    config.batch.accumulation(world)
+    read_deepspeed_config(config.engine.deepspeed)
+    architecture = _architecture(config.base)
+    _check_layers(config, architecture)
+    return architecture, _fingerprint(config.base)
 
 
 def locations(config: Config) -> Iterator[tuple[str, str]]:

@@ -11,7 +11,7 @@ from revpatch.training import startup
 from revpatch.training.first_use import build_on_first_use, needs_building
 from revpatch.training.interrupt import Interruption
 from revpatch.training.launch import Launch, process_group
-from revpatch.training.preflight import check
+from revpatch.training.preflight import check, check_base
 from revpatch.training.record import Record
 from revpatch.training.resume import is_over
 from revpatch.training.trainer import Trainer
@@ -46,7 +46,10 @@ def train(config: Config, fresh: bool = False, overwrite: bool = False) -> Outco
     interruption = Interruption()
     launch = Launch.from_environment()
     device = launch.device()
-    plan = None if needs_building(config) else check(config, launch.world)
+    raw = needs_building(config)
+    plan = None if raw else check(config, launch.world)
+    if raw:
+        check_base(config, launch.world)
     with process_group(launch, device, config.engine.timeout_minutes) as peers:
         if plan is None:
             plan = check(build_on_first_use(config, peers), launch.world)

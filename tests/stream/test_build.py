@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tarfile
-import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,8 @@ import pytest
 import webdataset
 from toy import make_text, make_tokenizer
 
-from revpatch.stream.build import Progress, build_shards, is_held_out
+from revpatch.stream.build import Progress, build_shards
+from revpatch.stream.holdout import is_held_out
 from revpatch.stream.manifest import Manifest
 from revpatch.stream.shard_set import ShardSet
 from revpatch.stream.tars import HEADER_BYTES, member_name, stride_of
@@ -118,7 +117,7 @@ def test_rebuilding_gives_the_same_bytes(corpus: Corpus, tokenizer: Any, tmp_pat
     source = corpus([make_text(i) for i in range(80)])
     build_shards([source], tokenizer, 16, tmp_path / "one", holdout=0.3, blocks_per_shard=10)
     monkeypatch.setattr("time.time", lambda: 2_000_000_000.0)
-    monkeypatch.setattr("revpatch.stream.build._BATCH_DOCUMENTS", 7)
+    monkeypatch.setattr("revpatch.stream.chunks.CHUNK_DOCUMENTS", 7)
     build_shards([source], make_tokenizer(), 16, tmp_path / "deep" / "two", holdout=0.3, blocks_per_shard=10)
     for suffix in ("", "_probe"):
         assert files_of(tmp_path / f"one{suffix}") == files_of(tmp_path / "deep" / f"two{suffix}")
@@ -172,30 +171,6 @@ def test_both_sides_are_installed_or_neither(
     assert not (tmp_path / free).exists()
 
 
-def test_two_builds_into_one_folder_at_once(corpus: Corpus, tokenizer: Any, tmp_path: Path) -> None:
-    """Of equal builds both succeed, of different ones the slower is refused; either way the folder is one of them."""
-    both_ready = threading.Barrier(2, timeout=30)
-
-    def build(source: Path, name: str) -> Manifest | str:
-        try:  # the last progress comes when all is tokenised and nothing is installed
-            return build_shards([source], tokenizer, 8, tmp_path / name, progress=lambda _: both_ready.wait())
-        except FileExistsError as error:
-            return str(error)
-
-    one = corpus([make_text(i) for i in range(50)], "one.jsonl")
-    other = corpus([make_text(i) for i in range(50, 100)], "other.jsonl")
-    with ThreadPoolExecutor(2) as pool:
-        same = [build.result() for build in [pool.submit(build, one, "same") for _ in range(2)]]
-        mixed = [build.result() for build in [pool.submit(build, source, "mixed") for source in (one, other)]]
-    assert same[0] == same[1] == Manifest.read(tmp_path / "same")
-    won = [result for result in mixed if isinstance(result, Manifest)]
-    assert won == [Manifest.read(tmp_path / "mixed")]
-    for name in ("same", "mixed"):
-        with ShardSet(tmp_path / name) as shards:
-            shards.verify()
-    assert not list(tmp_path.glob(".*")), "no temporary folder is left"
-
-
 @pytest.mark.parametrize("texts", [[], [""], ["few"]])
 def test_too_little_text_is_said(corpus: Corpus, tokenizer: Any, tmp_path: Path, texts: list[str]) -> None:
     with pytest.raises(ValueError, match=r"not one block of 64 tokens: \d documents"):
@@ -239,7 +214,7 @@ def test_max_tokens_does_not_depend_on_batches(
 ) -> None:
     source = corpus([make_text(i) if i % 3 else "" for i in range(300)])
     for name, batch in (("one", 512), ("two", 5)):
-        monkeypatch.setattr("revpatch.stream.build._BATCH_DOCUMENTS", batch)
+        monkeypatch.setattr("revpatch.stream.chunks.CHUNK_DOCUMENTS", batch)
         build_shards([source], tokenizer, 8, tmp_path / name, holdout=0.3, max_tokens=1003)
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
     assert files_of(tmp_path / "one_probe") == files_of(tmp_path / "two_probe")
@@ -287,10 +262,12 @@ def test_the_holdout_is_of_the_size_asked_for_and_grows_with_it() -> None:
 
 
 def test_progress_counts_up(corpus: Corpus, tokenizer: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("revpatch.stream.build._BATCH_DOCUMENTS", 10)
+    monkeypatch.setattr("revpatch.stream.chunks.CHUNK_DOCUMENTS", 10)
     seen: list[Progress] = []
     source = corpus([make_text(i) for i in range(95)])
     manifest = build_shards([source], tokenizer, 8, tmp_path / "out", holdout=0.2, progress=seen.append)
     probe = Manifest.read(tmp_path / "out_probe")
     assert [p.documents for p in seen] == [*range(10, 91, 10), 95]
-    assert seen[-1] == Progress(95, manifest.tokens + probe.tokens, manifest.blocks + probe.blocks)
+    assert seen[-1] == Progress(
+        95, manifest.tokens + probe.tokens, manifest.blocks + probe.blocks, source.stat().st_size, source.stat().st_size
+    )

@@ -1,0 +1,63 @@
+"""How far a build of shards is: a bar on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.progress import BarColumn, Progress, TextColumn
+
+from revpatch.monitoring.terminal import console, say
+from revpatch.stream.build import Progress as BuildProgress
+
+SECONDS_BETWEEN_LINES = 30.0
+
+
+class BuildSpeed:
+    """Tokens a second since the first progress that was seen, so that what an earlier call did does not count."""
+
+    def __init__(self) -> None:
+        self._first: tuple[float, int, int] | None = None
+
+    def describe(self, progress: BuildProgress) -> str:
+        """One line: what is done, how fast, and how long it will take."""
+        now = time.monotonic()
+        first = self._first = self._first or (now, progress.tokens, progress.bytes_read)
+        seconds = max(now - first[0], 1e-9)
+        speed = (progress.tokens - first[1]) / seconds
+        text = f"{progress.documents:,} documents, {progress.tokens:,} tokens, {speed:,.0f} tokens/s"
+        if progress.bytes_in_all:
+            text += f", {progress.bytes_read / 2**20:,.0f} of {progress.bytes_in_all / 2**20:,.0f} MiB"
+            bytes_a_second = (progress.bytes_read - first[2]) / seconds
+            if bytes_a_second:
+                left = int((progress.bytes_in_all - progress.bytes_read) / bytes_a_second)
+                text += f", {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
+        return text
+
+
+@contextmanager
+def shown_progress() -> Iterator[Callable[[BuildProgress], None]]:
+    """Gives what `build_shards` calls with its progress: a bar on a terminal, else a line now and then."""
+    speed = BuildSpeed()
+    if not console.is_terminal:
+        last = time.monotonic()
+
+        def line(progress: BuildProgress) -> None:
+            nonlocal last
+            text = speed.describe(progress)
+            if time.monotonic() - last >= SECONDS_BETWEEN_LINES:
+                last = time.monotonic()
+                say(text)
+
+        yield line
+        return
+    with Progress(BarColumn(), TextColumn("{task.description}"), console=console, transient=True) as bar:
+        task = bar.add_task("reading", total=None)
+
+        def update(progress: BuildProgress) -> None:
+            bar.update(
+                task, description=speed.describe(progress), total=progress.bytes_in_all, completed=progress.bytes_read
+            )
+
+        yield update

@@ -1,0 +1,149 @@
+"""`revpatch shards build | verify | show`: any corpus to token shards, and a look into them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import BarColumn, Progress, TextColumn
+
+from revpatch.monitoring.building import shown_progress
+from revpatch.monitoring.terminal import console, say
+
+app = typer.Typer(help="Build token shards, and look into them.", no_args_is_help=True)
+
+FolderArgument = Annotated[Path, typer.Argument(help="Folder of the shards.")]
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+@app.command()
+def build(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            help="Files (.txt, .jsonl, also .gz and .zst; .parquet), folders or globs of them, "
+            "hf:NAME:SPLIT or hf:NAME/CONFIG:SPLIT#column, wds:URL of tars of .txt or .json members."
+        ),
+    ],
+    tokenizer: Annotated[str, typer.Option(help="Hugging Face name or local folder of the tokenizer.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; it must not exist.")],
+    block_size: Annotated[int, typer.Option(min=2, help="Tokens a block.")] = 1024,
+    text_column: Annotated[str, typer.Option(help="Field or column that holds the text.")] = "text",
+    holdout: Annotated[
+        float, typer.Option(help="Fraction of the documents that goes to OUT_probe, by a hash of their text.")
+    ] = 0.0,
+    max_tokens: Annotated[int | None, typer.Option(help="Stop after so many tokens.")] = None,
+    shard_mb: Annotated[int, typer.Option(min=1, help="Size of a shard, in MiB.")] = 64,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes that tokenise; default: the CPUs there are. 1: none but this.")
+    ] = None,
+    licence: Annotated[str | None, typer.Option(help="Rights in the text, kept in the manifest.")] = None,
+    note: Annotated[str | None, typer.Option(help="What the text is, kept in the manifest.")] = None,
+) -> None:
+    """Turn documents into webdataset tars of token blocks with a manifest. The same command goes on after a kill."""
+    from revpatch.stream.build import build_shards
+
+    loaded = _load_tokenizer(tokenizer)
+    try:
+        with shown_progress() as show:
+            manifest = build_shards(
+                sources,
+                loaded,
+                block_size,
+                out,
+                text_column=text_column,
+                licence=licence,
+                note=note,
+                holdout=holdout,
+                max_tokens=max_tokens,
+                shard_bytes=shard_mb * 2**20,
+                workers=workers or _cores(),
+                progress=show,
+            )
+    except KeyboardInterrupt:
+        say(f"{out}: stopped; run the same command again to go on from where it was a few seconds ago")
+        raise typer.Exit(130) from None
+    say(
+        f"{out}: {manifest.blocks:,} blocks of {manifest.block_size} tokens from {manifest.documents:,} documents in "
+        f"{len(manifest.shards)} shards"
+    )
+
+
+@app.command()
+def verify(folder: FolderArgument) -> None:
+    """Read and hash every shard; names those that are broken and ends with exit code 1 if there are any."""
+    from revpatch.stream.inspection import verify_shards
+    from revpatch.stream.manifest import Manifest
+
+    total = sum(shard.bytes for shard in Manifest.read(folder).shards)
+    with Progress(BarColumn(), TextColumn("{task.percentage:.0f} % read"), console=console, transient=True) as bar:
+        task = bar.add_task("", total=total)
+        reports = list(verify_shards(folder, lambda count: bar.advance(task, count)))
+    broken = [report for report in reports if report.faults]
+    for report in broken:
+        say(f"{report.path}: {'; '.join(report.faults)}")
+    if broken:
+        say(
+            f"{len(broken)} of {len(reports)} shards are broken; copy these files again from where they came, or build "
+            "the shards again into a new folder"
+        )
+        raise typer.Exit(1)
+    say(f"{folder}: all {len(reports)} shards are what the manifest says, {total:,} bytes")
+
+
+@app.command()
+def show(
+    folder: FolderArgument,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Hugging Face name or local folder; default: the name in the manifest.")
+    ] = None,
+    blocks: Annotated[int, typer.Option(min=0, help="How many blocks to decode.")] = 3,
+) -> None:
+    """Say what is in a folder of shards, and decode a few blocks of it."""
+    from revpatch.stream.inspection import sample_blocks
+    from revpatch.stream.manifest import Manifest, tokenizer_fingerprint
+
+    manifest = Manifest.read(folder)
+    lengths = f"{manifest.blocks:,} blocks of {manifest.block_size} tokens ({manifest.dtype})"
+    say(f"{folder}: split {manifest.split}, {lengths} in {len(manifest.shards)} shards")
+    facts = {
+        "documents": f"{manifest.documents:,}, and {manifest.empty_documents:,} empty ones",
+        "tokens": f"{manifest.tokens:,}, of which {manifest.dropped_tokens:,} fill no block",
+        "bytes": f"{sum(shard.bytes for shard in manifest.shards):,}",
+        "tokenizer": f"{manifest.tokenizer.name}, {manifest.tokenizer.vocab_size:,} ids",
+        "sources": ", ".join(manifest.sources),
+        "text column": manifest.text_column,
+        "holdout": manifest.holdout,
+        "max tokens": manifest.max_tokens,
+        "licence": manifest.licence,
+        "note": manifest.note,
+        "digest": manifest.digest,
+    }
+    for name, value in facts.items():
+        if value is not None:
+            say(f"  {name:12} {value}")
+    if not blocks:
+        return
+    loaded = _load_tokenizer(tokenizer or manifest.tokenizer.name)
+    if tokenizer_fingerprint(loaded) != manifest.tokenizer.fingerprint:
+        raise ValueError(
+            f"{folder}: built with tokenizer {manifest.tokenizer.name!r} of fingerprint "
+            f"{manifest.tokenizer.fingerprint}, and {tokenizer or manifest.tokenizer.name!r} has another "
+            f"({tokenizer_fingerprint(loaded)}); name the right one with --tokenizer"
+        )
+    for block, tokens in zip(*sample_blocks(folder, blocks), strict=True):
+        say(f"--- block {block} ---\n{loaded.decode(tokens.tolist())}")
+
+
+def _load_tokenizer(name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except OSError as error:
+        raise ValueError(f"--tokenizer {name}: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,150 @@
+"""The two sides of the holdout while they are written: rows of tokens, cut into blocks as they grow."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from revpatch.stream.encode import Encoded
+from revpatch.stream.manifest import Shard
+from revpatch.stream.tars import ShardWriter
+
+
+class Row:
+    """One side: its counters, its shards, and the tokens that don't fill a block yet."""
+
+    def __init__(self, folder: Path, dtype: str, block_size: int, blocks_per_shard: int) -> None:
+        self.folder = folder
+        self.writer = ShardWriter(folder, dtype, blocks_per_shard)
+        self.block_size = block_size
+        self.documents = 0
+        self.empty_documents = 0
+        self.tokens = 0
+        self.rest = np.empty(0, dtype=dtype)
+
+    def append(self, ids: np.ndarray[Any, Any]) -> None:
+        """Write the blocks that these tokens fill, and keep the rest."""
+        self.tokens += len(ids)
+        row = np.concatenate([self.rest, ids])
+        whole = len(row) // self.block_size * self.block_size
+        self.writer.write(row[:whole].reshape(-1, self.block_size))
+        self.rest = row[whole:].copy()
+
+    def state(self) -> dict[str, Any]:
+        """All that `restore` needs, as plain values; what was written is on the disk when this returns."""
+        self.writer.sync()
+        return {
+            "documents": self.documents,
+            "empty_documents": self.empty_documents,
+            "tokens": self.tokens,
+            "rest": self.rest.tolist(),
+            "shards": [asdict(shard) for shard in self.writer.shards],
+            "open_blocks": self.writer.open_blocks,
+        }
+
+    def restore(self, state: dict[str, Any], *, is_whole: bool) -> None:
+        """Go on from a state. Raises ShardError when the shards' files are not what it says.
+
+        A row that is whole is not written any more, and its files may have been moved to where they belong.
+        """
+        self.documents, self.empty_documents = state["documents"], state["empty_documents"]
+        self.tokens = state["tokens"]
+        self.rest = np.array(state["rest"], dtype=self.rest.dtype)
+        shards = [Shard(**shard) for shard in state["shards"]]
+        if is_whole:
+            self.writer.shards, self.writer.blocks = shards, sum(shard.blocks for shard in shards)
+        else:
+            self.writer.resume(shards, state["open_blocks"], self.block_size * self.rest.itemsize)
+
+
+class Rows:
+    """Both sides, or one when nothing is held out.
+
+    Args:
+        train: takes the documents that are not held out, up to `limit` tokens, where everything ends.
+        probe: takes the others.
+    """
+
+    def __init__(self, train: Row, probe: Row | None, limit: int | None, eos: int) -> None:
+        self.train = train
+        self.probe = probe
+        self.limit = limit
+        self._eos = np.array([eos], dtype=train.rest.dtype)
+        self._open_tokens = 0
+
+    @property
+    def sides(self) -> list[Row]:
+        return [self.train] + ([self.probe] if self.probe is not None else [])
+
+    @property
+    def full(self) -> bool:
+        return self.limit is not None and self.train.tokens >= self.limit
+
+    def start(self) -> None:
+        """Make the folders, without what a killed build may have left in them before its first checkpoint."""
+        for row in self.sides:
+            shutil.rmtree(row.folder, ignore_errors=True)
+            row.folder.mkdir(parents=True)
+
+    def close(self) -> None:
+        """Finish the last shards."""
+        for row in self.sides:
+            row.writer.close()
+
+    def counts(self) -> tuple[int, int, int]:
+        """Documents, tokens and blocks of both sides together."""
+        documents, tokens, blocks = zip(
+            *((row.documents, row.tokens, row.writer.blocks) for row in self.sides), strict=True
+        )
+        return sum(documents), sum(tokens), sum(blocks)
+
+    def add_documents(self, encoded: Encoded) -> None:
+        """Take whole documents, in order, until the training side is full."""
+        ids, lengths, held_out = encoded.ids, encoded.lengths, encoded.held_out
+        if self.limit is not None:
+            after = self.train.tokens + np.cumsum(np.where(held_out, 0, lengths))
+            if after[-1] >= self.limit:
+                last = int(np.argmax(after >= self.limit))
+                lengths, held_out = lengths[: last + 1].copy(), held_out[: last + 1]
+                lengths[last] -= after[last] - self.limit
+                ids = ids[: lengths.sum()]
+        held_ids = np.repeat(held_out, lengths)
+        self._add(self.train, ids[~held_ids], lengths[~held_out])
+        if self.probe is not None:
+            self._add(self.probe, ids[held_ids], lengths[held_out])
+
+    def add_piece(self, ids: np.ndarray[Any, Any], held_out: bool, last: bool) -> None:
+        """Take the next piece of a long document; all of its pieces go to one side."""
+        row = self.probe if held_out and self.probe is not None else self.train
+        self._open_tokens += len(ids)
+        if last and self._open_tokens:
+            ids = np.concatenate([ids, self._eos])
+        if self.limit is not None and row is self.train:
+            ids = ids[: self.limit - row.tokens]
+        row.append(ids)
+        if last or self.full:
+            row.documents += bool(self._open_tokens)
+            row.empty_documents += not self._open_tokens
+            self._open_tokens = 0
+
+    def state(self) -> dict[str, Any]:
+        """As a row's."""
+        probe = self.probe.state() if self.probe is not None else None
+        return {"train": self.train.state(), "probe": probe, "open_tokens": self._open_tokens}
+
+    def restore(self, state: dict[str, Any], *, is_whole: bool) -> None:
+        """As a row's."""
+        self.train.restore(state["train"], is_whole=is_whole)
+        if self.probe is not None:
+            self.probe.restore(state["probe"], is_whole=is_whole)
+        self._open_tokens = state["open_tokens"]
+
+    @staticmethod
+    def _add(row: Row, ids: np.ndarray[Any, Any], lengths: np.ndarray[Any, Any]) -> None:
+        row.documents += int(np.count_nonzero(lengths))
+        row.empty_documents += int(np.count_nonzero(lengths == 0))
+        row.append(ids)

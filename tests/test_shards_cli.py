@@ -1,0 +1,99 @@
+"""`revpatch shards`, from the shell: build, verify, show, and what people see of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from toy import BLOCK_SIZE, Toy, make_text
+
+from revpatch.monitoring.building import BuildSpeed
+from revpatch.stream.build import Progress
+from revpatch.stream.manifest import Manifest
+
+ROOT = Path(__file__).resolve().parent.parent
+WIDE = {**os.environ, "COLUMNS": "200", "PYTHONPATH": str(ROOT)}
+
+
+def shards(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "revpatch", "shards", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=WIDE, timeout=100)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("a corpus #1 😀")
+    for part in range(3):
+        lines = (json.dumps({"body": make_text(part * 100 + i)}) + "\n" for i in range(100))
+        (folder / f"{part}.jsonl").write_text("".join(lines), encoding="utf-8")
+    return folder
+
+
+def test_a_folder_is_built_by_several_workers_verified_and_shown(corpus: Path, toy: Toy, tmp_path: Path) -> None:
+    options = ("--tokenizer", toy.base, "--text-column", "body", "--block-size", "512")
+    out = tmp_path / "set"
+    built = shards("build", corpus, *options, "--out", out, "--workers", "2", "--shard-mb", "1", "--holdout", "0.1")
+    assert built.returncode == 0, built.stderr
+    assert re.search(r"set: \d+ blocks of 512 tokens from \d+ documents in 1 shards", built.stdout)
+    verified = shards("verify", out)
+    assert (verified.returncode, verified.stderr) == (0, "")
+    assert "all 1 shards are what the manifest says" in verified.stdout
+    shown = shards("show", out, "--tokenizer", toy.base, "--blocks", "2")
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.count("--- block") == 2
+    assert f"sources      {corpus.name}" in shown.stdout
+    assert "the patch" in shown.stdout or "forgets" in shown.stdout
+
+
+def test_a_broken_shard_is_named_with_exit_code_1(toy: Toy, tmp_path: Path) -> None:
+    copied = tmp_path / "copied"
+    copied.mkdir()
+    for path in toy.shards("first").iterdir():
+        (copied / path.name).write_bytes(path.read_bytes())
+    path = copied / Manifest.read(copied).shards[0].name
+    path.write_bytes(path.read_bytes()[:-600])
+    verified = shards("verify", copied)
+    assert verified.returncode == 1
+    assert f"{path.name}: expected" in verified.stdout
+    assert "1 of 1 shards are broken; copy these files again" in verified.stdout
+    nothing = shards("verify", tmp_path)
+    assert nothing.returncode == 2
+    assert "no manifest" in nothing.stderr
+
+
+def test_showing_with_the_wrong_tokenizer_is_refused(toy: Toy) -> None:
+    other = ROOT / "shards/demo_base"
+    shown = shards("show", toy.shards("first"), "--tokenizer", other)
+    assert shown.returncode == 2
+    assert "name the right one with --tokenizer" in shown.stderr
+    assert f"blocks of {BLOCK_SIZE} tokens" in shown.stdout
+    assert shards("show", toy.shards("first"), "--blocks", "0").returncode == 0
+
+
+def test_ctrl_c_says_how_to_go_on(toy: Toy, tmp_path: Path) -> None:
+    fifo = tmp_path / "endless.txt"
+    os.mkfifo(fifo)
+    command = ["build", str(fifo), "--tokenizer", str(toy.base), "--out", str(tmp_path / "out"), "--workers", "1"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "revpatch", "shards", *command], stdout=subprocess.PIPE, text=True, env=WIDE
+    )
+    with fifo.open("wb"):  # opens when the build is reading
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "run the same command again to go on" in said
+
+
+def test_progress_says_how_fast_and_how_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([100.0, 110.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    speed = BuildSpeed()
+    speed.describe(Progress(5, 50_000, 1, 2**20, 11 * 2**20))  # of an earlier call: it doesn't count
+    line = speed.describe(Progress(9, 150_000, 3, 6 * 2**20, 11 * 2**20))
+    assert line == "9 documents, 150,000 tokens, 10,000 tokens/s, 6 of 11 MiB, 0:00:10 left"

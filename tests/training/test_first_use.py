@@ -1,0 +1,91 @@
+"""Raw text named where shards belong: built once by rank 0, and trained on by all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from ranks import Runs, RunServer
+from toy import BLOCK_SIZE, CORPORA, Toy, make_text
+
+from revpatch.stream.build import build_shards
+from revpatch.stream.manifest import Manifest
+from revpatch.stream.shard_set import ShardSet
+
+
+def write(path: Path, words: str, documents: int = 60) -> Path:
+    lines = (json.dumps({"body": make_text(i, CORPORA[words])}) + "\n" for i in range(documents))
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+def raw_runs(toy: Toy, server: RunServer, tmp_path: Path, **changes: Any) -> Runs:
+    source = write(tmp_path / "new #1.jsonl", "first")
+    settings: dict[str, Any] = {
+        "phases": [{"name": "first", "shards": str(source), "steps": 6}],
+        "probes": {"every": 6, "sets": [{"name": "new", "shards": str(source), "tolerance": 0.5}]},
+        "build": {"folder": str(tmp_path / "built"), "text_column": "body", "holdout": 0.3, "workers": 1},
+    }
+    return Runs(server, toy.config_file(tmp_path, **{**settings, **changes}), tmp_path)
+
+
+def test_a_phase_and_its_probe_get_the_two_sides_of_one_source(toy: Toy, server: RunServer, tmp_path: Path) -> None:
+    runs = raw_runs(toy, server, tmp_path)
+    assert runs.run("one") == [0, 0], runs.log("one").read_text()
+    words = runs.log("one").read_text()
+    assert words.count("building the shards of") == 1 and "1 other ranks wait, at most 30 minutes" in words
+    train, probe = sorted((tmp_path / "built").iterdir())
+    assert probe.name == f"{train.name}_probe"
+    build_shards(
+        [tmp_path / "new #1.jsonl"], toy.tokenizer, BLOCK_SIZE, tmp_path / "by_hand", text_column="body", holdout=0.3
+    )
+    assert Manifest.read(train).shards == Manifest.read(tmp_path / "by_hand").shards
+    assert Manifest.read(probe).shards == Manifest.read(tmp_path / "by_hand_probe").shards
+
+    assert runs.run("two") == [0, 0]
+    assert "building" not in runs.log("two").read_text(), "they are there"
+    assert runs.commits("two") == runs.commits("one")
+    write(tmp_path / "new #1.jsonl", "second")
+    assert runs.run("three") == [0, 0]
+    assert "building the shards of" in runs.log("three").read_text(), "another text under the name"
+    assert len(list((tmp_path / "built").iterdir())) == 4
+
+
+def test_a_local_data_set_and_a_mixture(toy: Toy, server: RunServer, tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    write(tmp_path / "set/train.jsonl", "second")
+    parts = [{"shards": f"hf:{tmp_path}/set:train#body", "weight": 2}, {"shards": str(toy.shards("first"))}]
+    phases = [{"name": "both", "shards": parts, "steps": 6}]
+    probes = {"every": 6, "sets": [{"name": "base", "shards": str(toy.shards("base_probe")), "max_blocks": 8}]}
+    runs = raw_runs(toy, server, tmp_path, phases=phases, probes=probes)
+    assert runs.run("one") == [0, 0], runs.log("one").read_text()
+    sample = ShardSet(runs.path("one") / "replay/000_both")
+    text = toy.tokenizer.decode(sample.read(np.arange(len(sample))).ravel().tolist())
+    assert "rusty" in text or "backwards" in text
+
+
+def test_what_goes_wrong_is_said_and_stops_all_ranks(toy: Toy, server: RunServer, tmp_path: Path) -> None:
+    runs = raw_runs(toy, server, tmp_path)
+    assert runs.run("run", "--set", "build.text_column=text") == [2, 2]
+    assert (
+        "new #1.jsonl:1" in runs.log("run").read_text() and "expected the field 'text'" in runs.log("run").read_text()
+    )
+    assert runs.run("run", "--set", "build.holdout=0") == [2, 2]
+    words = runs.log("run").read_text()
+    assert "named by phases.0.shards, probes.sets.0.shards" in words and "build.holdout" in words
+    assert runs.run("run", "--set", "sidecar.layers=[9]") == [2, 2]
+    assert not (tmp_path / "built").exists(), "a config that can't work is refused before anything is built"
+    assert not runs.path("run").exists()
+
+
+def test_ranks_that_wait_longer_than_the_time_out_say_for_what(toy: Toy, tmp_path: Path) -> None:
+    runs = raw_runs(toy, RunServer(), tmp_path)
+    slow = {"target": "revpatch.training.first_use:_build_all", "call": 1}
+    runs.start("run", "--set", "engine.timeout_minutes=0.05", wait_at=slow)
+    with pytest.raises(AssertionError):
+        runs.server.wait(timeout=12)  # rank 0 waits for ever
+    words = runs.log("run").read_text()
+    assert "rank 1 waited for rank 0 to build the shards of" in words and "engine.timeout_minutes = 0.05" in words
