@@ -10,6 +10,8 @@ revpatch_setup() {
         echo "set-up: needs Python 3.10 or newer, found $("$python" --version 2>&1); name one: PYTHON=python3.11 bash ..." >&2
         return 1
     fi
+    # Not the one of an environment that is active: it may be the one that is about to be made anew.
+    python="$("$python" -c 'import sys; print(getattr(sys, "_base_executable", sys.executable))')"
     stamp="$("$python" --version) $ROOT $(cat "$ROOT/pyproject.toml" "$ROOT/launch/constraints.txt" | sha256sum)"
     exec 9>"$ROOT/.venv.lock"
     flock 9 # two set-ups at once: the second waits and finds the environment made

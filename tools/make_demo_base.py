@@ -24,6 +24,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedT
 
 from revpatch.stream.holdout import is_held_out
 from revpatch.stream.sources import read_documents
+from revpatch.training.launch import bfloat16_is_slow
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = ROOT / "shards/text/sotu.jsonl.gz"
@@ -74,20 +75,20 @@ def unigram_loss(train: Tensor, probe: Tensor, vocabulary: int) -> float:
 
 
 def pretrain(model: GPT2LMHeadModel, train: Tensor, steps: int, batch: int, lr: float, seed: int) -> None:
-    """AdamW with warm-up and cosine, under bf16 autocast, over seeded permutations of the blocks."""
+    """AdamW with warm-up and cosine, under bf16 autocast where the CPU gains by it, over seeded permutations."""
     decay = [p for p in model.parameters() if p.dim() > 1]
     plain = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": decay, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
     generator = torch.Generator().manual_seed(seed)
     order = torch.cat([torch.randperm(len(train), generator=generator) for _ in range(steps * batch // len(train) + 1)])
-    began = time.time()
+    began, fast_bfloat16 = time.time(), not bfloat16_is_slow()
     for step in range(steps):
         warm, done = min(1.0, (step + 1) / 100), step / steps
         for group in optimizer.param_groups:
             group["lr"] = lr * warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
         tokens = train[order[step * batch : (step + 1) * batch]]
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=fast_bfloat16):
             loss = model(tokens, labels=tokens).loss
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -69,6 +69,8 @@ def test_a_local_data_set_and_a_mixture(toy: Toy, server: RunServer, tmp_path: P
 
 def test_what_goes_wrong_is_said_and_stops_all_ranks(toy: Toy, server: RunServer, tmp_path: Path) -> None:
     runs = raw_runs(toy, server, tmp_path)
+    assert runs.run("run", "--set", "sidecar.layers=[9]") == [2, 2]
+    assert not (tmp_path / "built").exists(), "a config that can't work is refused before anything is built"
     assert runs.run("run", "--set", "build.text_column=text") == [2, 2]
     assert (
         "new #1.jsonl:1" in runs.log("run").read_text() and "expected the field 'text'" in runs.log("run").read_text()
@@ -76,8 +78,6 @@ def test_what_goes_wrong_is_said_and_stops_all_ranks(toy: Toy, server: RunServer
     assert runs.run("run", "--set", "build.holdout=0") == [2, 2]
     words = runs.log("run").read_text()
     assert "named by phases.0.shards, probes.sets.0.shards" in words and "build.holdout" in words
-    assert runs.run("run", "--set", "sidecar.layers=[9]") == [2, 2]
-    assert not (tmp_path / "built").exists(), "a config that can't work is refused before anything is built"
     assert not runs.path("run").exists()
 
 
