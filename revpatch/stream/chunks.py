@@ -13,7 +13,7 @@ from revpatch.stream.documents import Document, Input, LongDocument, Meter, Read
 from revpatch.stream.encode import Work
 
 CHUNK_DOCUMENTS = 512
-CHUNK_CHARACTERS = 2**20
+CHUNK_CHARACTERS = 2**18
 
 
 @dataclass(frozen=True)

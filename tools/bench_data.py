@@ -1,0 +1,206 @@
+"""Measures how fast corpora become shards, against the bare tokenizer on the same text.
+
+    python tools/bench_data.py [--megabytes 24] [--rounds 3] [--json FILE]
+
+The text is the bundled documents, repeated with their words varied, as one JSONL file. Tokenizers: the demo base's,
+and a byte-level BPE of up to 50,000 tokens trained here on that text. Rounds are interleaved, so that what else the
+machine does falls on all alike, and medians are compared. "bare" is encode_batch_fast on texts that are in memory,
+with one thread, in batches of a building chunk's size; two such processes at once show what the machine can give to
+two workers, which on a busy or a virtual machine is less than twice as much; "building" is all of `build_shards`, from the file to the
+manifest, start of the workers included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import multiprocessing
+import os
+import platform
+import random
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from revpatch.stream.build import build_shards
+from revpatch.stream.chunks import CHUNK_CHARACTERS
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCK_SIZE = 1024
+ASKED = {"building, 1 worker / bare tokenizer": 0.9, "building, 2 workers / 1 worker": 1.7}
+
+
+class LightTokenizer:
+    """What building asks of a tokenizer of transformers."""
+
+    eos_token_id, all_special_tokens = 0, ("<|endoftext|>",)
+
+    def __init__(self, name: str, backend: Tokenizer) -> None:
+        self.name_or_path = name
+        self.backend_tokenizer = backend
+        self.get_vocab: Callable[[], dict[str, int]] = backend.get_vocab
+
+    def __len__(self) -> int:
+        return len(self.get_vocab())
+
+
+def varied_texts(megabytes: float) -> list[str]:
+    """Bundled documents, the first time as they are and then with some words exchanged."""
+    originals = [
+        str(json.loads(line)["text"])
+        for path in sorted((ROOT / "shards/text").glob("*.jsonl.gz"))
+        for line in gzip.decompress(path.read_bytes()).splitlines()
+    ]
+    generator = random.Random(0)
+    words = sorted({word for text in originals for word in text.split()})
+    texts: list[str] = []
+    size = 0
+    while size < megabytes * 1e6:
+        text = originals[len(texts) % len(originals)]
+        if len(texts) >= len(originals):
+            text = " ".join(w if generator.random() < 0.9 else generator.choice(words) for w in text.split(" "))
+        texts.append(text)
+        size += len(text.encode())
+    return texts
+
+
+def train_tokenizer(texts: list[str], vocab_size: int) -> LightTokenizer:
+    """A byte-level BPE, as GPT-2's."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return LightTokenizer("bench", backend)
+
+
+def batches(texts: list[str]) -> Iterator[list[str]]:
+    """Batches of the size that building uses."""
+    batch: list[str] = []
+    characters = 0
+    for text in texts:
+        batch.append(text)
+        characters += len(text)
+        if characters >= CHUNK_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def bare(texts: list[str], tokenizer: LightTokenizer) -> float:
+    """Tokens a second of the tokenizer alone."""
+    tokenizer = LightTokenizer("bare", Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()))  # with no cache filled
+    start = time.perf_counter()
+    tokens = 0
+    for batch in batches(texts):
+        tokens += sum(map(len, tokenizer.backend_tokenizer.encode_batch_fast(batch, add_special_tokens=False)))
+    return tokens / (time.perf_counter() - start)
+
+
+def bare_twice(texts: list[str], tokenizer: LightTokenizer) -> float:
+    """Tokens a second of two such processes at once, each with all texts: what the machine can give."""
+    state = tokenizer.backend_tokenizer.to_str()
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        return sum(pool.starmap(_bare_from, [(texts, state)] * 2, chunksize=1))
+
+
+def _bare_from(texts: list[str], state: str) -> float:
+    return bare(texts, LightTokenizer("bare", Tokenizer.from_str(state)))
+
+
+def building(source: Path, tokenizer: LightTokenizer, folder: Path, workers: int) -> float:
+    """Tokens a second of a whole build."""
+    start = time.perf_counter()
+    manifest = build_shards(source, tokenizer, BLOCK_SIZE, folder / "out", workers=workers)
+    seconds = time.perf_counter() - start
+    shutil.rmtree(folder / "out")
+    return manifest.tokens / seconds
+
+
+def measure(source: Path, texts: list[str], tokenizer: LightTokenizer, rounds: int) -> dict[str, float]:
+    """The medians of each way, in tokens a second."""
+    ways: dict[str, Callable[[], float]] = {
+        "bare tokenizer": lambda: bare(texts, tokenizer),
+        "bare tokenizer, 2 processes at once": lambda: bare_twice(texts, tokenizer),
+        "building, 1 worker": lambda: building(source, tokenizer, source.parent, 1),
+        "building, 2 workers": lambda: building(source, tokenizer, source.parent, 2),
+    }
+    speeds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            speeds[name].append(way())
+    return {name: statistics.median(values) for name, values in speeds.items()}
+
+
+def figures_of(vocabulary: int, speeds: dict[str, float]) -> list[dict[str, Any]]:
+    """The speeds and their ratios, in the form that --json writes."""
+    figures: list[dict[str, Any]] = [
+        {
+            "name": f"{name}, {vocabulary} ids",
+            "asked": None,
+            "measured": round(speed),
+            "unit": "tokens/s",
+            "holds": None,
+        }
+        for name, speed in speeds.items()
+    ]
+    one = speeds["building, 1 worker"]
+    ratios = (one / speeds["bare tokenizer"], speeds["building, 2 workers"] / one)
+    for (name, asked), ratio in zip(ASKED.items(), ratios, strict=True):
+        figures.append(
+            {
+                "name": f"{name}, {vocabulary} ids",
+                "asked": f">= {asked}",
+                "measured": round(ratio, 3),
+                "unit": "ratio",
+                "holds": ratio >= asked,
+            }
+        )
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=float, default=24)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    texts = varied_texts(arguments.megabytes)
+    megabytes = sum(len(text.encode()) for text in texts) / 1e6
+    print(
+        f"{len(texts)} documents, {megabytes:.1f} MB of text as JSONL, blocks of {BLOCK_SIZE}; medians of "
+        f"{arguments.rounds} interleaved rounds; {len(os.sched_getaffinity(0))} CPUs, {platform.machine()}, "
+        f"Python {platform.python_version()}; load {os.getloadavg()[0]:.1f} at the start",
+        flush=True,
+    )
+    demo = LightTokenizer("demo_base", Tokenizer.from_file(str(ROOT / "shards/demo_base/tokenizer.json")))
+    figures: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "bench.jsonl"
+        source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+        for tokenizer in (demo, train_tokenizer(texts, 50_000)):
+            new = figures_of(len(tokenizer), measure(source, texts, tokenizer, arguments.rounds))
+            figures += new
+            for figure in new:
+                holds = {None: "", True: "holds", False: "DOES NOT HOLD"}[figure["holds"]]
+                measured = f"{figure['measured']:>12,} {figure['unit']:9}"
+                print(f"{figure['name']:52} {measured} {figure['asked'] or '':8} {holds}", flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"figures": figures}, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
