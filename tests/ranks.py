@@ -59,6 +59,19 @@ def rank_check(name: str, config: Path, *overrides: str, ranks: int = 2) -> dict
     return found
 
 
+def rank_pid(launcher: int, rank: int) -> int:
+    """The process of a rank, among all that a launcher has started."""
+    waiting = [launcher]
+    while waiting:
+        parent = waiting.pop()
+        for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+            variables = "\0" + Path(f"/proc/{pid}/environ").read_text()
+            if f"\0RANK={rank}\0" in variables and "\0LOCAL_RANK=" in variables:
+                return int(pid)
+            waiting.append(int(pid))
+    raise AssertionError(f"no rank {rank} under {launcher}")
+
+
 class RunServer:
     """A process that forks ranks of the command line: see run_server.py."""
 

@@ -7,6 +7,7 @@ The processes are forked, so that each is what `python -m revpatch` would be, se
 a moment at which it sends itself SIGKILL: the n-th call of "module:function", before it, after it, or ("half") when it
 has written half of what it was to write. `wait_at` names a call before which it makes a file OUTPUT.waiting, and waits.
 `harm` names probes, by phase and step, that find every loss worse by 1 nat. `swap` has one rank find another folder.
+`limit` is the most bytes that a file may get, as on a disk that is full.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import resource
 import secrets
 import signal
 import socket
@@ -117,6 +119,8 @@ def child(rank: int, port: int, request: dict[str, Any]) -> None:
         arm(kill["target"], kill["call"], kill["when"], die)
     if (wait := request.get("wait_at")) is not None:
         arm(wait["target"], wait["call"], "before", lambda: wait_in(Path(request["output"] + ".waiting")))
+    if (limit := request.get("limit")) is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     make_worse(request.get("harm", []))
     if (swap := request.get("swap")) is not None and swap["rank"] == rank:
         swap_folders(*swap["path"])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from flaky_server import FlakyServer, drop, status
 from ranks import Runs, RunServer
 from toy import BLOCK_SIZE, Toy
 
@@ -115,6 +117,56 @@ def test_a_run_goes_on_after_a_quarantine_as_though_it_had_not_been_killed(runs:
     assert [[e[k] for k in key] for e in runs.events("killed", "quarantine")] == [
         [e[k] for k in key] for e in runs.events("through", "quarantine")
     ]
+
+
+@pytest.fixture
+def remote(runs: Runs) -> Iterator[FlakyServer]:
+    """A real server of the shards that the run trains on."""
+    server = FlakyServer(runs.folder / "new")
+    yield server
+    server.close()
+
+
+def over_http(runs: Runs, remote: FlakyServer, name: str) -> list[str]:
+    settings = {
+        "phases.0.shards": remote.url,
+        "stream.shard_cache": runs.folder / f"cache_{name}",
+        "stream.retries": 1,
+        "stream.shuffle_blocks": 8,
+    }
+    return [option for key, value in settings.items() for option in ("--set", f"{key}={value}")]
+
+
+def test_a_run_over_http_is_the_run_from_disk_and_fetches_each_shard_once(runs: Runs, remote: FlakyServer) -> None:
+    assert runs.run("disk", "--set", "stream.shuffle_blocks=8") == [0, 0]
+    broken = [shard.name for shard in Manifest.read(runs.folder / "new").shards]
+    remote.faults[broken[1]] = [status(503)]
+    remote.faults[broken[2]] = [drop]
+    assert runs.run("http", *over_http(runs, remote, "http")) == [0, 0], runs.log("http").read_text()
+    assert runs.commits("http") == runs.commits("disk")
+    fetched = Counter(name for name in remote.requests if name.endswith(".tar"))
+    assert fetched == {name: 2 if name in broken[1:3] else 1 for name in broken}, "once for both ranks"
+
+
+@pytest.mark.parametrize("on_error", ["stop", "quarantine"])
+def test_a_shard_that_is_gone_from_the_server(runs: Runs, remote: FlakyServer, on_error: str) -> None:
+    gone = Manifest.read(runs.folder / "new").shards[3].name
+    remote.always[gone] = status(404)
+    codes = runs.run("run", *over_http(runs, remote, "run"), "--set", f"stream.on_error={on_error}")
+    words = runs.log("run").read_text()
+    assert f"{remote.url}/{gone}" in words and "404" in words
+    if on_error == "stop":
+        assert codes == [2, 2] and "All ranks stop here" in words
+    else:
+        assert codes == [0, 0], words
+        assert [event["location"] for event in runs.events("run", "quarantine")] == [f"{remote.url}/{gone}"]
+
+
+def test_a_cache_without_room_stops_the_run_and_is_no_broken_shard(runs: Runs, remote: FlakyServer) -> None:
+    options = [*over_http(runs, remote, "run"), "--set", "stream.shard_cache_gb=1e-6"]
+    assert 0 not in runs.run("run", *options, "--set", "stream.on_error=quarantine")
+    assert "stream.shard_cache_gb" in runs.log("run").read_text()
+    assert not runs.events("run", "quarantine")
 
 
 def test_two_ranks_with_other_shards_under_one_name_are_stopped(runs: Runs, toy: Toy) -> None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import Runs, RunServer
+from ranks import BIN, Runs, RunServer, environment, free_port, rank_pid, torchrun
 from toy import Toy
 
 from revpatch.ledger.audit import verify
@@ -187,6 +189,62 @@ def test_another_world_or_zero_stage_goes_on_with_the_same_losses(
     assert [found[step] for step in range(1, 81)] == pytest.approx([expected[step] for step in range(1, 81)], rel=1e-4)
     changed = Ledger(runs.path("moved/ledger"), readonly=True).journal.records()
     assert next(event for event in changed if event["event"] == "resume")["snapshot"] == "step000000000020.pt"
+
+
+def test_a_full_disk_stops_the_run_in_words_and_loses_nothing(through: Runs) -> None:
+    """The snapshots are the first files that are too large."""
+    largest = max(path.stat().st_size for path in (through.path("through") / "ledger").iterdir())
+    assert largest < 70_000 < max(path.stat().st_size for path in (through.path("through") / "snapshot").iterdir())
+    assert 0 not in through.run("full", limit=70_000)
+    words = through.log("full").read_text()
+    assert "could not write" in words and "snapshot/step000000000005.pt" in words
+    assert "another rank has ended" in words
+    assert through.run("full") == [0, 0], through.log("full").read_text()
+    assert through.commits("full") == through.commits("through")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_a_launcher_that_is_told_to_stop_leaves_a_snapshot(through: Runs, launcher: str) -> None:
+    name = f"under_{launcher}"
+    command = {
+        "torchrun": [*torchrun(2), "-m"],
+        "deepspeed": [str(BIN / "deepspeed"), "--num_accelerators=2", f"--master_port={free_port()}", "--module"],
+    }[launcher]
+    options = ["train", str(through.config), "--set", f"output_dir={through.path(name)}"]
+    options += ["--set", "snapshot.every=1000", "--set", "phases.0.steps=2000"]
+    with through.log(name).open("w") as log:
+        process = subprocess.Popen(
+            [*command, "revpatch", *options], env=environment(), stdout=log, stderr=log, start_new_session=True
+        )
+        try:
+            until(lambda: "first 4/2000" in through.log(name).read_text(), timeout=120)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) != 0
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert [event["event"] for event in Ledger(through.path(name) / "ledger", readonly=True).journal.records()][-1] == (
+        "interrupted"
+    ), through.log(name).read_text()
+    assert len(list((through.path(name) / "snapshot").iterdir())) == 1
+
+
+@pytest.mark.slow
+def test_deepspeed_passes_the_exit_code_on(through: Runs) -> None:
+    """A signal to the ranks themselves, as Slurm sends it."""
+    command = [str(BIN / "deepspeed"), "--num_accelerators=2", f"--master_port={free_port()}", "--module", "revpatch"]
+    options = ["train", str(through.config), "--set", f"output_dir={through.path('passed')}"]
+    options += ["--set", "phases.0.steps=2000"]
+    with through.log("passed").open("w") as log:
+        process = subprocess.Popen([*command, *options], env=environment(), stdout=log, stderr=log)
+        try:
+            until(lambda: "first 4/2000" in through.log("passed").read_text(), timeout=120)
+            for rank in (0, 1):
+                os.kill(rank_pid(process.pid, rank), signal.SIGUSR1)
+            assert process.wait(60) == 75, through.log("passed").read_text()
+        finally:
+            process.kill()
 
 
 class TestWhatIsRefusedAndWhatIsNot:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import CHECKS, environment, rank_check, run, torchrun
+from ranks import CHECKS, environment, rank_check, rank_pid, run, torchrun
 from toy import Toy
 
 from revpatch.ledger.audit import verify
@@ -136,14 +136,6 @@ def test_a_killed_rank_ends_the_run_and_leaves_a_whole_ledger(toy: Toy, tmp_path
         "orphan" in p.what or "half-written" in p.what for p in verify(tmp_path / "run").problems
     )
     assert Ledger(tmp_path / "run/ledger").newest("good") is not None
-
-
-def rank_pid(launcher: int, rank: int) -> int:
-    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
-    for pid in children:
-        if f"\0RANK={rank}\0" in "\0" + Path(f"/proc/{pid}/environ").read_text():
-            return int(pid)
-    raise AssertionError(f"no rank {rank} under {launcher}: {children}")
 
 
 def test_every_launcher_runs_the_same_command_to_the_same_commit(toy: Toy, tmp_path: Path) -> None:
