@@ -18,7 +18,7 @@ from rich.console import Console
 from revpatch.ledger.audit import log_rows, verify
 from revpatch.ledger.durable import sha256_of
 from revpatch.ledger.entry import EntryError, read_entry, write_entry
-from revpatch.ledger.history import Ledger
+from revpatch.ledger.history import Ledger, effective
 from revpatch.ledger.journal import Journal, JournalError
 from revpatch.ledger.show import print_log, print_verify
 
@@ -401,3 +401,42 @@ def test_a_ledger_of_ten_thousand_events_is_read_in_moments(tmp_path):
     assert len(log_rows(tmp_path)) == 10_000
     assert verify(tmp_path).ok
     assert time.process_time() - begin < 2.0
+
+
+def test_going_back_sets_aside_what_came_after_and_it_may_be_written_anew(tmp_path: Path) -> None:
+    folder = tmp_path / "ledger"
+    ledger = Ledger(folder)
+    ledger.record("start", 0, "a", 0, a_patch(1), {})
+    noted = len(ledger.journal.records()), ledger.journal.head
+    ledger.record("good", 0, "a", 5, a_patch(2), {})
+    ledger.journal.append("commit", phase="a")
+    ledger.record("commit", 0, "a", 5, a_patch(2), {})
+
+    again = Ledger(folder)
+    assert again.journal.head_after(noted[0]) == noted[1]
+    assert again.journal.head_after(99) is None
+    superseded = again.resume(noted[0], snapshot="step5.pt")
+    assert superseded == ["000_a_good_step000000005.pt", "000_a_commit.pt"]
+    assert [entry.name for entry in again.entries()] == ["000_a_start.pt"]
+    assert sorted(path.name for path in folder.glob("*.superseded")) == sorted(f"{n}.superseded" for n in superseded)
+    assert verify(tmp_path).ok
+    again.record("good", 0, "a", 5, a_patch(3), {})  # other content, as on another number of ranks
+    assert again.resume(noted[0]) == ["000_a_good_step000000005.pt"], "and once more"
+    assert (folder / "000_a_good_step000000005.pt.superseded-2").exists()
+
+    events = [event["event"] for event in effective(again.journal.records())]
+    assert events == ["entry", "resume"], "what was undone does not count"
+    assert [entry.name for entry in Ledger(folder, readonly=True).entries()] == ["000_a_start.pt"]
+
+
+def test_a_crash_while_going_back_loses_nothing(tmp_path: Path) -> None:
+    """Between the journal's line and the renaming."""
+    folder = tmp_path / "ledger"
+    ledger = Ledger(folder)
+    ledger.record("start", 0, "a", 0, a_patch(1), {})
+    ledger.record("commit", 0, "a", 5, a_patch(2), {})
+    ledger.journal.append("resume", undoes_from=1, superseded=["000_a_commit.pt"])
+    again = Ledger(folder)
+    assert [entry.name for entry in again.entries()] == ["000_a_start.pt"]
+    assert again.set_aside_orphans() == ["000_a_commit.pt"]
+    assert (folder / "000_a_commit.pt.orphan").exists()
