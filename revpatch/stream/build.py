@@ -26,7 +26,7 @@ from revpatch.stream.chunks import Chunk, Position, read_chunks
 from revpatch.stream.documents import Input
 from revpatch.stream.encode import EncoderRecipe, Work, encode_in_order
 from revpatch.stream.long_text import LONG_BYTES, PIECE_CHARACTERS
-from revpatch.stream.manifest import MANIFEST_VERSION, Manifest, TokenizerInfo
+from revpatch.stream.manifest import MANIFEST_NAME, MANIFEST_VERSION, Manifest, TokenizerInfo
 from revpatch.stream.rows import Row, Rows
 from revpatch.stream.sources import find_inputs, name_of_source
 from revpatch.stream.tars import DEFAULT_SHARD_BYTES, blocks_in, check_installable, install_folder, refuse_foreign
@@ -108,6 +108,8 @@ def build_shards(
         "licence": licence,
         "note": note,
     }
+    for folder in folders.values():
+        _refuse_other_recipe(folder, recipe)
     encoder = EncoderRecipe.of(tokenizer, info.eos_token_id, dtype, holdout)
     with _opened(out, recipe, blocks_per_shard, inputs) as unfinished:
         rows = [Row(unfinished.folder / split, dtype, block_size, blocks_per_shard) for split in folders]
@@ -120,6 +122,19 @@ def build_shards(
         manifests = {split: _manifest(split, row, recipe) for split, row in zip(folders, rows, strict=True)}
         _install(manifests, folders, unfinished)
     return next(iter(manifests.values()))
+
+
+def _refuse_other_recipe(folder: Path, recipe: dict[str, Any]) -> None:
+    """Before any work is done: what was built otherwise can't become this build."""
+    if not (folder / MANIFEST_NAME).is_file():
+        return
+    there = Manifest.read(folder)
+    differing = [f"{key} ({getattr(there, key)!r} there)" for key in recipe if getattr(there, key) != recipe[key]]
+    if differing:
+        raise FileExistsError(
+            f"{folder}: holds another set of shards (it differs in {', '.join(differing)}); choose another folder, or "
+            "remove this one first"
+        )
 
 
 def _check_numbers(block_size: int, holdout: float, max_tokens: int | None, workers: int) -> None:

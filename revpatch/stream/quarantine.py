@@ -81,6 +81,7 @@ class Quarantine:
                 f"{last.location}: {last.reason}",
                 location=last.location,
                 shard=last.shard,
+                digest=last.digest,
             )
         numbers = numbers.copy()
         attempt = 0

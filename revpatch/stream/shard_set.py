@@ -42,9 +42,9 @@ class ShardSet:
 
     def __init__(self, location: str | Path, cache: ShardCache | None = None) -> None:
         self.location = str(location)
-        self._is_local = not remote.is_remote(self.location)
+        self.is_local = not remote.is_remote(self.location)
         self._files: LocalFiles | ShardCache
-        if self._is_local:
+        if self.is_local:
             self.location = str(Path(location).absolute())
             self.manifest = Manifest.read(self.location)
             self._files = LocalFiles()
@@ -105,7 +105,7 @@ class ShardSet:
 
     def check_sizes(self) -> None:
         """Raise ShardError for the first shard of a local set that is missing or has another size."""
-        if not self._is_local:
+        if not self.is_local:
             return
         for placed in self._placed:
             path = Path(placed.location)

@@ -21,6 +21,7 @@ from revpatch.stream.files import READERS, file_input, known_ending
 from revpatch.stream.hub import hub_input
 from revpatch.stream.manifest import MANIFEST_NAME
 from revpatch.stream.raw_tars import tar_inputs
+from revpatch.stream.remote import is_remote
 
 
 def find_inputs(sources: Iterable[str | Path]) -> list[Input]:
@@ -47,6 +48,8 @@ def is_raw_source(spec: str) -> bool:
     them."""
     if spec.startswith(("hf:", "wds:")):
         return True
+    if is_remote(spec):
+        return False
     path = Path(spec)
     if path.is_dir():
         return not (path / MANIFEST_NAME).exists() and any(_files_below(path))

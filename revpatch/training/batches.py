@@ -6,9 +6,11 @@ shard that is broken, a signal to stop) all of them know before any trains on th
 
 from __future__ import annotations
 
+import copy
 import socket
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Literal
 
 import numpy as np
@@ -32,18 +34,18 @@ LOOK_AHEAD_STEPS = 64
 
 @dataclass(frozen=True)
 class Failure:
-    """A shard that a rank could not read: of which set, where it lies, and what is wrong with it."""
+    """What kept a rank from its batch; of a broken shard, which one of which set, and where it lies."""
 
-    digest: str
-    shard: int
-    where: str
     what: str
+    digest: str = ""
+    shard: int = -1
+    where: str = ""
 
     @classmethod
-    def of(cls, error: ShardError, rank: int) -> Failure:
+    def of(cls, error: Exception, rank: int) -> Failure:
         """From what reading raised."""
         what = f"rank {rank} on {socket.gethostname()}: {error}"
-        return cls(error.digest, error.shard, error.location, what)
+        return cls(what, error.digest, error.shard, error.location) if isinstance(error, ShardError) else cls(what)
 
 
 @dataclass
@@ -93,11 +95,14 @@ class Batches:
         self._new = _part(batch.new_blocks, peers)
         self._replayed = _part(batch.replay_blocks, peers)
         self._wanted = self._last = 0
+        remote = not all(shards.is_local for shards in corpus.sets)
+        self._ahead = copy.deepcopy(mixture) if remote else None  # with a memory of its own of where it is
 
     def stream(self, steps: int, done: int = 0) -> Prefetcher[Ready]:
         """What steps `done` + 1 to `steps` train on, in CPU memory (pinned for a GPU); a context manager.
 
-        Raises ShardError, on all ranks at the same step, for a shard that is broken, if that stops the run.
+        Raises ShardError, on all ranks at the same step, for a shard that is broken, if that stops the run; ValueError
+        likewise for what else kept a rank from reading.
         """
         self._wanted, self._last = done, steps
         return Prefetcher(self._fetch, range(done + 1, steps + 1), depth=1, settle=self._settle)
@@ -120,11 +125,12 @@ class Batches:
 
     def _fetch(self, step: int) -> Ready:
         """This rank's part of a step."""
-        self._look_ahead(step)
         ready = Ready(step)
         try:
+            if self._ahead is not None:
+                self._look_ahead(step, self._ahead)
             ready.micro_batches = self._read(step)
-        except ShardError as error:
+        except (ValueError, OSError) as error:  # a broken shard, a cache without room, a disk that fails
             ready.failure = Failure.of(error, self.peers.rank)
         return ready
 
@@ -134,14 +140,19 @@ class Batches:
             failures, ready.interrupted = self.peers.agree(ready.failure, self.interrupted())
             if ready.interrupted or not failures:
                 return ready
-            if self.on_error == "stop":
+            if self.on_error == "stop" or not all(failure.digest for failure in failures):
                 raise _stopping(failures)
-            for failure in failures:
-                broken = Broken(failure.digest, failure.shard, self.first_step + step - 1, failure.where, failure.what)
-                if self.quarantine.add(broken):
-                    ready.quarantined.append(broken)
+            new = [broken for broken in map(self.broken, failures, repeat(step)) if self.quarantine.add(broken)]
+            if not new:  # what is out already can't be what is missing: no shard is left to read instead
+                raise _stopping(failures)
+            ready.quarantined += new
             again = self._fetch(step)
             ready.micro_batches, ready.failure = again.micro_batches, again.failure
+
+    def broken(self, failure: Failure, step: int) -> Broken:
+        """The failure as a shard that is out from this step of the phase on."""
+        since = self.first_step + step - 1
+        return Broken(failure.digest, failure.shard, since, failure.where, failure.what)
 
     def _read(self, step: int) -> list[MicroBatch]:
         new = self._tensor(self.corpus.read(self._ids(step, *self._new)))
@@ -156,11 +167,11 @@ class Batches:
         ids = self.mixture.block_ids(step - 1, start, stop)
         return self.quarantine.replace_in(self.corpus, ids, self.first_step + step - 1, np.arange(start, stop))
 
-    def _look_ahead(self, step: int) -> None:
+    def _look_ahead(self, step: int, mixture: Mixture) -> None:
         """Asks for the shards of the steps to come."""
         until = min(step + LOOK_AHEAD_STEPS, self._last)
         for later in range(self._wanted + 1, until + 1):
-            for shards, _, numbers in self.corpus.locate(self._ids(later, *self._new)):
+            for shards, _, numbers in self.corpus.locate(mixture.block_ids(later - 1, *self._new)):
                 shards.want(np.unique(shards.shards_of(numbers)).tolist())
         self._wanted = max(self._wanted, until)
 
@@ -169,15 +180,13 @@ class Batches:
         return tensor.pin_memory() if self.peers.device.type == "cuda" else tensor
 
 
-def _stopping(failures: list[Failure]) -> ShardError:
+def _stopping(failures: list[Failure]) -> ValueError:
+    words = f"{'; '.join(failure.what for failure in failures)}. All ranks stop here"
     first = failures[0]
-    words = "; ".join(failure.what for failure in failures)
-    return ShardError(
-        f"{words}. All ranks stop here. To train on without such shards: --set stream.on_error=quarantine",
-        location=first.where,
-        shard=first.shard,
-        digest=first.digest,
-    )
+    if not all(failure.digest for failure in failures):
+        return ValueError(words)
+    words += ". To train on without such shards: --set stream.on_error=quarantine"
+    return ShardError(words, location=first.where, shard=first.shard, digest=first.digest)
 
 
 def _part(blocks: int, peers: Peers) -> tuple[int, int]:

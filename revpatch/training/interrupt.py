@@ -5,33 +5,45 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
-from types import FrameType
 
 EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h: the run was told to stop, wrote a snapshot, and goes on when it is started again."""
 ONE_REQUEST_SECONDS = 1.0
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Interruption:
     """Whether this process was told to stop. A second SIGTERM ends it at once; not one that comes within a second of
     the first, as when a scheduler signals a launcher and its ranks, and the launcher passes it on.
 
-    Installs its handlers when made, which only the main thread may do. Until `training` is set there is nothing to
-    write, as all that the run has is on the disk: the process then exits as it is told.
+    Takes the signals when made, which only the main thread may do, and acts on them in a thread of its own: the main
+    thread may be waiting for another rank, where Python's handlers don't run. Until `training` is set there is nothing
+    to write, as all that the run has is on the disk: the process then exits as it is told.
     """
 
     def __init__(self) -> None:
         self.requested = False
         self.training = False
         self._since = 0.0
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._handle)
+        received, sent = os.pipe()
+        os.set_blocking(sent, False)
+        for number in SIGNALS:
+            signal.signal(number, lambda *_: None)
+        signal.set_wakeup_fd(sent, warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, args=(received,), name="revpatch-signals", daemon=True).start()
 
     def __call__(self) -> bool:
         return self.requested
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    def _listen(self, received: int) -> None:
+        while numbers := os.read(received, 64):
+            for number in numbers:
+                if number in SIGNALS:
+                    self._handle(number)
+
+    def _handle(self, number: int) -> None:
         if self.requested:
             if number == signal.SIGTERM and time.monotonic() - self._since > ONE_REQUEST_SECONDS:
                 os._exit(128 + number)
@@ -39,6 +51,7 @@ class Interruption:
         name = signal.Signals(number).name
         if not self.training:
             sys.stderr.write(f"revpatch: {name} before the first step\n")
+            sys.stderr.flush()
             os._exit(EXIT_CODE)
         self.requested, self._since = True, time.monotonic()
         sys.stderr.write(f"revpatch: {name}: a snapshot is written after this step or the next; SIGTERM to exit now\n")

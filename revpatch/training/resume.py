@@ -6,6 +6,7 @@ import fcntl
 import re
 import shutil
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from revpatch.monitoring.terminal import log_to
 from revpatch.training.snapshot import Snapshot, newest_snapshot
 
 CONFIG_NAME = "config.yaml"
-OUTPUTS = (CONFIG_NAME, "train.log", "ledger", "replay", "snapshot", "tensorboard")
-"""What a run writes into its folder."""
+OUTPUTS = ("train.log", "ledger", "replay", "snapshot", "tensorboard", CONFIG_NAME)
+"""What a run writes into its folder. The config comes first and goes last: it is what makes the folder a run's."""
 _LOCK_NAME = ".lock"
 
 MAY_CHANGE = (
@@ -74,14 +75,15 @@ def stand(config: Config, fresh: bool, overwrite: bool) -> Standing:
         for name in OUTPUTS:
             path = directory / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    log_to(directory / "train.log")
-    if is_run and not fresh:
-        standing.begun = True
-        standing.snapshot = newest_snapshot(directory / "snapshot")
-        standing.changed = compare_configs(load_config(directory / CONFIG_NAME), config, standing.snapshot, named)
-        _check_history(standing)
-    if not standing.begun:
+    if not is_run or fresh:
         write_atomically(directory / CONFIG_NAME, dump_config(config).encode())
+        log_to(directory / "train.log")
+        return standing
+    log_to(directory / "train.log")
+    standing.begun = True
+    standing.snapshot = newest_snapshot(directory / "snapshot")
+    standing.changed = compare_configs(load_config(directory / CONFIG_NAME), config, standing.snapshot, named)
+    _check_history(standing)
     return standing
 
 
@@ -198,7 +200,9 @@ def _lock(directory: Path, named: str) -> Any:
 
 
 def _holds_anything(directory: Path) -> bool:
-    return any(path.name != _LOCK_NAME for path in directory.iterdir())
+    """Whether there is more than what a run leaves that was killed before its config was written."""
+    ours = (_LOCK_NAME, f".{CONFIG_NAME}.*.tmp")
+    return not all(any(fnmatch(path.name, name) for name in ours) for path in directory.iterdir())
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -241,7 +241,7 @@ class SnapshotWriter:
     def __init__(self, directory: Path, keep: int) -> None:
         self.directory, self.keep = directory, keep
         self._thread: threading.Thread | None = None
-        self._error: OSError | None = None
+        self._error: BaseException | None = None
 
     def write(self, snapshot: Snapshot) -> None:
         """Begins to write; what it holds must not change any more. Waits while the one before is being written."""
@@ -250,7 +250,7 @@ class SnapshotWriter:
         self._thread.start()
 
     def finish(self) -> None:
-        """Waits until all is on the disk. Raises OSError if it could not be written."""
+        """Waits until all is on the disk. Raises what kept it from being written, such as an OSError."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -266,5 +266,5 @@ class SnapshotWriter:
                 path.unlink()
             for path in self.directory.glob(".step*.tmp"):  # what a killed process left
                 path.unlink()
-        except OSError as error:
+        except BaseException as error:  # handed over: it belongs to the caller
             self._error = error

@@ -13,7 +13,8 @@ import torch
 from revpatch.config import PhaseConfig
 from revpatch.patch.patched_model import patch_state
 from revpatch.stream.replay import write_replay
-from revpatch.training.batches import Ready
+from revpatch.stream.tars import ShardError
+from revpatch.training.batches import Failure, Ready
 from revpatch.training.engine import fresh_state
 from revpatch.training.guard import Comparison, Keep, Rollback, Stop, decide, stopped_phase_keeps
 from revpatch.training.objective import TERMS
@@ -227,14 +228,27 @@ class Trainer(RunState):
         self.snapshots.finish()
 
     def _keep_replay(self, phase: Phase) -> None:
+        """A sample of what the phase learned, written by rank 0; shards that turn out to be broken are read around."""
         if not self.config.batch.replay_blocks or not phase.learned:
             return
-        name = f"{phase.index:03d}_{phase.config.name}"
-        if self.peers.rank == 0:
+        name, broken, kept = f"{phase.index:03d}_{phase.config.name}", [], False
+        while self.peers.rank == 0:
             ids = phase.batches.sample(self.config.seed, phase.learned, self.config.replay.blocks_per_phase)
-            write_replay(self.plan.phases[phase.index], ids, self.directory / "replay", name)
-        self.peers.barrier()
-        self.add_sample(name)
+            try:
+                if kept := len(ids) > 0:
+                    write_replay(self.plan.phases[phase.index], ids, self.directory / "replay", name)
+                break
+            except ShardError as error:
+                found = phase.batches.broken(Failure.of(error, rank=0), phase.done + 1)
+                if self.config.stream.on_error == "stop" or not self.quarantine.add(found):
+                    raise
+                broken.append(found)
+        broken, kept = self.peers.from_rank0((broken, kept))
+        for found in broken:
+            self.quarantine.add(found)
+        self._note(phase, Ready(phase.done, quarantined=broken))
+        if kept:
+            self.add_sample(name)
 
     def _interrupt(self, phase: Phase) -> None:
         """A signal asked to stop: a snapshot, on disk before anything else."""
