@@ -4,10 +4,11 @@
 
 The text is the bundled documents, repeated with their words varied, as one JSONL file. Tokenizers: the demo base's,
 and a byte-level BPE of up to 50,000 tokens trained here on that text. Rounds are interleaved, so that what else the
-machine does falls on all alike, and medians are compared. "bare" is encode_batch_fast on texts that are in memory,
-with one thread, in batches of a building chunk's size; two such processes at once show what the machine can give to
-two workers, which on a busy or a virtual machine is less than twice as much; "building" is all of `build_shards`, from
-the file to the manifest, start of the workers included.
+machine does falls on all alike, and medians are compared.
+
+"bare" is encode_batch_fast on texts that are in memory, with one thread, in batches of a building chunk's size. Two
+such processes at once show what the machine can give to two workers: on a busy or a virtual one, less than twice as
+much. "building" is all of `build_shards`, from the file to the manifest, start of the workers included.
 """
 
 from __future__ import annotations

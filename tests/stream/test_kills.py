@@ -176,7 +176,7 @@ def test_workers_end_with_their_parent(start: Start, tmp_path: Path) -> None:
     children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
     assert len(children) >= 2
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.wait(timeout=30)  # not communicate: an orphan would hold the pipe open
     deadline = time.monotonic() + 20
     while any(_runs(pid) for pid in children) and time.monotonic() < deadline:
         time.sleep(0.05)
