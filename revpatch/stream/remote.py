@@ -16,8 +16,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import fsspec
-from webdataset import utils as webdataset_utils
-from webdataset.gopen import Pipe
 
 _log = logging.getLogger(__name__)
 
@@ -152,6 +150,9 @@ def _filesystem(url: str) -> tuple[Any, str]:
 
 
 def _stream_pipe(command: str) -> Iterator[bytes]:
+    from webdataset import utils as webdataset_utils  # which imports torch, and takes seconds
+    from webdataset.gopen import Pipe
+
     if webdataset_utils.enforce_security:
         raise ValueError(f"{_PIPE}{command}: commands are forbidden by WDS_SECURE; unset it, or use another location")
     # A session of its own, so that all of a command that stalls can be killed.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from revpatch.stream.sources import Document, read_documents
+from revpatch.stream.sources import Document, is_raw_source, read_documents
 
 
 def test_one_document_a_text_file_and_one_a_line_of_jsonl_in_order(tmp_path: Path) -> None:
@@ -86,3 +86,16 @@ def test_a_broken_gzip_file_is_named(tmp_path: Path, damage: str) -> None:
     path.write_bytes({"cut": bytes(whole[:-20]), "flipped": bytes(whole), "no gzip at all": b"plain"}[damage])
     with pytest.raises(ValueError, match=r"a\.jsonl\.gz"):
         list(read_documents([path]))
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "pipe:curl -sfL 'https://host/data/{name}?key=1'",
+        "s3://bucket/[a]/set",
+        "https://host/part.jsonl",
+        f"pipe:cat {'x' * 300}/{{name}}",
+    ],
+)
+def test_places_of_shards_are_not_taken_for_text(place: str) -> None:
+    assert not is_raw_source(place)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections import Counter
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 from flaky_server import FlakyServer, drop, status
-from ranks import Runs, RunServer
+from ranks import Runs, RunServer, run, torchrun
 from toy import BLOCK_SIZE, Toy
 
 from revpatch.ledger.audit import verify
@@ -167,6 +168,49 @@ def test_a_cache_without_room_stops_the_run_and_is_no_broken_shard(runs: Runs, r
     assert 0 not in runs.run("run", *options, "--set", "stream.on_error=quarantine")
     assert "stream.shard_cache_gb" in runs.log("run").read_text()
     assert not runs.events("run", "quarantine")
+
+
+def test_no_shard_left_stops_the_run_though_it_would_read_around_them(runs: Runs) -> None:
+    for index in range(5):
+        DAMAGE["corrupt"](broken_shard(runs, index))
+    options = ["--set", "stream.on_error=quarantine", "--set", "sidecar.check_invertibility=false"]
+    assert runs.run("run", *options, timeout=60) == [2, 2]
+    assert "every one of the 5 shards of this set is broken" in runs.log("run").read_text()
+
+
+def test_a_shard_that_breaks_before_the_commit_is_read_around_in_the_sample(runs: Runs) -> None:
+    options = ["--set", "stream.on_error=quarantine", "--set", "stream.shuffle_blocks=8"]
+    kill = {"rank": 0, "target": "revpatch.training.trainer:write_replay", "call": 1, "when": "before"}
+    assert 0 not in runs.run("run", *options, kill=kill)
+    broken_shard(runs, 1).unlink()
+    assert runs.run("run", *options) == [0, 0], runs.log("run").read_text()
+    assert [event["shard"] for event in runs.events("run", "quarantine")] == [1]
+    assert Manifest.read(runs.path("run") / "replay/000_first").blocks == 8
+
+
+def test_a_mixture_with_a_broken_shard_goes_on_after_a_kill(runs: Runs, toy: Toy) -> None:
+    DAMAGE["corrupt"](broken_shard(runs, 3))
+    parts = [{"shards": str(runs.folder / "new"), "weight": 3}, {"shards": str(toy.shards("second"))}]
+    phases = [{"name": "both", "shards": parts, "steps": 24}]
+    options = ["--set", f"phases={json.dumps(phases)}", "--set", "stream.on_error=quarantine"]
+    assert runs.run("through", *options) == [0, 0], runs.log("through").read_text()
+    step = {"rank": 1, "target": "revpatch.training.engine:AccelerateEngine.train_step", "call": 15, "when": "before"}
+    assert 0 not in runs.run("killed", *options, kill=step)
+    assert runs.run("killed", *options) == [0, 0]
+    assert runs.commits("killed") == runs.commits("through")
+    assert [event["shard"] for event in runs.events("killed", "quarantine")] == [3]
+
+
+def test_a_real_launcher_ends_within_seconds_of_a_broken_shard(runs: Runs) -> None:
+    """The ranks end as processes do, with their reading threads in the middle of something."""
+    DAMAGE["corrupt"](broken_shard(runs, 1))
+    began = time.monotonic()
+    done = run(
+        [*torchrun(2), "-m", "revpatch", "train", str(runs.config), "--set", "stream.shuffle_blocks=8"], timeout=90
+    )
+    assert done.returncode != 0 and time.monotonic() - began < 60
+    assert "All ranks stop here" in done.stdout and str(broken_shard(runs, 1)) in done.stdout
+    assert "Traceback" not in done.stdout.split("torch/distributed")[0]
 
 
 def test_two_ranks_with_other_shards_under_one_name_are_stopped(runs: Runs, toy: Toy) -> None:

@@ -108,6 +108,32 @@ def test_a_third_resume_is_as_good_as_the_first(through: Runs) -> None:
     assert len(resumed) == 3 and resumed == sorted(resumed) and resumed[0] < resumed[2], "each got further"
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_killed_in_the_resume_itself(through: Runs, when: str) -> None:
+    """Between the journal's line and the renaming, and after both."""
+    name = f"resumed_{when}"
+    step = {"target": "revpatch.training.engine:AccelerateEngine.train_step", "call": 11, "when": "before"}
+    assert 0 not in through.run(name, kill={"rank": 0, **step})
+    target = "revpatch.ledger.history:_aside" if when == "before" else "revpatch.training.run_state:go_back"
+    assert 0 not in through.run(name, kill={"rank": 0, "target": target, "call": 1, "when": when})
+    assert through.run(name) == [0, 0], through.log(name).read_text()
+    assert through.commits(name) == through.commits("through")
+    assert verify(through.path(name)).ok
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 2])
+def test_under_deepspeed_too(through: Runs, stage: int) -> None:
+    zero = through.folder / f"zero{stage}.json"
+    zero.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    engine = ["--set", "engine.kind=deepspeed", "--set", f"engine.deepspeed={zero}"]
+    assert through.run(f"whole{stage}", *engine) == [0, 0]
+    step = {"rank": 1, "target": "revpatch.training.engine:DeepSpeedEngine.train_step", "call": 9, "when": "after"}
+    assert 0 not in through.run(f"killed{stage}", *engine, kill=step)
+    assert through.run(f"killed{stage}", *engine) == [0, 0]
+    assert through.commits(f"killed{stage}") == through.commits(f"whole{stage}")
+
+
 def until(condition: Callable[[], bool], timeout: float = 60) -> None:
     deadline = time.monotonic() + timeout
     while not condition():
@@ -143,6 +169,19 @@ def test_a_second_sigterm_exits_at_once(through: Runs) -> None:
     os.kill(pids[0], signal.SIGTERM)
     assert through.server.wait(timeout=5) == [128 + signal.SIGTERM]
     assert through.run("twice", world=1) == [0]
+
+
+def test_a_second_sigterm_ends_a_rank_that_waits_for_another(through: Runs) -> None:
+    """Python's own handlers would not run there."""
+    pids = through.start("waiting", wait_at={"target": "revpatch.training.probe:Prober.measure", "call": 2})
+    until(lambda: (through.folder / "waiting.log.waiting").exists())
+    time.sleep(0.5)
+    for _ in range(2):
+        os.kill(pids[1], signal.SIGTERM)
+        time.sleep(1.2)
+    until(lambda: Path(f"/proc/{pids[1]}/stat").read_text().split(") ")[1][0] == "Z", timeout=3)
+    os.kill(pids[0], signal.SIGKILL)
+    assert through.server.wait(timeout=10) == [-signal.SIGKILL, 128 + signal.SIGTERM]
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -274,6 +313,13 @@ class TestWhatIsRefusedAndWhatIsNot:
         assert "going on with" not in runs.log(copy).read_text()
         assert [event["event"] for event in runs.events(copy, "run")] == ["run"]
         assert not (runs.path(copy) / "snapshot/step000000000005.pt").exists()
+
+    def test_killed_while_it_is_deleted_to_begin_anew(self, runs: Runs, copy: str) -> None:
+        config = {"rank": 0, "target": "revpatch.training.resume:write_atomically", "call": 1, "when": "before"}
+        assert runs.run(copy, "--fresh", "--overwrite", world=1, kill=config) == [-signal.SIGKILL]
+        assert [path.name for path in runs.path(copy).iterdir()] == [".lock"]
+        (runs.path(copy) / ".config.yaml.0a1b.tmp").touch()
+        assert runs.run(copy, world=1) == [0], "what is left is no one's, and in nobody's way"
 
     def test_other_shards_under_the_name(self, runs: Runs, copy: str, toy: Toy) -> None:
         place = toy.shards("second_probe")

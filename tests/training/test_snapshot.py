@@ -147,3 +147,12 @@ def test_what_goes_wrong_is_raised_at_the_next_chance_and_once(tmp_path: Path) -
     with pytest.raises(OSError, match="snapshot"):
         writer.write(snapshot(8))
     writer.finish()
+
+
+def test_an_error_of_any_kind_is_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that goes on without snapshots must not think that it has them."""
+    monkeypatch.setattr(Snapshot, "pack", lambda self: (_ for _ in ()).throw(MemoryError("no room")))
+    writer = SnapshotWriter(tmp_path, keep=2)
+    writer.write(snapshot(4))
+    with pytest.raises(MemoryError):
+        writer.finish()
