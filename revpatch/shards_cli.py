@@ -81,7 +81,13 @@ def verify(folder: FolderArgument) -> None:
     from revpatch.stream.manifest import Manifest
 
     total = sum(shard.bytes for shard in Manifest.read(folder).shards)
-    with Progress(BarColumn(), TextColumn("{task.percentage:.0f} % read"), console=console, transient=True) as bar:
+    with Progress(
+        BarColumn(),
+        TextColumn("{task.percentage:.0f} % read"),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as bar:
         task = bar.add_task("", total=total)
         reports = list(verify_shards(folder, lambda count: bar.advance(task, count)))
     broken = [report for report in reports if report.faults]

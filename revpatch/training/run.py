@@ -43,13 +43,13 @@ def train(config: Config, fresh: bool = False, overwrite: bool = False) -> Outco
         ShardError: a shard is broken; on all ranks, at the same step.
         RuntimeError: the engine's world is not the launcher's, or two ranks disagree.
     """
-    interruption = Interruption()
     launch = Launch.from_environment()
     device = launch.device()
     raw = needs_building(config)
     plan = None if raw else check(config, launch.world)
     if raw:
         check_base(config, launch.world)
+    interruption = Interruption()
     with process_group(launch, device, config.engine.timeout_minutes) as peers:
         if plan is None:
             plan = check(build_on_first_use(config, peers), launch.world)
