@@ -108,6 +108,14 @@ def test_a_third_resume_is_as_good_as_the_first(through: Runs) -> None:
     assert len(resumed) == 3 and resumed == sorted(resumed) and resumed[0] < resumed[2], "each got further"
 
 
+def test_the_lower_rate_after_a_rollback_is_gone_on_with(through: Runs) -> None:
+    log = {"target": "revpatch.training.trainer:Trainer._log", "call": 6, "when": "before"}
+    assert 0 not in through.run("slower", kill={"rank": 0, **log})
+    assert through.run("slower") == [0, 0]
+    assert through.events("slower", "resume")[0]["snapshot"] == "step000000000010.pt", "after the rollback at step 6"
+    assert through.commits("slower") == through.commits("through")
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_killed_in_the_resume_itself(through: Runs, when: str) -> None:
     """Between the journal's line and the renaming, and after both."""
