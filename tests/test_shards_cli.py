@@ -81,7 +81,11 @@ def test_ctrl_c_says_how_to_go_on(toy: Toy, tmp_path: Path) -> None:
     os.mkfifo(fifo)
     command = ["build", str(fifo), "--tokenizer", str(toy.base), "--out", str(tmp_path / "out"), "--workers", "1"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "revpatch", "shards", *command], stdout=subprocess.PIPE, text=True, env=WIDE
+        [sys.executable, "-m", "revpatch", "shards", *command],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=WIDE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     with fifo.open("wb"):  # opens when the build is reading
         process.send_signal(signal.SIGINT)
