@@ -268,7 +268,6 @@ def stat_of(process: Path) -> str:
         return ""
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 @pytest.mark.parametrize("stall", ["sleep 300 | cat", "cat {path}; exec >&-; sleep 300"])
 def test_a_command_that_stalls_is_killed_whole(
     stall: str, folder: Path, cache: ShardCache, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

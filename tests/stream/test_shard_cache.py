@@ -390,7 +390,6 @@ def test_nothing_in_use_makes_room_for_what_is_only_wanted(folder: Path, server:
         np.testing.assert_array_equal(shards.read(np.array([10])), BLOCKS[[10]])
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
 def test_no_more_files_stay_open_than_asked_and_none_after_closing(
     server: FlakyServer, where: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
