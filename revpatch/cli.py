@@ -1,4 +1,4 @@
-"""The command line: `revpatch train | generate | shards ... | ledger log | ledger verify`."""
+"""The command line: `revpatch train | generate | shards ... | ledger ...`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from revpatch import shards_cli
+from revpatch import ledger_cli, shards_cli
 from revpatch.monitoring.terminal import console, quiet_libraries, say
 
 app = typer.Typer(
@@ -18,11 +18,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-ledger_app = typer.Typer(help="Read a run's ledger.", no_args_is_help=True)
 app.add_typer(shards_cli.app, name="shards")
-app.add_typer(ledger_app, name="ledger")
-
-RunArgument = Annotated[Path, typer.Argument(help="Folder of the run.")]
+app.add_typer(ledger_cli.app, name="ledger")
 
 
 @app.callback()
@@ -93,23 +90,6 @@ def generate(
 
     sampling = Sampling(greedy, max_new_tokens, temperature, top_p, repetition_penalty, no_repeat_ngram, seed)
     typer.echo(generate_text(patch, prompt, gate, sampling, base))  # as it is: a console would expand tabs and :names:
-
-
-@ledger_app.command("log")
-def ledger_log(run: RunArgument) -> None:
-    """List what happened in a run: entries, probes, rollbacks, commits."""
-    from revpatch.ledger.show import print_log
-
-    print_log(run, console)
-
-
-@ledger_app.command("verify")
-def ledger_verify(run: RunArgument) -> None:
-    """Check the journal's hash chain and every entry's sha256."""
-    from revpatch.ledger.show import print_verify
-
-    if not print_verify(run, console):
-        raise typer.Exit(1)
 
 
 def main() -> None:

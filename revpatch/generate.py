@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from revpatch.config import SidecarConfig
-from revpatch.ledger.entry import EntryError, read_entry
-from revpatch.ledger.history import JOURNAL_NAME, Ledger
-from revpatch.patch.patched_model import GateMode, attach, base_sha256, load_patch, set_gate, switchboard
+from revpatch.loading import load_patched
+from revpatch.patch.patched_model import GateMode, set_gate, switchboard
 
 DEFAULT_NEW_TOKENS = 80
 
@@ -31,48 +27,6 @@ class Sampling:
     no_repeat_ngram: int = 4
     """No n-gram of this size twice; 0 allows it."""
     seed: int = 0
-
-
-def load_patched(patch: Path, base: str | None = None) -> tuple[nn.Module, Any]:
-    """The base with the patch of an entry attached, in eval mode, and the tokenizer.
-
-    Args:
-        patch: a ledger's entry (.pt or .safetensors). Where a journal lies beside it, the journal must vouch for it.
-        base: name or folder of the base; None is the name that the entry gives.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no entry, is damaged, is not what the journal recorded, or belongs to another base.
-    """
-    if not patch.is_file():
-        raise FileNotFoundError(
-            f"patch {patch}: no such file; entries are in RUN/ledger/, see `revpatch ledger log RUN`"
-        )
-    in_ledger = (patch.parent / JOURNAL_NAME).is_file()
-    tensors, metadata = Ledger(patch.parent, readonly=True).load(patch.name) if in_ledger else read_entry(patch)
-    try:
-        of_base, sidecar = metadata["base"], SidecarConfig.model_validate(metadata["sidecar"])
-        name, sha256, dtype = base or of_base["model"], of_base["sha256"], of_base["dtype"]
-    except (KeyError, TypeError) as error:
-        raise EntryError(
-            f"{patch}: expected metadata of a base and a sidecar, found none ({error}): not a patch"
-        ) from error
-    try:
-        revision = of_base.get("revision") if base is None else None
-        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=getattr(torch, dtype))
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-    except OSError as error:
-        raise ValueError(f"base {name}: {str(error).splitlines()[0]}; name its folder with --base") from error
-    found = base_sha256(model, rounded=True)
-    if found != sha256:
-        raise ValueError(
-            f"{patch} is a patch of a base with sha256 {sha256[:16]}…, but {name} has {found[:16]}…: name the right "
-            "base with --base"
-        )
-    model.eval()
-    attach(model, sidecar)
-    load_patch(model, tensors)
-    return cast(nn.Module, model), tokenizer
 
 
 def generate_text(patch: Path, prompt: str, gate: str, sampling: Sampling, base: str | None = None) -> str:

@@ -551,7 +551,7 @@ def test_mistakes_in_generating_are_told_in_words(run: Run, toy: Toy, tmp_path: 
     refused("--prompt", "cut the prompt", prompt=long * 20)
     refused("--gate 'half'", "learned, on or off", more=("--gate", "half"))
     refused(tmp_path / "none.pt", "no such file", patch=tmp_path / "none.pt")
-    refused(tmp_path, "no such file", patch=tmp_path)
+    refused(tmp_path, "a folder without ledger", patch=tmp_path)
     other = save_base(tmp_path / "other", toy.tokenizer, seed=1)
     refused(entry, "sha256", other, "--base", more=("--base", other))
     refused(tmp_path / "gone", "--base", more=("--base", tmp_path / "gone"))

@@ -21,10 +21,12 @@ FLOORS = {
     "revpatch.ledger": 1,
     "revpatch.monitoring": 2,
     "revpatch.training": 3,
+    "revpatch.loading": 2,
     "revpatch.generate": 3,
-    "revpatch.shards_cli": 4,
-    "revpatch.cli": 5,
-    "revpatch.__main__": 6,
+    "revpatch.ledger_cli": 5,
+    "revpatch.shards_cli": 5,
+    "revpatch.cli": 6,
+    "revpatch.__main__": 7,
 }
 """Room, and its floor."""
 

@@ -1,0 +1,79 @@
+"""Patches by name: a file, a run, `RUN@REF`; what isn't there is told with what is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from revpatch.ledger.entry import EntryError
+from revpatch.ledger.history import Ledger
+from revpatch.ledger.references import locate
+
+KINDS = [("start", 0), ("good", 10), ("good", 20), ("rollback", 30), ("good", 40), ("commit", 50)]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    run = tmp_path / "a run@home"
+    ledger = Ledger(run / "ledger")
+    for number, (kind, step) in enumerate(KINDS):
+        ledger.record(kind, 0, "wiki", step, {"w": torch.full((2,), float(number))}, {"step": step})
+    return run
+
+
+@pytest.mark.parametrize(
+    ("reference", "number"),
+    [
+        ("", 5),
+        ("@commit", 5),
+        ("@head", 5),
+        ("@head~1", 4),
+        ("@start", 0),
+        ("@good", 4),
+        ("@good~2", 1),
+        ("@rollback", 3),
+        ("@000_wiki_commit", 5),
+        ("@000_wiki_good_step000000010.pt", 1),
+    ],
+)
+def test_an_entry_is_found_by_name_or_by_counting_back(run: Path, reference: str, number: int) -> None:
+    tensors, metadata = locate(f"{run}{reference}").load()
+    assert tensors["w"].tolist() == [number] * 2
+    assert metadata["step"] == KINDS[number][1]
+
+
+def test_a_file_is_held_against_the_journal_beside_it(run: Path, tmp_path: Path) -> None:
+    file = run / "ledger/000_wiki_commit.pt"
+    assert locate(file).load()[0]["w"].tolist() == [5, 5]
+    alone = tmp_path / "alone.pt"
+    alone.write_bytes(file.read_bytes())
+    assert locate(alone).recorded is None and locate(alone).load()[0]["w"].tolist() == [5, 5]
+    file.write_bytes((run / "ledger/000_wiki_start.pt").read_bytes())
+    with pytest.raises(EntryError, match="not the file that was recorded"):
+        locate(file).load()
+
+
+@pytest.mark.parametrize(
+    ("reference", "error", "message"),
+    [
+        ("@good~3", EntryError, "has 3 good entries"),
+        ("@nothing", EntryError, "000_wiki_start.pt"),
+        ("@../../etc/passwd", EntryError, "is not in"),
+        ("@good~", EntryError, "is not in"),
+        ("/ledger/none.pt", FileNotFoundError, "no such file or folder"),
+    ],
+)
+def test_what_is_not_there_is_told(run: Path, reference: str, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        locate(f"{run}{reference}")
+
+
+def test_a_run_without_a_commit_is_told_how_to_name_another_entry(tmp_path: Path) -> None:
+    Ledger(tmp_path / "ledger").record("start", 0, "wiki", 0, {"w": torch.zeros(1)}, {})
+    with pytest.raises(EntryError, match="no commit yet.*@head.*000_wiki_start"):
+        locate(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="a folder without ledger"):
+        locate(tmp_path / "empty")
