@@ -72,7 +72,7 @@ def test_what_is_not_there_is_told(run: Path, reference: str, error: type[Except
 
 def test_a_run_without_a_commit_is_told_how_to_name_another_entry(tmp_path: Path) -> None:
     Ledger(tmp_path / "ledger").record("start", 0, "wiki", 0, {"w": torch.zeros(1)}, {})
-    with pytest.raises(EntryError, match="no commit yet.*@head.*000_wiki_start"):
+    with pytest.raises(EntryError, match=r"no commit yet.*@head.*000_wiki_start"):
         locate(tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="a folder without ledger"):
