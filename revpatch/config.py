@@ -93,6 +93,17 @@ class ObjectiveConfig(Section):
     """Weight of the squared distance of the block outputs' mean and deviation on replay from the teacher's."""
 
 
+class TeacherConfig(Section):
+    """What is kept of what the teacher says of replayed blocks, until the next commit."""
+
+    cache_gb: Annotated[float, Field(ge=0)] = 1.0
+    """CPU memory a rank for its last hidden states, in 10⁹ bytes; 0 computes them anew each time."""
+    spill: str | None = None
+    """Folder on local disk for what the memory has no room for; null keeps none there."""
+    spill_gb: PositiveFloat = 10.0
+    """Size a rank that the spill may reach, in 10⁹ bytes."""
+
+
 class OptimizerConfig(Section):
     """AdamW, with warm-up and decay anew in each phase."""
 
@@ -300,6 +311,7 @@ class Config(Section):
     """Seed of the sidecars' start, the order of the data and the replay."""
     base: BaseConfig
     sidecar: SidecarConfig = SidecarConfig()
+    teacher: TeacherConfig = TeacherConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     batch: BatchConfig = BatchConfig()

@@ -49,7 +49,7 @@ class LightTokenizer:
         self.get_vocab: Callable[[], dict[str, int]] = backend.get_vocab
 
     def __len__(self) -> int:
-        return len(self.get_vocab())
+        return self.backend_tokenizer.get_vocab_size()
 
 
 def varied_texts(megabytes: float) -> list[str]:

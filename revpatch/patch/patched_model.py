@@ -66,7 +66,13 @@ class Patch(nn.Module):
 class Recorder(Protocol):
     """Sees what each sidecar does, in the forward pass."""
 
-    def record(self, layer: int, output: SidecarOutput) -> None: ...
+    def measure(self, output: SidecarOutput) -> tuple[Tensor, ...]:
+        """What is to be recorded of a sidecar's output; a pure function, as it may be computed twice."""
+        ...
+
+    def record(self, layer: int, hidden: Tensor, measured: tuple[Tensor, ...]) -> None:
+        """Sees the block's output after its sidecar, and what `measure` gave."""
+        ...
 
     def record_plain(self, layer: int, hidden: Tensor) -> None:
         """Sees the output of a block without an active sidecar."""
@@ -82,6 +88,8 @@ class Switchboard:
         self.gate_open = False
         # Recompute base blocks in the backward pass; calls with a cache never do, as recomputing would grow the cache.
         self.checkpointing = False
+        # Recompute what is inside the sidecars in the backward pass: it is little work, and many float32 copies.
+        self.recompute_sidecars = True
         self.mask: Tensor | None = None
         self.recorder: Recorder | None = None
         self.required_grad = trained
@@ -122,10 +130,19 @@ class PatchedBlock(nn.Module):
         if cache is not None and not board.gate_open:
             slot, slots, now = patch.layers.index(self.layer), len(patch.layers), hidden.shape[1]
             history = gate_histories(cache, sidecar.gates, slot, slots, now, patch, patch.blocks)
-        result: SidecarOutput = sidecar(hidden, board.mask, history, board.gate_open)
-        if board.recorder is not None:
-            board.recorder.record(self.layer, result)
-        return (result.hidden, *output[1:]) if isinstance(output, tuple) else result.hidden
+        mask, gate_open, recorder = board.mask, board.gate_open, board.recorder  # as they are now: see `recompute`
+
+        def apply(hidden: Tensor) -> tuple[Tensor, ...]:
+            result: SidecarOutput = sidecar(hidden, mask, history, gate_open)
+            return (result.hidden, *(() if recorder is None else recorder.measure(result)))
+
+        recompute = board.recompute_sidecars and cache is None and torch.is_grad_enabled()
+        patched: tuple[Tensor, ...] = (
+            checkpoint(apply, hidden, use_reentrant=False, preserve_rng_state=False) if recompute else apply(hidden)
+        )
+        if recorder is not None:
+            recorder.record(self.layer, patched[0], patched[1:])
+        return (patched[0], *output[1:]) if isinstance(output, tuple) else patched[0]
 
 
 def attach(model: nn.Module, patch: Patch | SidecarConfig) -> Patch:

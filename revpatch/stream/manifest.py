@@ -168,7 +168,9 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
             f"{type(tokenizer).__name__} is not a fast tokenizer, which building needs; "
             "load it with AutoTokenizer.from_pretrained(name, use_fast=True)"
         )
-    if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
+    special = set(tokenizer.all_special_tokens)
+    # Listing a large vocabulary takes a while, and its size mostly tells.
+    if backend.get_vocab_size() <= len(special) and tokenizer.get_vocab().keys() <= special:
         raise ValueError(
             f"tokenizer {str(tokenizer.name_or_path or 'unnamed')!r} knows no token but "
             f"{tokenizer.all_special_tokens}: the folder has no tokenizer in it; put its files (tokenizer.json) "

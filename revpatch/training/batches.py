@@ -7,6 +7,7 @@ shard that is broken, a signal to stop) all of them know before any trains on th
 from __future__ import annotations
 
 import copy
+import hashlib
 import socket
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -109,9 +110,9 @@ class Batches:
 
     def to_device(self, micro_batches: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
         """Moves them to this rank's device without waiting."""
-        for new, replay in micro_batches:
+        for new, replay, keys in micro_batches:
             moved = None if replay is None else replay.to(self.peers.device, non_blocking=True)
-            yield new.to(self.peers.device, non_blocking=True), moved
+            yield MicroBatch(new.to(self.peers.device, non_blocking=True), moved, keys)
 
     def sample(self, seed: int, steps: Iterable[int], k: int) -> NDArray[np.int64]:
         """The bottom-k sample of all blocks trained on in these steps that can be read still: the same on every
@@ -158,9 +159,10 @@ class Batches:
         new = self._tensor(self.corpus.read(self._ids(step, *self._new)))
         parts = new.chunk(self.accumulation)
         if self.replay is None:
-            return [(part, None) for part in parts]
+            return [MicroBatch(part) for part in parts]
         tokens, _ = self.replay.read(self.first_step + step - 1, *self._replayed, self.quarantine)
-        return list(zip(parts, self._tensor(tokens).chunk(self.accumulation), strict=True))
+        replayed = self._tensor(tokens).chunk(self.accumulation)
+        return [MicroBatch(*pair, [_key(row) for row in pair[1]]) for pair in zip(parts, replayed, strict=True)]
 
     def _ids(self, step: int, start: int, stop: int) -> NDArray[np.int64]:
         """The new blocks of some lanes at a step of the phase."""
@@ -187,6 +189,10 @@ def _stopping(failures: list[Failure]) -> ValueError:
         return ValueError(words)
     words += ". To train on without such shards: --set stream.on_error=quarantine"
     return ShardError(words, location=first.where, shard=first.shard, digest=first.digest)
+
+
+def _key(block: Tensor) -> bytes:
+    return hashlib.blake2b(block.numpy().data, digest_size=16).digest()
 
 
 def _part(blocks: int, peers: Peers) -> tuple[int, int]:

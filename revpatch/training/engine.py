@@ -16,13 +16,14 @@ import importlib
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from revpatch.config import Config, ConfigError
 from revpatch.patch.patched_model import Patch
+from revpatch.training.clock import Clock
 from revpatch.training.launch import Peers
 from revpatch.training.objective import PatchObjective, StepOutput
 from revpatch.training.schedule import make_optimizer, set_learning_rate
@@ -30,8 +31,16 @@ from revpatch.training.zero_config import read_deepspeed_config
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
-MicroBatch = tuple[Tensor, Tensor | None]
-"""(new, replay): (n, time) and (r, time) int64."""
+
+class MicroBatch(NamedTuple):
+    """What goes through the model at once on a rank."""
+
+    new: Tensor
+    """(n, time) int64."""
+    replay: Tensor | None = None
+    """(r, time) int64; None when nothing is rehearsed."""
+    keys: list[bytes] | None = None
+    """Of the replayed blocks, the same for the same tokens alone: what the teacher's cache knows them by."""
 
 
 @dataclass
@@ -50,6 +59,8 @@ class Engine(Protocol):
     kind: str
     zero_stage: int
     world: int
+    clock: Clock
+    """Has the parts forward, backward and optimizer, and all_reduce where it is a part of its own."""
 
     def train_step(self, micro_batches: Iterable[MicroBatch], rate: float) -> tuple[Tensor, Tensor]:
         """Forward, backward and optimizer step; the mean of `StepOutput.terms` and `.layers` on this rank."""
@@ -57,6 +68,10 @@ class Engine(Protocol):
 
     def grad_norm(self) -> float | Tensor | None:
         """Global L2 norm of the last step's gradient before clipping."""
+        ...
+
+    def overlapped(self) -> dict[str, float]:
+        """Mean seconds a step of what runs beside other parts."""
         ...
 
     def state(self) -> EngineState:
@@ -196,6 +211,8 @@ class DeepSpeedEngine:
         self.zero_stage = int(self.engine.zero_optimization_stage())
         self.world = int(self.engine.world_size)
         self.patch = patch = objective.patch
+        self.clock = Clock(peers.device)
+        self.engine.allreduce_gradients = self.clock.timed("all_reduce", self.engine.allreduce_gradients)
         self._norm: Tensor | None = None
         self._state = _ZeroState(patch, self.optimizer) if self.zero_stage else _TorchState(patch, self.optimizer)
 
@@ -203,15 +220,17 @@ class DeepSpeedEngine:
         """See `Engine.train_step`."""
         set_learning_rate(self.optimizer, rate)
         outputs = []
-        for new, replay in micro_batches:
-            output: StepOutput = self.engine(new, replay)
-            self.engine.backward(output.loss)
-            if (
-                not self.zero_stage and self.engine.is_gradient_accumulation_boundary()
-            ):  # DeepSpeed keeps the norm with ZeRO 1 and 2 alone
-                gradients = [p.grad for p in self.patch.parameters() if p.grad is not None]
-                self._norm = torch.nn.utils.get_total_norm(gradients)
-            self.engine.step()
+        for batch in micro_batches:
+            with self.clock.part("forward"):
+                output: StepOutput = self.engine(*batch)
+            with self.clock.part("backward"):
+                self.engine.backward(output.loss)
+            with self.clock.part("optimizer"):
+                if not self.zero_stage and self.engine.is_gradient_accumulation_boundary():
+                    # DeepSpeed keeps the norm with ZeRO 1 and 2 alone.
+                    gradients = [p.grad for p in self.patch.parameters() if p.grad is not None]
+                    self._norm = torch.nn.utils.get_total_norm(gradients)
+                self.engine.step()
             outputs.append((output.terms, output.layers))
         return _means(outputs)
 
@@ -219,6 +238,10 @@ class DeepSpeedEngine:
         """See `Engine.grad_norm`."""
         norm: float | Tensor | None = self.engine.get_global_grad_norm() if self.zero_stage else self._norm
         return norm
+
+    def overlapped(self) -> dict[str, float]:
+        """See `Engine.overlapped`."""
+        return {}
 
     def state(self) -> EngineState:
         """See `Engine.state`."""
@@ -250,6 +273,7 @@ class AccelerateEngine:
         self.module = self.accelerator.prepare_model(objective)
         self.patch = objective.patch
         self.max_grad_norm = config.optimizer.max_grad_norm
+        self.clock = Clock(peers.device)
         self.world = int(self.accelerator.num_processes)
         self._norm: Tensor | None = None
         self._state = _TorchState(objective.patch, self.optimizer)
@@ -258,20 +282,30 @@ class AccelerateEngine:
         """See `Engine.train_step`."""
         set_learning_rate(self.optimizer, rate)
         outputs = []
-        for number, (new, replay) in enumerate(micro_batches, start=1):
+        for number, batch in enumerate(micro_batches, start=1):
             last = number == self.accumulation
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.module):
-                output: StepOutput = self.module(new, replay)
-                (output.loss / self.accumulation).backward()
+                with self.clock.part("forward"):
+                    output: StepOutput = self.module(*batch)
+                with self.clock.part("backward"):
+                    (output.loss / self.accumulation).backward()
             outputs.append((output.terms, output.layers))
-        self._norm = torch.nn.utils.clip_grad_norm_(self.patch.parameters(), self.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        with self.clock.part("optimizer"):
+            self._norm = torch.nn.utils.clip_grad_norm_(self.patch.parameters(), self.max_grad_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
         return _means(outputs)
 
     def grad_norm(self) -> float | Tensor | None:
         """See `Engine.grad_norm`."""
         return self._norm
+
+    def overlapped(self) -> dict[str, float]:
+        """See `Engine.overlapped`; DistributedDataParallel reduces beside the backward pass, and times it now and
+        then."""
+        if self.world == 1:
+            return {}
+        return {"all_reduce": self.module._get_ddp_logging_data().get("avg_backward_comm_time", 0) / 1e9}
 
     def state(self) -> EngineState:
         """See `Engine.state`."""

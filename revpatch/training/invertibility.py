@@ -67,8 +67,11 @@ class _Inputs:
     def __init__(self) -> None:
         self.inputs: list[Tensor] = []
 
-    def record(self, layer: int, output: SidecarOutput) -> None:
-        self.inputs.append(output.hidden.float() - output.update.float())
+    def measure(self, output: SidecarOutput) -> tuple[Tensor]:
+        return (output.hidden.float() - output.update.float(),)
+
+    def record(self, layer: int, hidden: Tensor, measured: tuple[Tensor, ...]) -> None:
+        self.inputs.append(measured[0])
 
     def record_plain(self, layer: int, hidden: Tensor) -> None:
         pass

@@ -12,15 +12,17 @@ parameters, the frozen base hangs beside them, unregistered, so that no engine b
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from revpatch.config import ObjectiveConfig
-from revpatch.patch.families import body_of, head_of
+from revpatch.patch.families import head_of
 from revpatch.patch.patched_model import Patch, recording
 from revpatch.training.head_loss import frozen_head_loss
+from revpatch.training.packed import last_hidden_states
 from revpatch.training.recorder import LayerRecorder, stats_drift
 from revpatch.training.teacher import Teacher
 
@@ -56,25 +58,26 @@ class PatchObjective(nn.Module):
         self.config = config
         self.initial_log_scale = math.log(patch.config.init_scale)
 
-    def forward(self, new: Tensor, replay: Tensor | None = None) -> StepOutput:
+    def forward(self, new: Tensor, replay: Tensor | None = None, keys: Sequence[bytes] | None = None) -> StepOutput:
         """The objective.
 
         Args:
             new: (n, time) int64 token ids.
             replay: (r, time) int64, or None when nothing is rehearsed.
+            keys: of the replayed blocks, as `Teacher.hidden` takes them.
         """
         base, teacher = self._frozen
         config, count = self.config, len(new)
         tokens = new if replay is None else torch.cat([new, replay])
         student = LayerRecorder(stats_from=count if config.stats_drift_weight and replay is not None else None)
         with recording(base, student):
-            hidden = body_of(base)(tokens, use_cache=False).last_hidden_state
+            hidden = last_hidden_states(base, tokens)
         head = head_of(base).weight
         loss, lm, _ = frozen_head_loss(*_shifted(hidden[:count], new), head)
         zero = torch.zeros_like(lm)
         replay_lm = kl = drift = zero
         if replay is not None:
-            target = teacher.hidden(replay, keep_stats=bool(config.stats_drift_weight))
+            target = teacher.hidden(replay, bool(config.stats_drift_weight), keys)
             states, ids = _shifted(hidden[count:], replay)
             replay_loss, replay_lm, kl = frozen_head_loss(
                 states,

@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from revpatch.config import ProbeSetConfig
-from revpatch.patch.families import body_of, head_of
+from revpatch.patch.families import head_of
 from revpatch.patch.patched_model import recording
 from revpatch.stream.shard_set import ShardSet
 from revpatch.training.head_loss import token_nll
+from revpatch.training.packed import last_hidden_states
 from revpatch.training.recorder import LayerRecorder
 
 
@@ -69,7 +70,7 @@ class Prober:
             tokens = rows.to(device)
             recorder = LayerRecorder()
             with recording(self.base, recorder):
-                hidden = body_of(self.base)(tokens, use_cache=False).last_hidden_state
+                hidden = last_hidden_states(self.base, tokens)
             nll = token_nll(hidden[:, :-1].reshape(-1, hidden.shape[-1]), tokens[:, 1:].reshape(-1), head)
             losses.append(nll.view(len(tokens), -1).double().mean(1))
             gates.append(recorder.gate_mean().double() * len(tokens))

@@ -110,15 +110,17 @@ class Record:
         indices: Sequence[int],
         rate: float,
         norm: Any,
+        parts: Mapping[str, float],
     ) -> None:
         """The means since the last call: `terms` (len(TERMS),), `layers` by name (layers,), all on the CPU;
-        `indices` are the blocks that the layers' sidecars follow."""
+        `indices` are the blocks that the layers' sidecars follow, `parts` the seconds of a step's parts in all."""
         if not self.enabled:
             return
         seconds = max(time.monotonic() - self._since, 1e-9)
         speed, steps = self._tokens / seconds, max(self._steps, 1)
-        self.board.scalars(global_step, {"time/step": seconds / steps})
-        self.board.scalars(global_step, {"time/waiting_for_data": (self._waited - self._waited_before) / steps})
+        waited = self._waited - self._waited_before
+        whole = {"step": seconds, "waiting_for_data": waited, **parts}
+        self.time(global_step, {name: part / steps for name, part in whole.items()})
         self.restart_clock()
         values = dict(zip(TERMS, terms.tolist(), strict=True))
         self.board.scalars(global_step, {f"loss/{name}": value for name, value in values.items()})
@@ -128,10 +130,8 @@ class Record:
         numbered = {name: dict(zip(indices, numbers.tolist(), strict=True)) for name, numbers in layers.items()}
         self.board.layers(global_step, numbered)
         gate = float(layers["gate"].mean())
-        parts = [f"{name} {values[name]:.4g}" for name in TERMS if values[name]]
-        log.info(
-            "%s %d/%d  %s  gate %.2f  lr %.2g  %.0f tokens/s", phase, step, of, "  ".join(parts), gate, rate, speed
-        )
+        losses = "  ".join(f"{name} {values[name]:.4g}" for name in TERMS if values[name])
+        log.info("%s %d/%d  %s  gate %.2f  lr %.2g  %.0f tokens/s", phase, step, of, losses, gate, rate, speed)
 
     def probed(self, phase: str, step: int, global_step: int, sets: dict[str, dict[str, Any]]) -> None:
         """The probes' losses against their references, as journalled."""
@@ -148,9 +148,13 @@ class Record:
             shown.append(f"{name} {values['loss']:.4f} ({values['drift']:+.4f})")
         log.info("%s probe at %d  %s", phase, step, "  ".join(shown))
 
-    def time(self, global_step: int, what: str, seconds: float) -> None:
-        """How long the step was kept waiting for something."""
-        self.board.scalars(global_step, {f"time/{what}": seconds})
+    def time(self, global_step: int, seconds: Mapping[str, float]) -> None:
+        """How long something took, by its name."""
+        self.board.scalars(global_step, {f"time/{name}": value for name, value in seconds.items()})
+
+    def scalar(self, global_step: int, tag: str, value: float) -> None:
+        """A number in TensorBoard."""
+        self.board.scalars(global_step, {tag: value})
 
     def text(self, global_step: int, tag: str, words: str) -> None:
         """A line in the log and a text in TensorBoard."""

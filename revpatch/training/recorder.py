@@ -21,11 +21,16 @@ class LayerRecorder:
         self.changes: list[Tensor] = []
         self.stats: list[Tensor] = []
 
-    def record(self, layer: int, output: SidecarOutput) -> None:
+    def measure(self, output: SidecarOutput) -> tuple[Tensor, Tensor]:
+        """Mean gate, and mean over tokens of ‖h − u‖²: () and ()."""
+        return output.gate.mean(), output.update.square().sum(-1).mean()
+
+    def record(self, layer: int, hidden: Tensor, measured: tuple[Tensor, ...]) -> None:
         """See `Recorder.record`."""
-        self.gates.append(output.gate.mean())
-        self.changes.append(output.update.square().sum(-1).mean())
-        self.record_plain(layer, output.hidden)
+        gate, change = measured
+        self.gates.append(gate)
+        self.changes.append(change)
+        self.record_plain(layer, hidden)
 
     def record_plain(self, layer: int, hidden: Tensor) -> None:
         """See `Recorder.record_plain`."""

@@ -24,6 +24,7 @@ from revpatch.training.batches import Batches
 from revpatch.training.engine import make_engine
 from revpatch.training.invertibility import Invertibility, measure_invertibility
 from revpatch.training.launch import Peers, bfloat16_is_slow
+from revpatch.training.lean import make_lean
 from revpatch.training.objective import PatchObjective
 from revpatch.training.phase import Phase
 from revpatch.training.preflight import Plan
@@ -67,9 +68,10 @@ class RunState:
         torch.manual_seed(config.seed)
         self.patch = attach(self.base, config.sidecar)
         switchboard(self.base).checkpointing = config.base.activation_checkpointing
+        make_lean(self.base)
         if config.base.compile:
             startup.compile_base(self.base)
-        self.teacher = Teacher(self.base)
+        self.teacher = Teacher(self.base, startup.teacher_cache(config.teacher))
         objective = PatchObjective(self.base, self.patch, self.teacher, config.objective)
         self.engine = make_engine(config, objective, peers)
         sets = list(zip(config.probes.sets, plan.probes, strict=True))
@@ -106,7 +108,7 @@ class RunState:
 
         `committed`: of the run between this phase and the next. Raises OSError if the one before could not be written.
         """
-        began = time.monotonic()
+        began = time.perf_counter()
         state = self.engine.state()
         if self.record.ledger is None:
             return
@@ -129,7 +131,7 @@ class RunState:
             random=random_state(self.peers.device),
         )
         self.snapshots.write(snapshot)
-        self.record.time(step, "snapshot", time.monotonic() - began)
+        self.record.time(step, {"snapshot": time.perf_counter() - began})
 
     def batches(self, index: int, first_step: int) -> Batches:
         """The data of a phase, which begins after so many steps of the run."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import platform
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -15,7 +16,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from revpatch.config import BaseConfig, Config, ConfigError
+from revpatch.config import BaseConfig, Config, ConfigError, TeacherConfig
 from revpatch.monitoring.terminal import console
 from revpatch.patch.families import blocks_of, head_of
 from revpatch.patch.patched_model import Patch, base_sha256
@@ -23,6 +24,7 @@ from revpatch.training.engine import Engine
 from revpatch.training.launch import Peers
 from revpatch.training.preflight import Plan
 from revpatch.training.resume import Standing, stand
+from revpatch.training.teacher_cache import TeacherCache
 
 log = logging.getLogger("revpatch")
 
@@ -89,6 +91,14 @@ def compile_base(base: nn.Module) -> None:
     """Compiles every block of the base, in place."""
     for block in blocks_of(base):
         block.compile()
+
+
+def teacher_cache(config: TeacherConfig) -> TeacherCache | None:
+    """As the config asks for it."""
+    if not config.cache_gb and config.spill is None:
+        return None
+    spill = None if config.spill is None else Path(config.spill).expanduser()
+    return TeacherCache(int(config.cache_gb * 1e9), spill, int(config.spill_gb * 1e9))
 
 
 def facts(config: Config, base: nn.Module, patch: Patch, engine: Engine, peers: Peers) -> dict[str, Any]:

@@ -7,6 +7,7 @@ through `peers.from_rank0`; what only rank 0 does (write, show) is inside `Recor
 from __future__ import annotations
 
 import logging
+import time
 
 import torch
 
@@ -121,6 +122,7 @@ class Trainer(RunState):
         mean = self.meter.take()
         if mean is None:
             return Keep()
+        began = time.perf_counter()
         mean = self.peers.mean_(mean).cpu()
         norm = self.engine.grad_norm()
         terms, layers = mean[: len(TERMS)], mean[len(TERMS) :].view(2, -1)
@@ -136,13 +138,21 @@ class Trainer(RunState):
             self.patch.layers,
             rate,
             norm,
+            self.engine.clock.take(),
         )
+        self.record.time(phase.global_step(step), self.engine.overlapped())
+        hit_rate = None if self.teacher.cache is None else self.teacher.cache.take_rate()
+        if hit_rate is not None:
+            self.record.scalar(phase.global_step(step), "teacher/cache_hit_rate", hit_rate)
         finite = bool(torch.isfinite(mean).all()) and (norm is None or bool(torch.isfinite(torch.as_tensor(norm))))
+        self.record.time(phase.global_step(step), {"logging": time.perf_counter() - began})
         return decide([], phase.rollbacks, self.config.rollback.max_rollbacks, nonfinite=not finite)
 
     def _probe(self, phase: Phase, step: int) -> Verdict:
         """Rank 0 measures and decides; if the state is good, all ranks take part in keeping it."""
+        began = time.perf_counter()
         measured = self.watch.measure()
+        self.record.time(phase.global_step(step), {"probe": time.perf_counter() - began})
         verdict: Verdict | None = None
         comparisons: list[Comparison] = []
         sets: Sets = {}
@@ -183,6 +193,7 @@ class Trainer(RunState):
         self._enter("rollback", phase, step, sets if probed_at == step else {})
         self.record.parent = target.sha256
         restore(self.engine, self.patch, target.engine if self.peers.rank == 0 else None, self.peers)
+        self.teacher.forget()
         phase.pending, phase.good = [], target
         self.meter.take()
         self.record.event(

@@ -333,11 +333,14 @@ def test_another_patch_on_the_same_base(
 
 class _Recorder:
     def __init__(self) -> None:
-        self.seen: list[tuple[int, SidecarOutput]] = []
+        self.seen: list[tuple[int, Tensor, tuple[Tensor, ...]]] = []
         self.plain: list[tuple[int, Tensor]] = []
 
-    def record(self, layer: int, output: SidecarOutput) -> None:
-        self.seen.append((layer, output))
+    def measure(self, output: SidecarOutput) -> tuple[Tensor, ...]:
+        return output.gate, output.update
+
+    def record(self, layer: int, hidden: Tensor, measured: tuple[Tensor, ...]) -> None:
+        self.seen.append((layer, hidden, measured))
 
     def record_plain(self, layer: int, hidden: Tensor) -> None:
         self.plain.append((layer, hidden))
@@ -355,11 +358,11 @@ def test_recording_shows_what_the_blocks_hand_on(build: Build, sidecar_config: C
         out = model(ids, use_cache=False)
     for hook in hooks:
         hook.remove()
-    assert [layer for layer, _ in recorder.seen] == [0, 2]
+    assert [layer for layer, *_ in recorder.seen] == [0, 2]
     assert [layer for layer, _ in recorder.plain] == [1]
-    assert recorder.seen[0][1].hidden is entering[1]
+    assert recorder.seen[0][1] is entering[1]
     assert recorder.plain[0][1] is entering[2]
-    last = recorder.seen[1][1].hidden
+    last = recorder.seen[1][1]
     assert torch.equal(head_of(model)(cast(Any, body_of(model)).norm(last)), out.logits)
     with recording(model, recorder := _Recorder()), patch_disabled(model):
         model(ids, use_cache=False)
@@ -393,18 +396,23 @@ def test_checkpointing_changes_memory_only(
         else:
             out = model(ids, attention_mask=mask, use_cache=use_cache).logits
         loss = nn.functional.cross_entropy(out[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-        for _, seen in recorder.seen:
-            loss = loss + seen.gate.mean() + seen.update.square().mean()
+        for _, _, (gate, update) in recorder.seen:
+            loss = loss + gate.mean() + update.square().mean()
         loss.backward()
         assert len(recorder.seen) == (3 if recorded else 0)
         return loss.item(), [p.grad.clone() for p in patch.parameters()], len(runs)
 
+    switchboard(model).recompute_sidecars = False
     plain = step()
+    switchboard(model).recompute_sidecars = True
+    recomputed = step()
     switchboard(model).checkpointing = True
     saved = step()
-    assert saved[0] == plain[0]
-    for a, b in zip(saved[1], plain[1], strict=True):
-        assert torch.equal(a, b)
+    for other in (recomputed, saved):
+        assert other[0] == plain[0]
+        for a, b in zip(other[1], plain[1], strict=True):
+            assert torch.equal(a, b)
+    assert recomputed[2] == plain[2]
     assert plain[2] == 3
     # The first block has nothing to learn before it, so it is not run again; a cache would grow if blocks were.
     assert saved[2] == (5 if use_cache is False else 3)

@@ -42,7 +42,7 @@ def run_steps(trainer: Trainer, batches: Iterable[list[MicroBatch]], rate: float
 def whole_engine(trainer: Trainer) -> dict[str, Any]:
     """Losses, the bytes on the wire and exact rollback, in one launch."""
     trainer._enter = lambda *_: ("", None)  # type: ignore[method-assign]
-    return {**losses(trainer), **bytes_reduced(trainer), **exact_rollback(trainer)}
+    return {**losses(trainer), **one_step(trainer), **exact_rollback(trainer)}
 
 
 def exact_rollback(trainer: Trainer) -> dict[str, Any]:
@@ -106,19 +106,31 @@ def losses(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def bytes_reduced(trainer: Trainer) -> dict[str, Any]:
-    """Counts, in the profiler's record of the process group, the bytes that one optimizer step hands to collectives."""
+READS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::unique", "aten::masked_select")
+"""Operations that make the host wait for a GPU, as they need a value or a size from it."""
+
+
+def above(event: Any) -> list[str]:
+    """The operation's name and those of the operations that it is a part of."""
+    return [] if event is None else [event.name, *above(event.cpu_parent)]
+
+
+def one_step(trainer: Trainer) -> dict[str, Any]:
+    """Counts, in the profiler's record of one optimizer step, the bytes handed to collectives and the reads."""
     phase = trainer._begin(0, trainer.config.phases[0], 0)
     batches = batches_of(phase, 3)
     run_steps(trainer, batches[:2], 1e-3)
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as record:
-        run_steps(trainer, batches[2:], 1e-3)
+        trainer.meter.add(*trainer.engine.train_step(phase.batches.to_device(batches[2]), 1e-3))
     moved: dict[str, int] = {}
+    reads = []
     for event in record.events():
+        if event.name in READS:
+            reads.append(" < ".join(above(event)))
         if event.name.startswith("gloo:"):
             elements = sum(int(np.prod(shape)) for shape in event.input_shapes if shape)
             moved[event.name] = moved.get(event.name, 0) + 4 * elements
-    return {"moved": moved, "parameters": sum(p.numel() for p in trainer.patch.parameters())}
+    return {"moved": moved, "reads": reads, "parameters": sum(p.numel() for p in trainer.patch.parameters())}
 
 
 def disagreement(trainer: Trainer) -> dict[str, Any]:

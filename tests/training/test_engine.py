@@ -59,6 +59,15 @@ def test_one_step_reduces_exactly_the_sidecars(facts_of: Callable[..., dict[str,
     assert found["moved"] == {"gloo:all_reduce": 4 * found["parameters"]}
 
 
+@pytest.mark.parametrize("engine", ["zero0", "accelerate"])
+def test_a_step_reads_nothing_from_the_device(facts_of: Callable[..., dict[str, Any]], engine: str) -> None:
+    """Each read would make the host wait for a GPU. Two micro-batches, clipping, optimizer and the sums of the log.
+
+    torch's fused AdamW reads its step counts on CPUs; on GPUs its kernel is handed where they lie.
+    """
+    assert [read for read in facts_of(engine)["reads"] if "aten::_fused_adamw_" not in read] == []
+
+
 @pytest.mark.parametrize("engine", ["zero1", "zero2"])
 def test_zero_moves_nothing_but_sidecars(facts_of: Callable[..., dict[str, Any]], engine: str) -> None:
     """ZeRO reduces gradients to their owners (ZeRO 2 in each of the 2 micro-batches) and gathers the new weights."""

@@ -1,0 +1,107 @@
+"""What the teacher said of the replayed blocks, kept until the teacher changes.
+
+The teacher of a phase never changes, and replay draws the same blocks again and again: a block's last hidden states are
+d numbers a token, and the frozen head turns them back into logits. They are kept in CPU memory (pinned for a GPU, so
+that copies in both directions run beside the computation) up to a byte budget and, if a folder is given, on disk beyond
+it up to another. What is in stays in: draws are uniform, so a block that is thrown out for another would have been as
+likely to come again.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+States = tuple[Tensor, ...]
+"""What is kept of one block: any tensors, on the teacher's device."""
+
+
+@dataclass
+class TeacherCache:
+    """States by a block's key.
+
+    Args:
+        budget: bytes of memory.
+        spill: folder for what the memory has no room for; None keeps none on disk. A folder of its own is made in it.
+        spill_budget: bytes on disk.
+    """
+
+    budget: int
+    spill: Path | None = None
+    spill_budget: int = 0
+    hits: int = 0
+    """Blocks that were found, since the last `take_rate`."""
+    misses: int = 0
+    _kept: dict[bytes, States] = field(default_factory=dict)
+    _spilt: dict[bytes, Path] = field(default_factory=dict)
+    _bytes: int = 0
+    _spilt_bytes: int = 0
+    _folder: Path | None = None
+
+    def get(self, key: bytes, device: torch.device) -> States | None:
+        """The states of a block on `device`, bit for bit as they were put; None if they are not kept."""
+        if (kept := self._kept.get(key)) is None and (path := self._spilt.get(key)) is not None:
+            kept = tuple(torch.load(path, weights_only=True))
+        self.hits += kept is not None
+        self.misses += kept is None
+        return None if kept is None else tuple(tensor.to(device, non_blocking=True) for tensor in kept)
+
+    def put(self, key: bytes, states: Sequence[Tensor]) -> None:
+        """Keeps a copy of a block's states where there is room.
+
+        Raises OSError if the disk is full.
+        """
+        size = sum(tensor.numel() * tensor.element_size() for tensor in states)
+        if self._bytes + size <= self.budget:
+            self._kept[key] = tuple(_to_host(tensor) for tensor in states)
+            self._bytes += size
+        elif self.spill is not None and self._spilt_bytes + size <= self.spill_budget:
+            self._spilt[key] = path = self._spill_folder() / key.hex()
+            try:
+                torch.save([tensor.cpu().clone() for tensor in states], path)
+            except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError when the disk is full
+                path.unlink(missing_ok=True)
+                del self._spilt[key]
+                raise OSError(
+                    f"teacher.spill: {path} can't be written ({error}); make room, or set it to null"
+                ) from None
+            self._spilt_bytes += size
+
+    def clear(self) -> None:
+        """Forgets everything: the teacher is another."""
+        self._kept.clear()
+        self._spilt.clear()
+        self._bytes = self._spilt_bytes = 0
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+    def take_rate(self) -> float | None:
+        """The share of blocks that were found since the last call; None if none was asked for."""
+        asked = self.hits + self.misses
+        rate = self.hits / asked if asked else None
+        self.hits = self.misses = 0
+        return rate
+
+    def __len__(self) -> int:
+        return len(self._kept) + len(self._spilt)
+
+    def _spill_folder(self) -> Path:
+        if self._folder is None:
+            assert self.spill is not None
+            self.spill.mkdir(parents=True, exist_ok=True)
+            self._folder = Path(tempfile.mkdtemp(prefix="teacher-", dir=self.spill))
+        return self._folder
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """A copy in CPU memory; of a GPU's tensor in pinned memory, made without waiting. A later copy back to that GPU is
+    queued behind it."""
+    on_gpu = tensor.device.type == "cuda"
+    return torch.empty_like(tensor, device="cpu", pin_memory=on_gpu).copy_(tensor, non_blocking=on_gpu)

@@ -1,0 +1,67 @@
+"""Lean activations: the same bits forward, the right gradient, one saved tensor; and what a step keeps in all."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.activations import NewGELUActivation
+
+from revpatch.config import SidecarConfig
+from revpatch.patch.patched_model import attach, switchboard
+from revpatch.training.lean import LeanTanhGelu, make_lean
+from revpatch.training.packed import last_hidden_states
+
+
+def saved_bytes(model: nn.Module, tokens: Tensor) -> int:
+    """What autograd keeps of a forward pass, each storage once."""
+    kept: dict[int, int] = {}
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden = last_hidden_states(model, tokens)  # held, so that no storage is freed and counted twice
+    assert hidden.requires_grad
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_forward_pass_has_the_same_bits(dtype: torch.dtype) -> None:
+    x = (torch.randn(64, 257, generator=torch.Generator().manual_seed(0)) * 4).to(dtype)
+    assert torch.equal(LeanTanhGelu()(x), NewGELUActivation()(x))
+
+
+def test_the_gradient_is_that_of_the_formula() -> None:
+    x = torch.linspace(-6, 6, 301, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(LeanTanhGelu(), (x[::10].detach().requires_grad_(),))
+    lean, plain = (torch.autograd.grad(act(x).sum(), x)[0] for act in (LeanTanhGelu(), NewGELUActivation()))
+    torch.testing.assert_close(lean, plain, rtol=1e-12, atol=1e-12)
+
+
+def test_a_frozen_block_keeps_little_for_the_backward_pass() -> None:
+    width, tokens = 64, 2 * 32
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_layer=3, n_embd=width, n_head=2, n_positions=32, vocab_size=100)).eval()
+    patch = attach(model, SidecarConfig(bottleneck=4))
+    for parameter in patch.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    ids = torch.randint(100, (2, 32))
+    unit = 4 * width * tokens  # bytes of one (batch, time, d) in float32
+    before = last_hidden_states(model, ids)
+    plain = saved_bytes(model, ids)
+    assert make_lean(model) == 3
+    assert make_lean(model) == 0
+    assert torch.equal(last_hidden_states(model, ids), before)
+    lean = saved_bytes(model, ids)
+    # The first block has no gradient to pass on. In the two others a GELU kept four (batch, time, 4d) and keeps one.
+    assert plain - lean == pytest.approx(2 * 3 * 4 * unit, rel=0.1)
+    # A block: input, two norms' outputs or inputs, q, k, v, the attention's output, the GELU's input.
+    assert lean < (2 * 12 + 5) * unit
+    switchboard(model).recompute_sidecars = False
+    assert saved_bytes(model, ids) > lean + 3 * 4 * unit

@@ -1,0 +1,124 @@
+"""The teacher's cache: exact, within its budgets, gone when the teacher changes."""
+
+from __future__ import annotations
+
+import resource
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from revpatch.config import ObjectiveConfig, SidecarConfig
+from revpatch.patch.patched_model import attach, switchboard
+from revpatch.training.objective import PatchObjective
+from revpatch.training.teacher import Teacher
+from revpatch.training.teacher_cache import TeacherCache
+
+CPU = torch.device("cpu")
+TOKENS = torch.arange(6 * 8).view(6, 8) % 50
+KEYS = [bytes([number]) * 16 for number in range(6)]
+STATES = 8 * 32 * 4
+"""Bytes of one block's states."""
+
+
+@pytest.fixture
+def base() -> nn.Module:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=50, n_positions=16)).eval()
+
+
+@pytest.fixture
+def teacher(base: nn.Module) -> Teacher:
+    patch = attach(base, SidecarConfig(bottleneck=4))
+    for parameter in patch.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    teacher = Teacher(base, TeacherCache(10**6))
+    teacher.follow(patch)
+    for parameter in patch.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return teacher
+
+
+def cache_of(teacher: Teacher) -> TeacherCache:
+    assert teacher.cache is not None
+    return teacher.cache
+
+
+@pytest.mark.parametrize("stats", [False, True])
+def test_what_is_kept_is_what_would_be_computed_whatever_it_was_asked_with(teacher: Teacher, stats: bool) -> None:
+    first = teacher.hidden(TOKENS[:4], stats, KEYS[:4])
+    assert cache_of(teacher).take_rate() == 0
+    again = teacher.hidden(TOKENS[[5, 2, 0]], stats, [KEYS[5], KEYS[2], KEYS[0]])
+    assert cache_of(teacher).take_rate() == pytest.approx(2 / 3)
+    assert torch.equal(again.hidden[1:], first.hidden[[2, 0]])
+    teacher.forget()
+    alone = teacher.hidden(TOKENS[[2, 0]], stats, [KEYS[2], KEYS[0]])
+    assert torch.equal(alone.hidden, again.hidden[1:])
+    plain = teacher.hidden(TOKENS[[2, 0]], stats)
+    torch.testing.assert_close(plain.hidden, alone.hidden)
+    assert len(plain.stats) == len(alone.stats) == (2 if stats else 0)
+    for one, other in zip(plain.stats, alone.stats, strict=True):
+        torch.testing.assert_close(one, other)
+        assert one.shape == (2, 2, 32)
+
+
+def test_the_loss_and_its_gradient_are_the_same_with_what_is_kept(base: nn.Module, teacher: Teacher) -> None:
+    patch = switchboard(base).attached
+    objective = PatchObjective(base, patch, teacher, ObjectiveConfig(stats_drift_weight=0.1))
+
+    def step() -> tuple[Tensor, list[Tensor]]:
+        patch.zero_grad()
+        output = objective(TOKENS[:2], TOKENS[2:5], KEYS[2:5])
+        output.loss.backward()
+        return output.terms, [p.grad.clone() for p in patch.parameters() if p.grad is not None]
+
+    (terms, gradients), (terms_too, gradients_too) = step(), step()
+    assert cache_of(teacher).take_rate() == 0.5
+    assert torch.equal(terms, terms_too)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, gradients_too, strict=True))
+
+
+def test_a_new_teacher_begins_with_nothing(base: nn.Module, teacher: Teacher) -> None:
+    before = teacher.hidden(TOKENS[:2], keys=KEYS[:2]).hidden
+    teacher.follow(switchboard(base).attached)
+    assert len(cache_of(teacher)) == 0
+    assert not torch.equal(teacher.hidden(TOKENS[:2], keys=KEYS[:2]).hidden, before)
+
+
+@pytest.mark.parametrize(("budget", "spill", "kept"), [(3 * STATES, 0, 3), (2 * STATES, 3 * STATES, 5), (0, 0, 0)])
+def test_no_more_is_kept_than_the_budgets_allow(
+    teacher: Teacher, tmp_path: Path, budget: int, spill: int, kept: int
+) -> None:
+    teacher.cache = cache = TeacherCache(budget, tmp_path / "spill" if spill else None, spill)
+    first = teacher.hidden(TOKENS, keys=KEYS).hidden
+    assert len(cache) == kept
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) == spill // STATES
+    cache.take_rate()
+    assert torch.equal(teacher.hidden(TOKENS, keys=KEYS).hidden, first)
+    assert cache.take_rate() == pytest.approx(kept / 6)
+    teacher.forget()
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert cache.take_rate() is None
+
+
+@pytest.fixture
+def full_disk() -> Iterator[None]:
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, before)
+
+
+def test_a_full_disk_is_told_and_leaves_no_half_file(tmp_path: Path, full_disk: None) -> None:
+    cache = TeacherCache(0, tmp_path, 10**6)
+    with pytest.raises(OSError, match=r"teacher.spill.*make room"):
+        cache.put(KEYS[0], [torch.zeros(1000)])
+    assert cache.get(KEYS[0], CPU) is None
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
