@@ -19,8 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = {"cpu": 2 * 2**20, "cuda": 256 * 2**20}
-"""Size of a chunk of float32 logits: on a CPU what its caches hold, on a GPU what fills it."""
+CPU_CHUNK_BYTES = 2 * 2**20
+"""Size of a chunk of float32 logits on a CPU: what its caches hold."""
+GPU_CHUNK_BYTES = 256 * 2**20
+"""The same on a GPU: what fills it."""
 MIN_ROWS = 128
 """At least so many tokens a chunk, however large the vocabulary: the head is read once a chunk."""
 
@@ -44,7 +46,7 @@ def frozen_head_loss(
         teacher: (N, d), the teacher's last hidden states; needed when kl_weight is not 0.
         ce_weight, kl_weight: weights of CE and of T²·KL.
         temperature: T.
-        chunk_bytes: size of a chunk of float32 logits; default: `CHUNK_BYTES`, but at least `MIN_ROWS` tokens.
+        chunk_bytes: size of a chunk of float32 logits; default: see `CPU_CHUNK_BYTES`, but at least `MIN_ROWS` tokens.
 
     Returns:
         loss (), with a gradient; CE () and T²·KL (), detached; nats per token, float32 (float64 for float64 input).
@@ -126,4 +128,5 @@ def _wide(logits: Tensor) -> Tensor:
 def _rows(head: Tensor, chunk_bytes: int | None) -> int:
     if chunk_bytes is not None:
         return max(1, chunk_bytes // (4 * head.shape[0]))
-    return max(MIN_ROWS, CHUNK_BYTES[head.device.type] // (4 * head.shape[0]))
+    budget = CPU_CHUNK_BYTES if head.device.type == "cpu" else GPU_CHUNK_BYTES
+    return max(MIN_ROWS, budget // (4 * head.shape[0]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -87,10 +88,10 @@ def load_base(config: BaseConfig, device: torch.device) -> nn.Module:
     return cast(nn.Module, base.to(device).eval().requires_grad_(False))
 
 
-def compile_base(base: nn.Module) -> None:
-    """Compiles every block of the base, in place."""
+def compile_base(base: nn.Module, backend: str | Callable[..., Any] = "inductor") -> None:
+    """Compiles every block of the base with its sidecar, in place."""
     for block in blocks_of(base):
-        block.compile()
+        block.compile(backend=backend)
 
 
 def teacher_cache(config: TeacherConfig) -> TeacherCache | None:
