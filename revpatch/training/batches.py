@@ -162,7 +162,7 @@ class Batches:
             return [MicroBatch(part) for part in parts]
         tokens, _ = self.replay.read(self.first_step + step - 1, *self._replayed, self.quarantine)
         replayed = self._tensor(tokens).chunk(self.accumulation)
-        return [MicroBatch(*pair, [_key(row) for row in pair[1]]) for pair in zip(parts, replayed, strict=True)]
+        return [MicroBatch(*pair, [block_key(row) for row in pair[1]]) for pair in zip(parts, replayed, strict=True)]
 
     def _ids(self, step: int, start: int, stop: int) -> NDArray[np.int64]:
         """The new blocks of some lanes at a step of the phase."""
@@ -191,7 +191,8 @@ def _stopping(failures: list[Failure]) -> ValueError:
     return ShardError(words, location=first.where, shard=first.shard, digest=first.digest)
 
 
-def _key(block: Tensor) -> bytes:
+def block_key(block: Tensor) -> bytes:
+    """What the teacher's cache knows a block by: a hash of its tokens, (time,) int64 on the CPU."""
     return hashlib.blake2b(block.numpy().data, digest_size=16).digest()
 
 

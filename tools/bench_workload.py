@@ -1,0 +1,75 @@
+"""What bench.py times: the shape of the model, the tokens, the weights of the objective; the same for all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from revpatch.config import ObjectiveConfig, OptimizerConfig, SidecarConfig
+
+SHAPES = {
+    "gpt2": {"n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257, "n_positions": 1024},
+    "demo": {"n_embd": 192, "n_layer": 4, "n_head": 4, "vocab_size": 4096, "n_positions": 256},
+    "tiny": {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 211, "n_positions": 64},
+}
+BOTTLENECK = {"gpt2": 64, "demo": 32, "tiny": 4}
+REPLAY_WEIGHT = KL_WEIGHT = 1.0
+MAX_GRAD_NORM = 1.0
+LEARNING_RATE = 1e-4
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One full step: `new` and `replay` blocks of `block` tokens through a model of `shape`.
+
+    `dtype` is that in which frozen bases are stored; what is trained is float32 everywhere.
+    """
+
+    shape: str
+    new: int
+    replay: int
+    block: int
+    dtype: torch.dtype
+
+    def config(self) -> GPT2Config:
+        """Without dropout, which would make every loss another and cost the peers time."""
+        shape = SHAPES[self.shape]
+        end = shape["vocab_size"] - 1
+        off = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
+        return GPT2Config(**shape, **off, initializer_range=0.05, bos_token_id=end, eos_token_id=end)
+
+    def model(self, dtype: torch.dtype = torch.float32) -> GPT2LMHeadModel:
+        """The pretrained model: random weights, the same at each call."""
+        torch.manual_seed(0)
+        return GPT2LMHeadModel(self.config()).to(dtype)
+
+    def tokens(self, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """(new, block) and (replay, block) int64."""
+        generator = torch.Generator().manual_seed(1 + seed)
+        high = SHAPES[self.shape]["vocab_size"]
+        both = torch.randint(high, (self.new + self.replay, self.block), generator=generator)
+        return both[: self.new], both[self.new :]
+
+    @property
+    def sidecar(self) -> SidecarConfig:
+        return SidecarConfig(bottleneck=BOTTLENECK[self.shape])
+
+    @property
+    def objective(self) -> ObjectiveConfig:
+        """LM on new and replayed tokens, and the KL; no regularisers, as the peers have none."""
+        return ObjectiveConfig(replay_loss_weight=REPLAY_WEIGHT, distill_kl_weight=KL_WEIGHT, scale_l2_weight=0.0)
+
+    @property
+    def optimizer(self) -> OptimizerConfig:
+        return OptimizerConfig(lr=LEARNING_RATE, betas=[0.9, 0.999])
+
+    def __str__(self) -> str:
+        s = SHAPES[self.shape]
+        return (
+            f"GPT-2 with {s['n_layer']} blocks of width {s['n_embd']}, vocabulary {s['vocab_size']}, random weights; "
+            f"{self.new} new and {self.replay} replayed blocks of {self.block} tokens; frozen bases in "
+            f"{str(self.dtype).removeprefix('torch.')}"
+        )

@@ -1,0 +1,72 @@
+"""Figures of a measurement, as every tool here prints them and writes them with --json."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure: what was asked of it, what was measured, and whether that is enough. `measured` is None, and `holds`
+    false, for what could not be measured here; `asked` is empty, and `holds` true, for what nothing was asked of."""
+
+    name: str
+    asked: str
+    measured: float | None
+    unit: str
+    holds: bool
+
+    @classmethod
+    def at_least(cls, name: str, limit: float, measured: float | None, unit: str) -> Figure:
+        """A figure that is to be large."""
+        return cls(name, f">= {limit:g}", _rounded(measured), unit, measured is not None and measured >= limit)
+
+    @classmethod
+    def at_most(cls, name: str, limit: float, measured: float | None, unit: str) -> Figure:
+        """A figure that is to be small."""
+        return cls(name, f"<= {limit:g}", _rounded(measured), unit, measured is not None and measured <= limit)
+
+    @classmethod
+    def plain(cls, name: str, measured: float, unit: str) -> Figure:
+        """A figure that nothing was asked of."""
+        return cls(name, "", _rounded(measured), unit, True)
+
+
+def machine(*packages: str) -> str:
+    """One line: processor, cores in use, versions."""
+    model, cpuinfo = platform.processor() or "cpu", Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        text = cpuinfo.read_text(encoding="utf-8")
+        found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+        sets = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {name} " in text]
+        model = f"{found[1] if found else model} ({', '.join(sets)})"
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", *packages))
+    threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return f"{model}, {threads}; python {platform.python_version()}, {versions}"
+
+
+def show(title: str, rows: list[Figure], file: Path | None) -> None:
+    """Prints the table and, if a file is named, writes {"figures": [...]}."""
+    table = Table(title=title, title_justify="left")
+    for column in ("figure", "asked", "measured", "unit", "holds"):
+        table.add_column(column)
+    for row in rows:
+        measured = "not measured" if row.measured is None else f"{row.measured:,g}"
+        table.add_row(row.name, row.asked, measured, row.unit, "yes" if row.holds else "NO")
+    Console(width=None if os.isatty(1) else 120).print(table)
+    if file is not None:
+        file.write_text(json.dumps({"figures": [asdict(row) for row in rows]}, indent=2) + "\n", encoding="utf-8")
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.4g}")
