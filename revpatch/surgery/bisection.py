@@ -153,9 +153,7 @@ class _Search:
         layers = layers_of(entry.tensors)
         self.found.layers = fewest_to_blame(loss, layers, crossing.above)
         if self.found.layers is None:
-            self.found.note = (
-                "with all of its sidecars bypassed the loss is above the limit still: it is the base's own"
-            )
+            self.found.note = "with all sidecars bypassed the loss is still above the limit: it is the base's own"
 
     def _loss(self, index: int) -> float:
         if index not in self.seen:

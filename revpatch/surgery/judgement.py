@@ -50,11 +50,8 @@ class Probes:
     def guarded(self, taught: set[str], given_up: str | None = None) -> set[str]:
         """Names of the sets that may not get worse: not those of corpora that no phase in `taught` has taught, nor
         those of the phase that is `given_up`."""
-        return {
-            s.name
-            for s in self.sets
-            if s.guard_after is None or (s.guard_after in taught and s.guard_after != given_up)
-        }
+        known = taught - {given_up}
+        return {s.name for s in self.sets if s.guard_after is None or s.guard_after in known}
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,9 @@ from revpatch.surgery.judgement import Judgement, Sets
 from revpatch.surgery.subject import Entry
 from revpatch.training.resume import CONFIG_NAME, claim
 
+_KEPT = ("base", "tokenizer", "sidecar", "seed")
+"""What a made patch says of itself as the one it was made of did."""
+
 
 @dataclass(frozen=True)
 class Made:
@@ -92,10 +95,12 @@ def write(
     if not agrees:
         made_by = {**made_by, "forced": reason}
     newest, index = ledger.newest(), _next_index(ledger)
-    known = {"kind": "commit", "phase": name, "phase_index": index, "step": 0}
-    kept = {key: of.metadata[key] for key in ("base", "tokenizer", "sidecar", "seed") if key in of.metadata}
-    metadata = {
-        **known,
+    kept: dict[str, Any] = {key: of.metadata[key] for key in _KEPT if key in of.metadata}
+    metadata: dict[str, Any] = {
+        "kind": "commit",
+        "phase": name,
+        "phase_index": index,
+        "step": 0,
         "parent": None if newest is None else newest.sha256,
         **kept,
         "probes": {key: values["loss"] for key, values in sets.items()},

@@ -95,8 +95,8 @@ def _check(subject: Subject, entry: Entry, dtype: str) -> RemovalCheck:
     off = _logits(model)
     detach(model)
     changed = float((on.float() - untouched.float()).abs().max())
-    digests = (_sha256(logits) for logits in (untouched, off, _logits(model)))
-    return RemovalCheck(dtype, *digests, changed, before, base_sha256(model))
+    detached = _logits(model)
+    return RemovalCheck(dtype, _sha256(untouched), _sha256(off), _sha256(detached), changed, before, base_sha256(model))
 
 
 @torch.no_grad()

@@ -188,7 +188,7 @@ def _check_history(standing: Standing) -> None:
 
 
 def claim(directory: Path, named: str) -> Any:
-    """Locks a run's folder for this process, until the file returned is closed. Raises ConfigError if another holds it."""
+    """Locks a run's folder until the file returned is closed. Raises ConfigError if another process holds it."""
     file = (directory / _LOCK_NAME).open("a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
