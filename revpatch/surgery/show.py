@@ -34,12 +34,8 @@ def print_removal(report: RemovalReport, console: Console) -> None:
     if not same:
         lines = [(False, f"base {report.model}: expected sha256 {report.base_expected}, found {report.base_found}")]
     for check in report.checks:
-        lines.append(
-            (check.untouched == check.off, f"{check.dtype}: logits with the gate off are the base's, to the bit")
-        )
-        lines.append(
-            (check.untouched == check.detached, f"{check.dtype}: logits after detach are the base's, to the bit")
-        )
+        for what, logits in (("with the gate off", check.off), ("after detach", check.detached)):
+            lines.append((check.untouched == logits, f"{check.dtype}: {what}, logits are the base's to the bit"))
         lines.append((check.base_before == check.base_after, f"{check.dtype}: the base's weights are unchanged"))
         lines.append((True, f"{check.dtype}: with the patch on, logits differ by up to {check.changed:.4g}"))
     for holds, words in lines:
