@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from revpatch.ledger.plain import to_plain
-from revpatch.monitoring.terminal import console
+from revpatch.monitoring.terminal import console, say
 
 RunArgument = Annotated[Path, typer.Argument(help="Folder of the run.")]
 ShardsOption = Annotated[
@@ -33,6 +33,8 @@ def add_to(app: typer.Typer, ledger: typer.Typer) -> None:
     ledger.command("bisect")(ledger_bisect)
     ledger.command("revert")(ledger_revert)
     ledger.command("merge")(ledger_merge)
+    ledger.command("export")(ledger_export)
+    ledger.command("import")(ledger_import)
 
 
 def probe(
@@ -134,6 +136,39 @@ def ledger_merge(
     if len(pair) != 2:
         raise ValueError(f"--weights {weights}: expected two numbers with a comma between them, as 0.5,0.5")
     _print_made(merge((a, b), (pair[0], pair[1]), out, shards, base, blocks, force), as_json)
+
+
+def ledger_export(
+    patch: Annotated[str, typer.Argument(help="FILE, RUN or RUN@ENTRY.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; it must not exist.")],
+    to: Annotated[
+        str, typer.Option(help="safetensors (the entry alone), or hf (a model that transformers loads by itself).")
+    ] = "safetensors",
+    base: BaseOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a patch as a safetensors file, or with its base as a model that needs no revpatch."""
+    from revpatch.surgery.export import export
+
+    _alone()
+    files = export(patch, to, out, base)
+    if as_json:
+        _print_json({"patch": patch, "to": to, "files": {str(path): path.stat().st_size for path in files}})
+        return
+    for path in files:
+        say(f"{path}  {path.stat().st_size:,} bytes")
+
+
+def ledger_import(
+    source: Annotated[Path, typer.Argument(help="A patch file, or a folder that export wrote.")],
+    run: Annotated[Path, typer.Argument(help="A run, or a new folder.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Bring a patch into a run's ledger, as its newest commit; no code in it is run."""
+    from revpatch.surgery.importing import import_patch
+
+    _alone()
+    _print_made(import_patch(source, run), as_json)
 
 
 def _print_made(made: Any, as_json: bool) -> None:

@@ -62,18 +62,15 @@ def test_each_set_is_held_against_the_worse_parent(runs: list[MadeUp], tmp_path:
         assert values["reference"] == max(one.sets[name]["loss"], other.sets[name]["loss"])
 
 
-def test_a_sum_that_harms_is_refused_unless_forced(toy: Toy, make_run: Make, tmp_path: Path) -> None:
-    """Two harms in different layers, each within its own; together they are worse than either."""
-    start = patch_tensors(strength=0)
-    for layer in (0, 1):
-        make_run(f"{layer}").phase("first", start, taught(toy, "base", worse=True, layer=layer, start=start))
-    pair = (str(tmp_path / "0"), str(tmp_path / "1"))
-    refused = merge(pair, (1.0, 1.0), tmp_path / "sum")
+def test_what_is_worse_than_both_is_refused_unless_forced(runs: list[MadeUp], tmp_path: Path) -> None:
+    """At small weights little is left of what both have learned."""
+    pair = (str(runs[0].directory), str(runs[1].directory))
+    refused = merge(pair, (0.01, 0.01), tmp_path / "little")
     assert not refused.agrees and refused.name is None and "rose by" in refused.reason
-    assert not (tmp_path / "sum").exists()
-    forced = merge(pair, (1.0, 1.0), tmp_path / "sum", force=True)
+    assert not (tmp_path / "little").exists()
+    forced = merge(pair, (0.01, 0.01), tmp_path / "little", force=True)
     assert forced.name is not None
-    assert Ledger(tmp_path / "sum/ledger").load(forced.name)[1]["made_by"]["forced"] == refused.reason
+    assert Ledger(tmp_path / "little/ledger").load(forced.name)[1]["made_by"]["forced"] == refused.reason
 
 
 def test_a_run_gets_a_new_commit(runs: list[MadeUp], revpatch: Callable[..., Any]) -> None:
