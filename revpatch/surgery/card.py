@@ -31,7 +31,7 @@ The causal language model {base} with a removable patch on it: its weights are u
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
 model.set_gate("off")  # or "learned", "on"
 ```
 

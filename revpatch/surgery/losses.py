@@ -77,6 +77,8 @@ def probe(
     if reference == "none":
         if base is None:
             raise ValueError("--patch none needs --base NAME: which base?")
+        if dtype not in (None, "float32", "bfloat16"):
+            raise ValueError(f"--dtype {dtype}: choose float32 or bfloat16")
         subject, patch = Subject.bare(base, dtype=dtype or "float32", device=device), None
     else:
         if dtype is not None:

@@ -79,7 +79,7 @@ def write(
         ledger: open for writing.
         name: what stands in the place of a phase's name, as in `002_NAME_commit.pt`.
         tensors: the new patch.
-        of: the entry whose base, tokenizer and sidecar it has.
+        of: the entry that it descends from, and whose base, tokenizer and sidecar it has.
         made_by: the operation and the sha256 of all that went into it.
         judgement: the verdict; None if nothing was probed.
         force: write against the verdict; the entry then says so.
@@ -94,14 +94,14 @@ def write(
         return Made(str(run), made_by, agrees, reason, sets)
     if not agrees:
         made_by = {**made_by, "forced": reason}
-    newest, index = ledger.newest(), _next_index(ledger)
+    index = _next_index(ledger)
     kept: dict[str, Any] = {key: of.metadata[key] for key in _KEPT if key in of.metadata}
     metadata: dict[str, Any] = {
         "kind": "commit",
         "phase": name,
         "phase_index": index,
         "step": 0,
-        "parent": None if newest is None else newest.sha256,
+        "parent": of.sha256,
         **kept,
         "probes": {key: values["loss"] for key, values in sets.items()},
         "made_by": made_by,

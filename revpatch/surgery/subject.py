@@ -100,13 +100,13 @@ class Subject:
         model: the wrapped base.
         tokenizer: its tokenizer.
         sha256: of its weights rounded to bfloat16, as patches name it; None to hash them now.
-        device: where it goes; None leaves it where it is.
+        device: where it goes; None is the GPU, or the CPU where there is none.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, sha256: str | None, device: torch.device | None = None):
         self.model, self.tokenizer = model, tokenizer
         self.sha256 = sha256 or base_sha256(model, rounded=True)
-        self.device = device or next(model.parameters()).device
+        self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model.to(self.device)
         switchboard(model).attached.to(self.device)
 

@@ -20,10 +20,10 @@ from revpatch.stream.shard_set import ShardSet
 Tensors = dict[str, Tensor]
 
 
-def patch_tensors(seed: int = 1, strength: float = 0.3, layers: int = LAYERS, **knobs: Any) -> Tensors:
+def patch_tensors(seed: int = 1, strength: float = 0.3, depth: int = LAYERS, **knobs: Any) -> Tensors:
     """A patch that looks trained; strength 0 is the identity."""
     torch.manual_seed(seed)
-    patch = Patch(WIDTH, layers, SidecarConfig(**{"bottleneck": 4, **knobs}))
+    patch = Patch(WIDTH, depth, SidecarConfig(**{"bottleneck": 4, **knobs}))
     return patch_state(make_it_look_trained(patch, seed, strength) if strength else patch)
 
 

@@ -124,6 +124,7 @@ def test_what_cannot_be_measured_is_refused(
         ([*shards], "--patch none needs --base"),
         (["--base", tmp_path / "nowhere", *shards], "can't be loaded"),
         (["--base", toy.base], "--shards is missing"),
+        (["--base", toy.base, "--dtype", "float16", *shards], "--dtype float16: choose float32 or bfloat16"),
         (["--base", toy.base, "--shards", tmp_path / "nowhere"], "there is no manifest"),
         (["--base", toy.base, "--shards", mine], "is raw text"),
         (["--patch", run.directory, "--dtype", "float32", *shards], "--dtype is for --patch none"),

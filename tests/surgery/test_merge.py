@@ -91,7 +91,7 @@ def test_patches_that_do_not_go_together_are_refused_by_name(
     others = {
         "sha": (plain, {"base": {**base, "sha256": "1" * 64}}),
         "gate": (patch_tensors(gate="token"), {"sidecar": {**sidecar, "gate": "token"}}),
-        "shape": (patch_tensors(layers=3), {}),
+        "shape": (patch_tensors(depth=3), {}),
     }
     for name, (tensors, changed) in others.items():
         make_run(name, config=False).phase("first", tensors, plus(tensors, 1e-3, 0), **changed)
