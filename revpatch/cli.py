@@ -1,4 +1,4 @@
-"""The command line: `revpatch train | generate | shards ... | ledger ...`."""
+"""The command line: `revpatch train | generate | probe | shards ... | ledger ...`."""
 
 from __future__ import annotations
 
