@@ -1,4 +1,4 @@
-"""The command line: `revpatch train | generate | shards ... | ledger ...`."""
+"""The command line: `revpatch train | generate | probe | shards ... | ledger ...`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from revpatch import ledger_cli, shards_cli
+from revpatch import ledger_cli, shards_cli, surgery_cli
 from revpatch.monitoring.terminal import console, quiet_libraries, say
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app = typer.Typer(
 )
 app.add_typer(shards_cli.app, name="shards")
 app.add_typer(ledger_cli.app, name="ledger")
+surgery_cli.add_to(app, ledger_cli.app)
 
 
 @app.callback()

@@ -23,9 +23,24 @@ def ledger_log(run: RunArgument) -> None:
 
 
 @app.command("verify")
-def ledger_verify(run: RunArgument) -> None:
+def ledger_verify(
+    run: RunArgument,
+    removal: Annotated[
+        bool,
+        typer.Option("--removal", help="Prove too that the newest patch leaves no trace; needs the base."),
+    ] = False,
+    base: Annotated[str | None, typer.Option(help="Base model for --removal; default: as the patch names it.")] = None,
+) -> None:
     """Check the journal's hash chain and every entry's sha256."""
     from revpatch.ledger.show import print_verify
 
     if not print_verify(run, console):
         raise typer.Exit(1)
+    if removal:
+        from revpatch.surgery.removal import prove_removal
+        from revpatch.surgery.show import print_removal
+
+        report = prove_removal(str(run), base)
+        print_removal(report, console)
+        if not report.ok:
+            raise typer.Exit(1)

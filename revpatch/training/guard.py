@@ -132,8 +132,8 @@ def compare(
         )
     if not (np.isfinite(reference).all() and np.isfinite(phase_start).all()):
         raise ValueError(f"probe {name!r}: the reference and the phase's start must be finite")
-    rise, low, high = _paired(losses - reference, confidence)
-    drift, drift_low, drift_high = _paired(losses - phase_start, confidence)
+    rise, low, high = mean_interval(losses - reference, confidence)
+    drift, drift_low, drift_high = mean_interval(losses - phase_start, confidence)
     reason = ""
     if not np.isfinite(losses).all():
         reason = f"{name}: {np.count_nonzero(~np.isfinite(losses))} of {losses.size} block losses are not finite"
@@ -225,10 +225,11 @@ def _two_sided(angle: float, freedom: int) -> float:
     return (angle + (math.sin(angle) * cosine * series if freedom > 1 else 0.0)) * 2 / math.pi
 
 
-def _paired(differences: Losses, confidence: float) -> tuple[float, float, float]:
-    """Mean of the blocks' differences (blocks,) and its t-interval; NaN if any is not finite."""
-    if not np.isfinite(differences).all():
+def mean_interval(values: Losses, confidence: float) -> tuple[float, float, float]:
+    """The mean of the blocks' losses or differences (blocks,), at least 2, and the two ends of its t-interval; NaN if
+    any is not finite. Raises ValueError for fewer than 2 blocks, or a confidence outside (0, 1)."""
+    if not np.isfinite(values).all():
         return math.nan, math.nan, math.nan
-    mean, blocks = float(differences.mean()), differences.size
-    margin = student_t_quantile(confidence, blocks - 1) * float(differences.std(ddof=1)) / math.sqrt(blocks)
+    mean, blocks = float(values.mean()), values.size
+    margin = student_t_quantile(confidence, blocks - 1) * float(values.std(ddof=1)) / math.sqrt(blocks)
     return mean, mean - margin, mean + margin

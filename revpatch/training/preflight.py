@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer
 
-from revpatch.config import BaseConfig, Config, ConfigError, PhaseConfig
+from revpatch.config import BaseConfig, Config, ConfigError, PhaseConfig, StreamConfig
 from revpatch.patch.families import FAMILIES
 from revpatch.stream.corpus import Corpus
 from revpatch.stream.manifest import Manifest, tokenizer_fingerprint
@@ -55,7 +55,7 @@ def check(config: Config, world: int) -> Plan:
         FileNotFoundError: DeepSpeed's file is missing.
     """
     architecture, fingerprint = check_base(config, world)
-    cache = _cache(config)
+    cache = shard_cache(config.stream, [place for _, place in locations(config)])
     opened: dict[str, ShardSet] = {}
     for key, place in locations(config):
         try:
@@ -109,12 +109,11 @@ def _part_keys(index: int, phase: PhaseConfig) -> list[str]:
     return [f"phases.{index}.shards.{part}.shards" for part in range(len(phase.shards))]
 
 
-def _cache(config: Config) -> ShardCache | None:
-    """Where shards that are not local are kept, if there are any."""
-    folder = config.stream.shard_cache
-    if folder is None or not any(is_remote(place) for _, place in locations(config)):
+def shard_cache(stream: StreamConfig, places: list[str]) -> ShardCache | None:
+    """Where the shards of those places that are not local are kept, if there are any."""
+    if stream.shard_cache is None or not any(is_remote(place) for place in places):
         return None
-    return ShardCache(Path(folder).expanduser(), int(config.stream.shard_cache_gb * 1e9), config.stream.retries)
+    return ShardCache(Path(stream.shard_cache).expanduser(), int(stream.shard_cache_gb * 1e9), stream.retries)
 
 
 def _mixture(config: Config, index: int, corpus: Corpus) -> Mixture:

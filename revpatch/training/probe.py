@@ -25,7 +25,7 @@ class Measurement:
     losses: NDArray[np.float64]
     """(blocks,) float64: mean nats per predicted token of each block."""
     gates: list[float]
-    """Mean gate of each sidecar, first block first."""
+    """Mean gate of each sidecar, first block first; empty for the base alone."""
     changes: list[float]
     """Root mean square over tokens of ‖h − u‖, for each sidecar."""
 
@@ -52,11 +52,17 @@ class Prober:
         base: the patched base model, in eval mode.
         sets: the sets' configs and their shards.
         rows: blocks a forward pass.
+        share: (rank, world): measures every world-th block from the rank-th on. A set of fewer blocks than ranks is
+            not measured on the ranks that get none of them.
     """
 
-    def __init__(self, base: nn.Module, sets: list[tuple[ProbeSetConfig, ShardSet]], rows: int) -> None:
+    def __init__(
+        self, base: nn.Module, sets: list[tuple[ProbeSetConfig, ShardSet]], rows: int, share: tuple[int, int] = (0, 1)
+    ) -> None:
         self.base, self.rows = base, rows
-        self.blocks = {config.name: shards.read(_spread(len(shards), config.max_blocks)) for config, shards in sets}
+        rank, world = share
+        ids = {config.name: _spread(len(shards), config.max_blocks)[rank::world] for config, shards in sets}
+        self.blocks = {config.name: shards.read(ids[config.name]) for config, shards in sets if len(ids[config.name])}
 
     def measure(self) -> dict[str, Measurement]:
         """A measurement of each set, by name."""
@@ -73,8 +79,11 @@ class Prober:
                 hidden = last_hidden_states(self.base, tokens)
             nll = token_nll(hidden[:, :-1].reshape(-1, hidden.shape[-1]), tokens[:, 1:].reshape(-1), head)
             losses.append(nll.view(len(tokens), -1).double().mean(1))
-            gates.append(recorder.gate_mean().double() * len(tokens))
-            changes.append(recorder.change_mean().double() * len(tokens))
+            if recorder.gates:
+                gates.append(recorder.gate_mean().double() * len(tokens))
+                changes.append(recorder.change_mean().double() * len(tokens))
+        if not gates:
+            return Measurement(torch.cat(losses).cpu().numpy(), [], [])
         mean_gates, mean_changes = (torch.stack(parts).sum(0) / len(blocks) for parts in (gates, changes))
         return Measurement(torch.cat(losses).cpu().numpy(), mean_gates.tolist(), mean_changes.sqrt().tolist())
 

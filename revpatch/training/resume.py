@@ -70,7 +70,7 @@ def stand(config: Config, fresh: bool, overwrite: bool) -> Standing:
             "folder (--set output_dir=...), leave out --fresh to go on with it, or add --overwrite to delete it"
         )
     directory.mkdir(parents=True, exist_ok=True)
-    standing = Standing(directory, lock=_lock(directory, named))
+    standing = Standing(directory, lock=claim(directory, named))
     if is_run and fresh:
         for name in OUTPUTS:
             path = directory / name
@@ -187,7 +187,8 @@ def _check_history(standing: Standing) -> None:
         )
 
 
-def _lock(directory: Path, named: str) -> Any:
+def claim(directory: Path, named: str) -> Any:
+    """Locks a run's folder until the file returned is closed. Raises ConfigError if another process holds it."""
     file = (directory / _LOCK_NAME).open("a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

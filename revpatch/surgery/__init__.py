@@ -1,0 +1,1 @@
+"""What is done to trained patches: measured, proved absent, searched, undone, merged, carried to other models."""

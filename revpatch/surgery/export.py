@@ -1,0 +1,108 @@
+"""A patch carried away: as one safetensors entry, or as a folder that transformers loads where there is no revpatch."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import nn
+
+from revpatch.ledger.durable import sync_directory
+from revpatch.ledger.entry import tensors_digest, write_entry
+from revpatch.ledger.plain import to_plain
+from revpatch.ledger.references import Located, locate
+from revpatch.surgery.card import model_card
+from revpatch.surgery.modeling import FILE_NAME, MODEL_TYPE, PREFIX, modeling_source
+from revpatch.surgery.subject import Entry, Subject
+
+FORMATS = ("safetensors", "hf")
+
+
+def export(reference: str, to: str, out: Path, base: str | None = None) -> list[Path]:
+    """Writes a patch into a new folder and returns its files.
+
+    `safetensors` writes the entry, as `write_entry` packs it, without its base. `hf` writes config.json, the weights of
+    base and patch, modeling_revpatch.py, the tokenizer and a model card, for
+    `AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)`.
+
+    Args:
+        reference: FILE, RUN or RUN@REF.
+        to: one of `FORMATS`.
+        out: a folder that is not there yet; it appears when it is whole.
+        base: of `hf`, name or folder of the base; None is the one that the patch names.
+
+    Raises:
+        FileExistsError: `out` is there.
+        ValueError, OSError: another format; no such patch or base, or a damaged one.
+    """
+    if to not in FORMATS:
+        raise ValueError(f"--to {to}: expected one of {', '.join(FORMATS)}")
+    located = locate(reference)
+    entry = Entry.located(located, reference)
+    with _new_folder(out) as folder:
+        if to == "safetensors":
+            write_entry(folder / f"{located.path.stem}.safetensors", entry.tensors, entry.metadata)
+        else:
+            _write_hf(folder, entry, located, Subject.of(reference, base), out.name)
+    return sorted(path for path in out.iterdir())
+
+
+def _write_hf(folder: Path, entry: Entry, located: Located, subject: Subject, name: str) -> None:
+    model: Any = subject.model
+    weights = dict(model.state_dict())  # named as the blocks are wrapped, and so they are in the exported class
+    weights |= {f"{PREFIX}{key}": tensor for key, tensor in entry.tensors.items()}
+    if entry.sidecar.gate == "seq":  # its past changes with each token, so no cache can hold it
+        model.generation_config.use_cache = model.config.use_cache = False
+    model.save_pretrained(folder, state_dict=weights)
+    subject.tokenizer.save_pretrained(folder)
+    kind = str(model.config.model_type)
+    source = modeling_source(_public(model), _public(model.config), kind)
+    (folder / FILE_NAME).write_text(source, encoding="utf-8")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    module = FILE_NAME.removesuffix(".py")
+    config |= {
+        "model_type": f"{MODEL_TYPE}{kind}",
+        "architectures": ["RevpatchForCausalLM"],
+        "auto_map": {"AutoConfig": f"{module}.RevpatchConfig", "AutoModelForCausalLM": f"{module}.RevpatchForCausalLM"},
+        "revpatch": to_plain(
+            {
+                "sidecar": entry.sidecar.model_dump(mode="json"),
+                "entry": entry.metadata,
+                "sha256": entry.sha256,
+                "tensors_sha256": tensors_digest(entry.tensors),
+            }
+        ),
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    (folder / "README.md").write_text(model_card(name, entry, located, model, sizes), encoding="utf-8")
+
+
+def _public(thing: nn.Module | Any) -> str:
+    """The class's name, if `from transformers import NAME` gives that class."""
+    name = type(thing).__name__
+    if getattr(transformers, name, None) is not type(thing):
+        raise ValueError(f"{name} is no public class of transformers, so an exported model can't be built on it")
+    return name
+
+
+@contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that becomes it when all is written, and goes if something fails."""
+    if out.exists():
+        raise FileExistsError(f"--out {out}: it exists. Nothing was overwritten: name a folder that is not there")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = out.with_name(f".{out.name}.unfinished")
+    folder.mkdir()
+    try:
+        yield folder
+        folder.rename(out)
+        sync_directory(out.parent)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise

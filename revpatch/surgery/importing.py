@@ -1,0 +1,86 @@
+"""A patch brought back into a ledger: an entry's file, or a folder that `export --to hf` wrote. No code is run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from revpatch.ledger.entry import EntryError, check_name, tensors_digest
+from revpatch.surgery.modeling import PREFIX
+from revpatch.surgery.new_entry import Made, claimed, write
+from revpatch.surgery.subject import Entry, check_one_kind
+
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def import_patch(source: Path, run: Path) -> Made:
+    """Records the patch as the newest commit of a run, under its phase's name.
+
+    Args:
+        source: a patch file, or a folder that `export` wrote.
+        run: a run, or a folder that is not there yet, which gets a ledger.
+
+    Raises:
+        ValueError, OSError: it is damaged or no patch; or of another base, sidecar config or shape than the run's.
+    """
+    entry = _read_folder(source) if source.is_dir() else Entry.read(str(source))
+    phase = check_name(str(entry.metadata.get("phase", "imported")), f"{source}: phase name")
+    made_by: dict[str, Any] = {
+        "operation": "import",
+        "sha256": entry.sha256,
+        "parent": entry.metadata.get("parent"),
+        "made_by": entry.metadata.get("made_by"),
+    }
+    with claimed(run, create=True) as ledger:
+        if (newest := ledger.newest()) is not None:
+            check_one_kind(Entry.recorded(ledger, newest), entry)
+        return write(ledger, phase, entry.tensors, entry, made_by, judgement=None)
+
+
+def _read_folder(folder: Path) -> Entry:
+    config = folder / "config.json"
+    try:
+        said = json.loads(config.read_text(encoding="utf-8"))["revpatch"]
+        metadata, sha256, expected = dict(said["entry"]), str(said["sha256"]), str(said["tensors_sha256"])
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{folder}: expected a patch file, or a folder that `revpatch ledger export` wrote, found none with "
+            "config.json in it"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise EntryError(
+            f"{config}: expected a table `revpatch` that `revpatch ledger export` wrote, found none"
+        ) from error
+    tensors = _sidecars(folder)
+    if (found := tensors_digest(tensors)) != expected:
+        raise EntryError(
+            f"{folder}: its sidecars should hash to {expected}, found {found}: they were damaged or edited; take the "
+            "folder from where it came again"
+        )
+    return Entry.of(str(folder), tensors, metadata, sha256)
+
+
+def _sidecars(folder: Path) -> dict[str, Tensor]:
+    files = [_WEIGHTS]
+    if (folder / _INDEX).is_file():
+        try:
+            places = dict(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise EntryError(f"{folder / _INDEX}: expected a table `weight_map`, found none") from error
+        names = {str(file) for name, file in places.items() if str(name).startswith(PREFIX)}
+        files = sorted(check_name(name, f"{folder / _INDEX}: file") for name in names)
+    tensors: dict[str, Tensor] = {}
+    for name in files:
+        try:
+            with safe_open(folder / name, framework="pt") as file:
+                ours = [key for key in file.keys() if key.startswith(PREFIX)]  # noqa: SIM118  (it is no dict)
+                tensors |= {key.removeprefix(PREFIX): file.get_tensor(key) for key in ours}
+        except (SafetensorError, OSError) as error:
+            raise EntryError(
+                f"{folder / name}: can't be read as safetensors ({error}): take it from where it came again"
+            ) from error
+    return tensors

@@ -1,0 +1,95 @@
+"""One earlier phase's change taken out of the newest patch: `revpatch ledger revert RUN PHASE`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from revpatch.ledger.history import Ledger, Recorded
+from revpatch.surgery.arithmetic import Tensors, bypassed, taken_out
+from revpatch.surgery.judgement import Probes, judge
+from revpatch.surgery.new_entry import Made, claimed, write
+from revpatch.surgery.subject import Entry, Subject, check_one_kind
+
+
+def revert(
+    run: Path,
+    phase: str,
+    layers: list[int] | None = None,
+    shards: list[str] | None = None,
+    base: str | None = None,
+    blocks: int | None = None,
+    force: bool = False,
+) -> Made:
+    """Makes newest − (the phase's commit − the state before it), or the newest patch with some sidecars bypassed.
+
+    Probes it against the newest patch, on the run's probe sets or on `shards`, and writes it as a new commit if the
+    guard agrees or with `force`. A set that was guarded only because this phase had taught its corpus is measured and
+    not guarded: that corpus is what is given up.
+
+    Args:
+        run: the run's folder.
+        phase: the name of a phase that was committed.
+        layers: bypass the sidecars after these blocks, whichever phase taught them, instead of subtracting.
+        shards, base, blocks: as in `probe`; shards named here are all guarded.
+        force: write against the guard's verdict, or what was taken out already.
+
+    Raises:
+        ValueError, OSError: no such phase, or it was taken out already; what `Probes.of` and `HeldOut` raise.
+    """
+    probes = Probes.of(run, shards or [], blocks)
+    with claimed(run) as ledger:
+        commits = [entry for entry in ledger.entries() if entry.kind == "commit"]
+        commit = _commit_of(commits, phase, run)
+        newest = Entry.recorded(ledger, commits[-1])
+        made_by: dict[str, Any] = {"operation": "revert", "phase": phase, "newest": newest.sha256}
+        if layers is None:
+            _refuse_twice(commits, commit, force)
+            tensors, parts = _difference(ledger, commits, commit, newest)
+            made_by |= {"method": "difference", **parts}
+        else:
+            tensors = bypassed(newest.tensors, layers)
+            made_by |= {"method": "bypass", "layers": sorted(set(layers))}
+        subject = Subject.of(str(ledger.directory / newest.reference), base)
+        before, after = subject.patch_of(newest), subject.patch_from(newest, tensors)
+        guarded = probes.guarded({entry.phase for entry in commits}, given_up=phase)
+        judgement = judge(probes, subject, [before], after, guarded)
+        return write(ledger, f"revert-{phase}", tensors, newest, made_by, judgement, force)
+
+
+def _commit_of(commits: list[Recorded], phase: str, run: Path) -> Recorded:
+    found = [entry for entry in commits if entry.phase == phase]
+    if not found:
+        raise ValueError(
+            f"{run} has no commit of a phase {phase!r}; committed are {', '.join(e.phase for e in commits) or 'none'}"
+        )
+    return found[-1]
+
+
+def _refuse_twice(commits: list[Recorded], commit: Recorded, force: bool) -> None:
+    for later in commits[commits.index(commit) + 1 :]:
+        made_by = later.fields.get("made_by")
+        if not isinstance(made_by, dict) or force:
+            continue
+        if made_by.get("commit") == commit.sha256 and made_by.get("method") == "difference":
+            raise ValueError(
+                f"{commit.name} was taken out already, by {later.name}: to subtract it once more would put its "
+                "opposite in; --force does it all the same"
+            )
+
+
+def _difference(
+    ledger: Ledger, commits: list[Recorded], commit: Recorded, newest: Entry
+) -> tuple[Tensors, dict[str, Any]]:
+    """The tensors, and the sha256 of what was subtracted."""
+    starts = [e for e in ledger.entries() if e.kind == "start" and e.phase_index == commit.phase_index]
+    state = starts[-1] if starts else commits[commits.index(commit) - 1] if commits.index(commit) else None
+    if state is None:
+        raise ValueError(
+            f"{ledger.directory} has neither a start entry of phase {commit.phase!r} nor an earlier commit, so what "
+            "the phase changed is unknown; bypass sidecars instead (--layers)"
+        )
+    after, before = Entry.recorded(ledger, commit), Entry.recorded(ledger, state)
+    check_one_kind(newest, after, before)
+    tensors = taken_out(newest.tensors, after.tensors, before.tensors)
+    return tensors, {"commit": after.sha256, "before": before.sha256}

@@ -1,0 +1,78 @@
+"""Fixtures: what says whose patches these are, a run that was never trained, and the command line."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from made_up import MadeUp
+from toy import Toy
+from transformers import AutoModelForCausalLM
+
+from revpatch.config import SidecarConfig
+from revpatch.patch.patched_model import base_sha256
+from revpatch.stream.manifest import tokenizer_fingerprint
+
+
+@pytest.fixture(scope="session")
+def identity(toy: Toy) -> dict[str, Any]:
+    base = AutoModelForCausalLM.from_pretrained(toy.base, dtype=torch.float32)
+    return {
+        "base": {
+            "model": str(toy.base),
+            "revision": None,
+            "sha256": base_sha256(base, rounded=True),
+            "dtype": "float32",
+        },
+        "tokenizer": tokenizer_fingerprint(toy.tokenizer),
+        "sidecar": SidecarConfig(bottleneck=4).model_dump(mode="json"),
+        "seed": 0,
+    }
+
+
+@pytest.fixture
+def make_run(toy: Toy, identity: dict[str, Any], tmp_path: Path) -> Callable[..., MadeUp]:
+    """make_run(name="run", config=True, **overrides of the config)."""
+
+    def make(name: str = "run", config: bool = True, **overrides: Any) -> MadeUp:
+        directory = tmp_path / name
+        directory.mkdir()
+        if config:
+            toy.config_file(directory, output_dir=str(directory), sidecar={"bottleneck": 4}, **overrides)
+        return MadeUp(directory, identity)
+
+    return make
+
+
+@dataclass
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def revpatch(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """revpatch(*arguments): the command line, in this process."""
+    from revpatch.cli import main
+
+    kept = {key: os.environ.get(key) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+    for key in kept:
+        monkeypatch.setenv(key, "")  # so that what the command sets is undone with it
+        os.environ.pop(key)
+
+    def call(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["revpatch", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            main()
+        code = caught.value.code
+        return Result(code if isinstance(code, int) else int(code is not None), *capfd.readouterr())
+
+    return call

@@ -1,0 +1,236 @@
+"""Exported patches, loaded where there is no revpatch, are the patched model to the bit; and what export refuses."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from made_up import MadeUp, patch_tensors
+from safetensors.torch import load_file, save_file
+from torch import nn
+from toy import POSITIONS, Toy
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from revpatch.config import SidecarConfig
+from revpatch.ledger.entry import read_entry, write_entry
+from revpatch.loading import load_patched
+from revpatch.patch.patched_model import Patch, base_sha256, patch_disabled, patch_state, switchboard
+from revpatch.surgery.export import export
+from revpatch.surgery.modeling import modeling_source
+
+Make = Callable[..., MadeUp]
+FAMILIES: dict[str, tuple[Any, Any]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
+CASES: list[tuple[str, str, dict[str, Any]]] = [
+    ("gpt2", "float32", {}),
+    ("gpt2", "bfloat16", {"gate": "token", "layers": [1]}),
+    ("gpt2", "float32", {"gate": "seq"}),
+    ("llama", "float32", {"placement": "coupled"}),
+    ("qwen2", "float32", {}),
+    ("qwen3", "float32", {"normalize": "none"}),
+]
+IDS = torch.tensor([[5, 80, 12, 7, 200, 31], [9, 9, 14, 3, 77, 120]])
+
+
+def base_folder(toy: Toy, tmp: Path, family: str) -> Path:
+    """A tiny random base of a family with grouped queries; llama's head is its own, the others' are tied."""
+    if family == "gpt2":
+        return toy.base
+    config, kind = FAMILIES[family]
+    torch.manual_seed(0)
+    model = kind(
+        config(
+            vocab_size=len(toy.tokenizer),
+            max_position_embeddings=POSITIONS,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            bos_token_id=0,
+            eos_token_id=0,
+            tie_word_embeddings=family != "llama",
+            initializer_range=0.2,
+        )
+    )
+    model.save_pretrained(tmp / family)
+    toy.tokenizer.save_pretrained(tmp / family)
+    return tmp / family
+
+
+def write_patch(toy: Toy, tmp: Path, number: int, family: str, dtype: str, knobs: dict[str, Any]) -> Path:
+    """The entry of a patch that looks trained, for a base of that family."""
+    from transformers import AutoModelForCausalLM
+
+    folder = base_folder(toy, tmp, family)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    sidecar = SidecarConfig.model_validate({"bottleneck": 4, **knobs})
+    names = {"model": str(folder), "revision": None, "sha256": base_sha256(base, rounded=True), "dtype": dtype}
+    metadata = {"base": names, "sidecar": sidecar.model_dump(mode="json"), "phase": "first", "probes": {"base": 3.5}}
+    write_entry(tmp / f"{number}.pt", patch_tensors(strength=1.0, **knobs), metadata)
+    return tmp / f"{number}.pt"
+
+
+def aligned(model: nn.Module) -> nn.Module:
+    """With copies of its weights. transformers maps files into memory, where a tensor may begin at any multiple of 4
+    bytes; kernels add in an order that depends on it, so that equal weights give logits that differ in the last bit."""
+    for parameter in [*model.parameters(), *switchboard(model).attached.parameters()]:
+        parameter.data = parameter.data.clone()
+    return model
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of a virtual environment that has every package but revpatch."""
+    venv = tmp_path_factory.mktemp("venv")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
+    (packages,) = venv.glob("lib/python*/site-packages")
+    for place in map(Path, sys.path):
+        if place.name in ("site-packages", "dist-packages"):
+            for path in place.iterdir():
+                link = packages / path.name
+                if "revpatch" not in path.name and not link.exists():
+                    link.symlink_to(path)
+    return venv / "bin/python"
+
+
+def test_without_revpatch_the_folders_load_and_are_the_patched_model_to_the_bit(
+    toy: Toy, tmp_path: Path, elsewhere: Path
+) -> None:
+    patches = [write_patch(toy, tmp_path, number, *case) for number, case in enumerate(CASES)]
+    folders = [tmp_path / f"hf {number}" for number in range(len(CASES))]
+    for patch, folder in zip(patches, folders, strict=True):
+        export(str(patch), "hf", folder)
+    save_file({"ids": IDS}, tmp_path / "ids.safetensors")
+    kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    done = subprocess.run(
+        [elsewhere, Path(__file__).with_name("isolated.py"), tmp_path / "ids.safetensors", tmp_path / "out", *folders],
+        env={**kept, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    found = load_file(tmp_path / "out")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for number, (patch, (family, dtype, knobs)) in enumerate(zip(patches, CASES, strict=True)):
+            expected = of_the_patched_model(patch, cached=knobs.get("gate") != "seq")
+            for key, tensor in expected.items():
+                assert torch.equal(found[f"{number}.{key}"], tensor), (family, dtype, knobs, key)
+            assert str(expected["logits"].dtype).endswith(dtype)
+            assert not torch.equal(expected["logits"], expected["disabled"])
+            assert found[f"{number}.text"].tolist() == toy.tokenizer("the patch learns")["input_ids"]
+    finally:
+        torch.set_num_threads(threads)
+
+
+@torch.no_grad()
+def of_the_patched_model(patch: Path, cached: bool) -> dict[str, torch.Tensor]:
+    model: Any = aligned(load_patched(patch)[0])
+    greedy = model.generate(
+        IDS, attention_mask=torch.ones_like(IDS), do_sample=False, max_new_tokens=8, pad_token_id=0, use_cache=cached
+    )
+    logits = model(IDS, use_cache=cached).logits
+    with patch_disabled(model):
+        off = model(IDS, use_cache=False).logits
+    return {"logits": logits, "greedy": greedy, "disabled": off, "off": off}
+
+
+def test_the_code_is_the_patchs_own_and_needs_no_revpatch() -> None:
+    source = modeling_source("GPT2LMHeadModel", "GPT2Config", "gpt2")
+    tree = ast.parse(source)
+    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    imported |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    assert not [name for name in imported if name is None or name.startswith(("revpatch", "pydantic"))]
+    coupling = Path(sys.modules[Patch.__module__].__file__ or "").with_name("coupling.py").read_text(encoding="utf-8")
+    assert coupling[coupling.index("class BottleneckMLP") :].strip() in source
+
+
+def test_the_head_is_stored_once_where_it_is_tied(toy: Toy, tmp_path: Path) -> None:
+    for number, (family, heads) in enumerate((("gpt2", 0), ("llama", 1), ("qwen2", 0))):
+        export(str(write_patch(toy, tmp_path, number, family, "float32", {})), "hf", tmp_path / f"out{number}")
+        names = list(load_file(tmp_path / f"out{number}/model.safetensors"))
+        assert sum("lm_head" in name for name in names) == heads, family
+
+
+def test_the_card_is_filled_in_from_the_journal(toy: Toy, make_run: Make, tmp_path: Path) -> None:
+    run = make_run()
+    run.phase("first", patch_tensors(strength=0), patch_tensors(1))
+    sets = {"base": {"loss": 3.25, "reference": 3.5, "tolerance": 0.03, "guarded": True}}
+    run.ledger.journal.append("rollback", phase="second", step=3, to_file="x", reason="base rose")
+    run.ledger.record("commit", 1, "second", 6, patch_tensors(2), {**run.metadata, "phase": "second"}, sets=sets)
+    export(str(run.directory), "hf", tmp_path / "model")
+    card = (tmp_path / "model/README.md").read_text(encoding="utf-8")
+    newest = run.ledger.newest("commit")
+    assert newest is not None
+    for words in (
+        "# model\n",
+        "**first** (`000_first_commit.pt`",
+        "**second** (`001_second_commit.pt`, sha256 `" + newest.sha256[:16] + "…`, 1 rollback)",
+        "| base | 3.5000 | 3.2500 | 0.0300 |",
+        newest.sha256,
+        run.metadata["base"]["sha256"],
+        run.metadata["tokenizer"],
+        "license: to be filled in",
+    ):
+        assert words in card, words
+    assert str(toy.folder) not in card, "where it lay on this machine says nothing on another"
+    export(f"{run.directory}@000_first_commit", "hf", tmp_path / "earlier")
+    assert "second" not in (tmp_path / "earlier/README.md").read_text(encoding="utf-8")
+
+
+def test_an_entry_is_exported_as_safetensors(make_run: Make, tmp_path: Path, revpatch: Callable[..., Any]) -> None:
+    run = make_run(config=False)
+    run.phase("first", patch_tensors(strength=0), patch_tensors(1))
+    result = revpatch("ledger", "export", run.directory, "--to", "safetensors", "--out", tmp_path / "out", "--json")
+    (file,) = json.loads(result.out)["files"]
+    assert file == str(tmp_path / "out/000_first_commit.safetensors")
+    tensors, metadata = read_entry(Path(file))
+    expected, said = run.ledger.load("000_first_commit.pt")
+    assert metadata == said
+    assert tensors.keys() == expected.keys() and all(torch.equal(tensors[name], expected[name]) for name in expected)
+
+
+def test_nothing_is_overwritten_and_nothing_half_done_is_left(
+    make_run: Make, tmp_path: Path, revpatch: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(config=False)
+    run.phase("first", patch_tensors(strength=0), patch_tensors(1))
+    (tmp_path / "taken").mkdir()
+    for args, words in (
+        ((run.directory, "--out", tmp_path / "taken"), "Nothing was overwritten"),
+        ((run.directory, "--to", "onnx", "--out", tmp_path / "x"), "--to onnx: expected one of safetensors, hf"),
+        ((run.directory, "--to", "hf", "--base", tmp_path / "no", "--out", tmp_path / "x"), "name its folder with"),
+        ((f"{run.directory}@/etc/passwd", "--out", tmp_path / "x"), "is not in"),
+    ):
+        result = revpatch("ledger", "export", *args)
+        assert (result.code, result.out) == (2, ""), result
+        assert words in result.err and result.err.count("\n") == 1, result.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "taken"]
+    assert list((tmp_path / "taken").iterdir()) == []
+
+
+def test_what_was_exported_comes_back(toy: Toy, tmp_path: Path) -> None:
+    """Read by transformers' own names, the weights are the base's and the patch's."""
+    patch = write_patch(toy, tmp_path, 0, "gpt2", "float32", {})
+    export(str(patch), "hf", tmp_path / "out")
+    weights = load_file(tmp_path / "out/model.safetensors")
+    model, _ = load_patched(patch)
+    for name, tensor in patch_state(model).items():
+        assert torch.equal(weights.pop(f"revpatch.sidecars.{name}"), tensor)
+    base = {name.replace(".block.", "."): tensor for name, tensor in weights.items()}
+    assert all(torch.equal(tensor, base[name]) for name, tensor in load_file(toy.base / "model.safetensors").items())

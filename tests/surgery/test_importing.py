@@ -1,0 +1,129 @@
+"""Patches brought into a ledger, and what is refused at the door."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from made_up import MadeUp, patch_tensors
+from safetensors.torch import load_file, save_file
+
+from revpatch.ledger.audit import verify
+from revpatch.ledger.entry import write_entry
+from revpatch.ledger.references import locate
+from revpatch.surgery.export import export
+from revpatch.surgery.importing import import_patch
+
+Make = Callable[..., MadeUp]
+
+
+@pytest.fixture
+def run(make_run: Make) -> MadeUp:
+    run = make_run(config=False)
+    run.phase("first", patch_tensors(strength=0), patch_tensors(1))
+    return run
+
+
+@pytest.fixture
+def folder(run: MadeUp, tmp_path: Path) -> Path:
+    export(str(run.directory), "hf", tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+@pytest.mark.parametrize("to", ["safetensors", "hf"])
+def test_a_patch_comes_back_as_the_newest_commit(run: MadeUp, tmp_path: Path, to: str) -> None:
+    (tmp_path / "there").mkdir()
+    files = export(str(run.directory), to, tmp_path / "there/out")
+    source = files[0] if to == "safetensors" else tmp_path / "there/out"
+    for target, name in ((run.directory, "001_first_commit.pt"), (tmp_path / "new", "000_first_commit.pt")):
+        made = import_patch(source, target)
+        assert made.name == name
+        tensors, metadata = locate(target).load()
+        expected, said = locate(f"{run.directory}@000_first_commit").load()
+        assert tensors.keys() == expected.keys() and all(torch.equal(tensors[n], expected[n]) for n in expected)
+        assert metadata["made_by"]["operation"] == "import"
+        assert {key: metadata[key] for key in run.metadata} == run.metadata == {key: said[key] for key in run.metadata}
+        assert verify(target).ok
+
+
+def test_the_sha256_of_the_origin_is_kept(run: MadeUp, folder: Path) -> None:
+    origin = run.ledger.newest()
+    assert origin is not None
+    made = import_patch(folder, run.directory)
+    assert made.made_by["sha256"] == origin.sha256
+    newest = run.ledger.newest()
+    assert newest is not None and newest.fields["made_by"] == made.made_by
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    change(config["revpatch"])
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_a_changed_tensor_a_foreign_name_and_a_foreign_base_are_refused(
+    run: MadeUp, folder: Path, tmp_path: Path, revpatch: Callable[..., Any]
+) -> None:
+    events = len(run.ledger.journal.records())
+
+    def tamper(copy: Path) -> None:
+        weights = load_file(copy / "model.safetensors")
+        weights["revpatch.sidecars.00.coupling.log_scale"] += 1e-7
+        save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+
+    def cut(copy: Path) -> None:
+        data = (copy / "model.safetensors").read_bytes()
+        (copy / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+    def index(copy: Path) -> None:
+        places = {"revpatch.sidecars.00.coupling.log_scale": "../hf/model.safetensors"}
+        (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+
+    for number, (change, words) in enumerate(
+        (
+            (tamper, "its sidecars should hash to"),
+            (cut, "can't be read as safetensors"),
+            (index, "no '..'"),
+            (lambda copy: edit(copy, lambda said: said["entry"].update(phase="../../evil")), "phase name '../../evil'"),
+            (lambda copy: edit(copy, lambda said: said["entry"].update(phase="/etc/evil")), "phase name '/etc/evil'"),
+            (lambda copy: edit(copy, lambda said: said["entry"]["base"].update(sha256="2" * 64)), "sha256 2222"),
+            (lambda copy: edit(copy, lambda said: said["entry"].pop("base")), "not a patch"),
+            (lambda copy: edit(copy, lambda said: said.clear()), "expected a table `revpatch`"),
+            (lambda copy: (copy / "config.json").unlink(), "found none with config.json"),
+            (lambda copy: (copy / "model.safetensors").unlink(), "can't be read as safetensors"),
+        )
+    ):
+        copy = tmp_path / f"copy{number}"
+        shutil.copytree(folder, copy)
+        change(copy)
+        result = revpatch("ledger", "import", copy, run.directory)
+        assert (result.code, result.out) == (2, ""), result
+        assert words in result.err and result.err.count("\n") == 1, result.err
+    assert len(run.ledger.journal.records()) == events
+
+
+def test_no_code_is_run_and_no_other_shape_is_taken(
+    run: MadeUp, folder: Path, tmp_path: Path, revpatch: Callable[..., Any]
+) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Path.touch, (tmp_path / "ran",))
+
+    (folder / "modeling_revpatch.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    import_patch(folder, tmp_path / "new")
+    torch.save({"header": "{}", "tensors": Evil()}, tmp_path / "evil.pt", pickle_module=pickle)
+    write_entry(tmp_path / "deep.pt", patch_tensors(depth=3), {**run.metadata, "phase": "first"})
+    for source, words in ((tmp_path / "evil.pt", "Nothing was executed"), (tmp_path / "deep.pt", "different shape")):
+        result = revpatch("ledger", "import", source, run.directory)
+        assert (result.code, result.out) == (2, ""), result
+        assert words in result.err, result.err
+    (tmp_path / "taken").mkdir()
+    refused = revpatch("ledger", "import", folder, tmp_path / "taken")
+    assert refused.code == 2 and "Nothing was overwritten" in refused.err
+    assert not (tmp_path / "ran").exists()

@@ -1,0 +1,85 @@
+"""The proof of removal holds for a sound patch, and fails when anything at all of it is left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from made_up import MadeUp, patch_tensors
+from torch import nn
+from toy import Toy, save_base
+
+from revpatch.surgery import removal
+from revpatch.surgery.removal import prove_removal
+
+Make = Callable[..., MadeUp]
+
+
+@pytest.fixture
+def run(make_run: Make) -> MadeUp:
+    run = make_run(config=False)
+    run.phase("first", patch_tensors(strength=0), patch_tensors(strength=1.0))
+    return run
+
+
+def test_a_sound_patch_leaves_nothing(run: MadeUp) -> None:
+    report = prove_removal(str(run.directory))
+    assert report.ok
+    assert [check.dtype for check in report.checks] == ["float32"]
+    (check,) = report.checks
+    assert check.untouched == check.off == check.detached
+    assert check.changed > 0.1, "what is compared must be seen to differ at all"
+
+
+def test_it_is_proved_in_the_dtype_of_the_entry_and_in_float32(run: MadeUp) -> None:
+    base = {**run.metadata["base"], "dtype": "bfloat16"}
+    run.phase("second", patch_tensors(strength=0), patch_tensors(strength=1.0), base=base)
+    report = prove_removal(f"{run.directory}@commit")
+    assert report.ok
+    assert [check.dtype for check in report.checks] == ["bfloat16", "float32"]
+    assert report.checks[0].untouched != report.checks[1].untouched
+
+
+def test_another_base_is_reported_and_not_run(run: MadeUp, toy: Toy, tmp_path: Path) -> None:
+    other = save_base(tmp_path / "other", toy.tokenizer, seed=5)
+    report = prove_removal(str(run.directory), str(other))
+    assert not report.ok
+    assert report.checks == []
+    assert report.base_expected == run.metadata["base"]["sha256"] != report.base_found
+
+
+def test_a_patch_that_touches_the_base_is_caught(run: MadeUp, monkeypatch: pytest.MonkeyPatch) -> None:
+    attach = removal.attach
+
+    def careless(model: nn.Module, patch: Any) -> Any:
+        with torch.no_grad():
+            next(model.parameters()).view(-1)[0] += 1e-6
+        return attach(model, patch)
+
+    monkeypatch.setattr(removal, "attach", careless)
+    (check,) = prove_removal(str(run.directory)).checks
+    assert not check.ok
+    assert check.base_before != check.base_after
+
+
+def test_a_gate_that_is_not_off_is_caught(run: MadeUp, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(removal, "set_gate", lambda model, mode: None)
+    (check,) = prove_removal(str(run.directory)).checks
+    assert not check.ok
+    assert check.untouched == check.detached != check.off
+
+
+def test_verify_removal_says_so_and_fails_where_it_fails(
+    run: MadeUp, toy: Toy, tmp_path: Path, revpatch: Callable[..., Any]
+) -> None:
+    done = revpatch("ledger", "verify", run.directory, "--removal")
+    assert done.code == 0, done
+    assert "after detach, logits are the base's to the bit" in done.out
+    assert "can be removed without a trace" in done.out
+    other = save_base(tmp_path / "other", toy.tokenizer, seed=5)
+    failed = revpatch("ledger", "verify", run.directory, "--removal", "--base", other)
+    assert failed.code == 1
+    assert "NOT proved" in failed.out
