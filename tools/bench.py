@@ -36,11 +36,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from revpatch.training.launch import bfloat16_is_slow
 
 ASKED = {
-    "textbook fp32": 5.0,
-    "textbook bf16 autocast": 2.2,
-    "LoRA, replay + KL": 2.0,
-    "LoRA, LM only": 1.3,
-    "full fine-tuning, LM only": 2.0,
+    "textbook-fp32": 5.0,
+    "textbook-bf16": 2.2,
+    "lora-kl": 2.0,
+    "lora-lm": 1.3,
+    "full-lm": 2.0,
 }
 LIMIT = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Largest relative gradient error of ours."""
@@ -139,7 +139,7 @@ def figures_of(
         if name in skipped:
             rows.append(Figure.at_least(f"{name} / ours", limit, None, "times"))
             continue
-        for variant in ("ours", "ours, teacher cached"):
+        for variant in ("ours", "ours-cached"):
             ratios = [theirs / mine for theirs, mine in zip(seconds[name], seconds[variant], strict=True)]
             label = f"{name} / {variant}"
             median = statistics.median(ratios)
@@ -156,8 +156,8 @@ def figures_of(
         compiled = [t / o for t, o in zip(seconds["loss: textbook, compiled"], seconds["loss: ours"], strict=True)]
         rows.append(Figure.plain("loss alone, textbook compiled / ours", statistics.median(compiled), "times"))
     if memory:
-        share = memory["ours"] / memory["textbook fp32"]
-        rows.append(Figure.at_most("peak memory of a step, ours / textbook fp32", 0.2, share, "of it"))
+        share = memory["ours"] / memory["textbook-fp32"]
+        rows.append(Figure.at_most("peak memory of a step, ours / textbook-fp32", 0.2, share, "of it"))
         rows += [Figure.plain(f"peak memory, {name}", value / 2**20, "MiB") for name, value in memory.items()]
     share = statistics.median(flops["ours"] / step / rate for step, rate in zip(ours, seconds["rate"], strict=True))
     rate_name = str(workload.dtype).removeprefix("torch.")
@@ -178,7 +178,7 @@ def figures_of(
 def spread_cost(seconds: dict[str, list[float]], workload: Workload, pool: int, steps: int) -> Figure:
     """The mean step of a phase that begins with an empty cache, relative to one without: each of `pool` blocks is
     computed once, when it is first drawn, and `steps` steps draw `replay` of them each, uniformly."""
-    without, hit = (statistics.median(seconds[name]) for name in ("ours", "ours, teacher cached"))
+    without, hit = (statistics.median(seconds[name]) for name in ("ours", "ours-cached"))
     draws = steps * workload.replay
     misses = pool * (1 - (1 - 1 / pool) ** draws)
     mean = hit + (misses / draws) * (without - hit)
@@ -215,9 +215,9 @@ def main() -> None:
         return
     names = [name for name in PEERS if not (slow and "bf16" in name)]
     if arguments.peers is not None:
-        wanted = {"ours", "ours, teacher cached", *(name.strip() for name in arguments.peers.split(";"))}
+        wanted = {"ours", "ours-cached", *(name.strip() for name in arguments.peers.split(","))}
         if unknown := wanted - PEERS.keys():
-            sys.exit(f"--peers: unknown {sorted(unknown)}; choose from {list(PEERS)}, separated by ';'")
+            sys.exit(f"--peers: unknown {sorted(unknown)}; choose from {', '.join(PEERS)}")
         names = [name for name in names if name in wanted]
     run(arguments, workload, names)
     gc.collect()

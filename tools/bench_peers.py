@@ -201,12 +201,12 @@ class HfTrainer(Peer):
 
 PEERS: dict[str, Callable[[Workload], Peer]] = {
     "ours": Ours,
-    "ours, teacher cached": lambda workload: Ours(workload, cached=True),
-    "textbook fp32": Textbook,
-    "textbook bf16 autocast": lambda workload: Textbook(workload, autocast=True),
-    "LoRA, replay + KL": lambda workload: Lora(workload, replay=True),
-    "LoRA, LM only": lambda workload: Lora(workload, replay=False),
-    "full fine-tuning, LM only": HfTrainer,
+    "ours-cached": lambda workload: Ours(workload, cached=True),
+    "textbook-fp32": Textbook,
+    "textbook-bf16": lambda workload: Textbook(workload, autocast=True),
+    "lora-kl": lambda workload: Lora(workload, replay=True),
+    "lora-lm": lambda workload: Lora(workload, replay=False),
+    "full-lm": HfTrainer,
 }
 
 
