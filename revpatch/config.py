@@ -249,6 +249,8 @@ class ProbesConfig(Section):
 
     every: Positive = 500
     """Optimizer steps between probes."""
+    placement: Literal["rank0", "all"] = "rank0"
+    """Rank 0 measures while the others wait, or every rank measures a share of the blocks: for many ranks."""
     sets: list[ProbeSetConfig] = []
     """The held-out sets."""
 

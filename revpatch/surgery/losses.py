@@ -14,7 +14,7 @@ from revpatch.surgery.held_out import HeldOut, sets_of
 from revpatch.surgery.subject import Entry, Subject
 from revpatch.training.guard import mean_interval
 from revpatch.training.launch import Peers
-from revpatch.training.probe import Measurement
+from revpatch.training.probe import Measurement, put_together
 
 Losses = NDArray[np.float64]
 
@@ -164,21 +164,8 @@ def _report(
 
 
 def _whole(held_out: HeldOut, part: dict[str, Measurement], peers: Peers | None) -> dict[str, Measurement]:
-    """Every rank's share put together, in the order of the blocks."""
-    if peers is None or peers.world == 1:
-        return part
-    parts = peers.gather(part)
-    whole = {}
-    for name, blocks in held_out.blocks.items():
-        losses = np.empty(blocks)
-        shares = [(rank, of[name]) for rank, of in enumerate(parts) if name in of]
-        for rank, share in shares:
-            losses[rank :: peers.world] = share.losses
-        weights = [len(share.losses) / blocks for _, share in shares]
-        gates = sum(w * np.asarray(share.gates) for w, (_, share) in zip(weights, shares, strict=True))
-        squares = sum(w * np.square(share.changes) for w, (_, share) in zip(weights, shares, strict=True))
-        whole[name] = Measurement(losses, np.asarray(gates).tolist(), np.sqrt(squares).tolist())
-    return whole
+    """Every rank's share put together."""
+    return part if peers is None or peers.world == 1 else put_together(peers.gather(part), held_out.blocks)
 
 
 def _perplexity(loss: float) -> float:

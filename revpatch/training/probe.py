@@ -61,7 +61,10 @@ class Prober:
     ) -> None:
         self.base, self.rows = base, rows
         rank, world = share
-        ids = {config.name: _spread(len(shards), config.max_blocks)[rank::world] for config, shards in sets}
+        wanted = {config.name: _spread(len(shards), config.max_blocks) for config, shards in sets}
+        ids = {name: every[rank::world] for name, every in wanted.items()}
+        self.counts = {name: len(every) for name, every in wanted.items()}
+        """Blocks of each set, those of all shares together."""
         self.blocks = {config.name: shards.read(ids[config.name]) for config, shards in sets if len(ids[config.name])}
 
     def measure(self) -> dict[str, Measurement]:
@@ -86,6 +89,26 @@ class Prober:
             return Measurement(torch.cat(losses).cpu().numpy(), [], [])
         mean_gates, mean_changes = (torch.stack(parts).sum(0) / len(blocks) for parts in (gates, changes))
         return Measurement(torch.cat(losses).cpu().numpy(), mean_gates.tolist(), mean_changes.sqrt().tolist())
+
+
+def put_together(parts: list[dict[str, Measurement]], counts: dict[str, int]) -> dict[str, Measurement]:
+    """One measurement of each set from those of the shares of all ranks, in the order of the blocks.
+
+    Args:
+        parts: by rank.
+        counts: `Prober.counts`.
+    """
+    whole = {}
+    for name, blocks in counts.items():
+        losses = np.empty(blocks)
+        shares = [(rank, of[name]) for rank, of in enumerate(parts) if name in of]
+        for rank, share in shares:
+            losses[rank :: len(parts)] = share.losses
+        weights = [len(share.losses) / blocks for _, share in shares]
+        gates = sum(w * np.asarray(share.gates) for w, (_, share) in zip(weights, shares, strict=True))
+        squares = sum(w * np.square(share.changes) for w, (_, share) in zip(weights, shares, strict=True))
+        whole[name] = Measurement(losses, np.asarray(gates).tolist(), np.sqrt(squares).tolist())
+    return whole
 
 
 def _spread(blocks: int, wanted: int | None) -> NDArray[np.int64]:

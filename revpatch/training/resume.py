@@ -24,7 +24,7 @@ OUTPUTS = ("train.log", "ledger", "replay", "snapshot", "tensorboard", CONFIG_NA
 _LOCK_NAME = ".lock"
 
 MAY_CHANGE = (
-    r"output_dir|monitoring\..*|snapshot\..*|ledger\..*|engine\..*|build\..*|teacher\..*|probes\.every",
+    r"output_dir|monitoring\..*|snapshot\..*|ledger\..*|engine\..*|build\..*|teacher\..*|probes\.(every|placement)",
     r"stream\.(on_error|shard_cache|shard_cache_gb|retries)",
     r"base\.(model|compile|activation_checkpointing)|batch\.micro_blocks",  # a base has its sha256
     r"phases\.\d+\.steps",

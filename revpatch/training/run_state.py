@@ -28,7 +28,7 @@ from revpatch.training.lean import make_lean
 from revpatch.training.objective import PatchObjective
 from revpatch.training.phase import Phase
 from revpatch.training.preflight import Plan
-from revpatch.training.probe import Measurement, Prober
+from revpatch.training.probe import Measurement
 from revpatch.training.record import Meter, Record
 from revpatch.training.resume import Standing, check_identity, check_shards, go_back
 from revpatch.training.rollback import restore
@@ -74,9 +74,7 @@ class RunState:
         self.teacher = Teacher(self.base, startup.teacher_cache(config.teacher))
         objective = PatchObjective(self.base, self.patch, self.teacher, config.objective)
         self.engine = make_engine(config, objective, peers)
-        sets = list(zip(config.probes.sets, plan.probes, strict=True))
-        prober = Prober(self.base, sets, rows=2 * config.batch.micro_blocks)
-        self.watch = Watch(config, prober, enabled=peers.rank == 0)
+        self.watch = Watch(config, self.base, plan.probes, peers)
         self.meter = Meter()
         self.quarantine = Quarantine(config.seed)
         self.samples: list[str] = []

@@ -2,35 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from revpatch.config import Config, ProbeSetConfig
+from revpatch.stream.shard_set import ShardSet
 from revpatch.training.guard import Comparison, ProbeSet, compare_all
+from revpatch.training.launch import Peers
 from revpatch.training.phase import Phase
-from revpatch.training.probe import Measurement, Prober
+from revpatch.training.probe import Measurement, Prober, put_together
 
 Sets = dict[str, dict[str, Any]]
 """What the journal keeps of each probe set, by name."""
 
 
 class Watch:
-    """The probes of a run. On ranks other than 0 it measures nothing and everything it returns is empty.
+    """The probes of a run; rank 0 compares. With `probes.placement` "rank0" it measures too, and on the others
+    everything is empty; with "all" every rank measures a share, and all have the whole.
 
     Args:
         config: the run's config.
-        prober: measures the patch that is on the model.
-        enabled: whether this is rank 0.
+        base: the patched base model.
+        shards: of each probe set.
+        peers: the other ranks.
     """
 
-    def __init__(self, config: Config, prober: Prober, enabled: bool) -> None:
-        self.config, self.prober, self.enabled = config, prober, enabled
+    def __init__(self, config: Config, base: nn.Module, shards: Sequence[ShardSet], peers: Peers) -> None:
+        self.config, self.peers = config, peers
+        self.shared = config.probes.placement == "all" and peers.world > 1
+        sets = list(zip(config.probes.sets, shards, strict=True))
+        share = (peers.rank, peers.world) if self.shared else (0, 1)
+        self.prober = Prober(base, sets, 2 * config.batch.micro_blocks, share)
         self.first: dict[str, Measurement] = {}
 
     def measure(self) -> dict[str, Measurement]:
-        """Every set now, by name; the first call is what the base is like."""
-        measured = self.prober.measure() if self.enabled else {}
+        """Every set now, by name; the first call is what the base is like. All ranks take part."""
+        if self.shared:
+            measured = put_together(self.peers.gather(self.prober.measure()), self.prober.counts)
+        else:
+            measured = self.prober.measure() if self.peers.rank == 0 else {}
         self.first = self.first or measured
         return measured
 
@@ -40,7 +53,7 @@ class Watch:
 
     def compare(self, phase: Phase, measured: dict[str, Measurement]) -> list[Comparison]:
         """The sets that this phase guards, against the last good state and the phase's start."""
-        if not self.enabled:
+        if self.peers.rank != 0:
             return []
         guarded = [ProbeSet(s.name, s.tolerance) for s in self.config.probes.sets if self._guards(phase, s)]
         losses, good, start = (
