@@ -7,7 +7,6 @@ shard that is broken, a signal to stop) all of them know before any trains on th
 from __future__ import annotations
 
 import copy
-import hashlib
 import socket
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -160,9 +159,12 @@ class Batches:
         parts = new.chunk(self.accumulation)
         if self.replay is None:
             return [MicroBatch(part) for part in parts]
-        tokens, _ = self.replay.read(self.first_step + step - 1, *self._replayed, self.quarantine)
-        replayed = self._tensor(tokens).chunk(self.accumulation)
-        return [MicroBatch(*pair, [block_key(row) for row in pair[1]]) for pair in zip(parts, replayed, strict=True)]
+        tokens, keys = self.replay.read(self.first_step + step - 1, *self._replayed, self.quarantine)
+        replayed, each = self._tensor(tokens).chunk(self.accumulation), len(keys) // self.accumulation
+        return [
+            MicroBatch(new, again, keys[number * each : (number + 1) * each])
+            for number, (new, again) in enumerate(zip(parts, replayed, strict=True))
+        ]
 
     def _ids(self, step: int, start: int, stop: int) -> NDArray[np.int64]:
         """The new blocks of some lanes at a step of the phase."""
@@ -189,11 +191,6 @@ def _stopping(failures: list[Failure]) -> ValueError:
         return ValueError(words)
     words += ". To train on without such shards: --set stream.on_error=quarantine"
     return ShardError(words, location=first.where, shard=first.shard, digest=first.digest)
-
-
-def block_key(block: Tensor) -> bytes:
-    """What the teacher's cache knows a block by: a hash of its tokens, (time,) int64 on the CPU."""
-    return hashlib.blake2b(block.numpy().data, digest_size=16).digest()
 
 
 def _part(blocks: int, peers: Peers) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -39,7 +39,7 @@ class MicroBatch(NamedTuple):
     """(n, time) int64."""
     replay: Tensor | None = None
     """(r, time) int64; None when nothing is rehearsed."""
-    keys: list[bytes] | None = None
+    keys: Sequence[Hashable] | None = None
     """Of the replayed blocks, the same for the same tokens alone: what the teacher's cache knows them by."""
 
 

@@ -12,7 +12,7 @@ parameters, the frozen base hangs beside them, unregistered, so that no engine b
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -58,7 +58,7 @@ class PatchObjective(nn.Module):
         self.config = config
         self.initial_log_scale = math.log(patch.config.init_scale)
 
-    def forward(self, new: Tensor, replay: Tensor | None = None, keys: Sequence[bytes] | None = None) -> StepOutput:
+    def forward(self, new: Tensor, replay: Tensor | None = None, keys: Sequence[Hashable] | None = None) -> StepOutput:
         """The objective.
 
         Args:

@@ -10,7 +10,7 @@ was stopped and goes on has an empty cache, and ends with the same bits.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -55,7 +55,7 @@ class Teacher:
             self.cache.clear()
 
     @torch.no_grad()
-    def hidden(self, tokens: Tensor, keep_stats: bool = False, keys: Sequence[bytes] | None = None) -> TeacherOutput:
+    def hidden(self, tokens: Tensor, keep_stats: bool = False, keys: Sequence[Hashable] | None = None) -> TeacherOutput:
         """The teacher's states.
 
         Args:

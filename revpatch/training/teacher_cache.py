@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,13 +38,13 @@ class TeacherCache:
     hits: int = 0
     """Blocks that were found, since the last `take_rate`."""
     misses: int = 0
-    _kept: dict[bytes, States] = field(default_factory=dict)
-    _spilt: dict[bytes, Path] = field(default_factory=dict)
+    _kept: dict[Hashable, States] = field(default_factory=dict)
+    _spilt: dict[Hashable, Path] = field(default_factory=dict)
     _bytes: int = 0
     _spilt_bytes: int = 0
     _folder: Path | None = None
 
-    def get(self, key: bytes, device: torch.device) -> States | None:
+    def get(self, key: Hashable, device: torch.device) -> States | None:
         """The states of a block on `device`, bit for bit as they were put; None if they are not kept."""
         if (kept := self._kept.get(key)) is None and (path := self._spilt.get(key)) is not None:
             kept = tuple(torch.load(path, weights_only=True))
@@ -52,7 +52,7 @@ class TeacherCache:
         self.misses += kept is None
         return None if kept is None else tuple(tensor.to(device, non_blocking=True) for tensor in kept)
 
-    def put(self, key: bytes, states: Sequence[Tensor]) -> None:
+    def put(self, key: Hashable, states: Sequence[Tensor]) -> None:
         """Keeps a copy of a block's states where there is room.
 
         Raises OSError if the disk is full.
@@ -62,7 +62,7 @@ class TeacherCache:
             self._kept[key] = tuple(_to_host(tensor) for tensor in states)
             self._bytes += size
         elif self.spill is not None and self._spilt_bytes + size <= self.spill_budget:
-            self._spilt[key] = path = self._spill_folder() / key.hex()
+            self._spilt[key] = path = self._spill_folder() / str(len(self._spilt))
             try:
                 torch.save([tensor.cpu().clone() for tensor in states], path)
             except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError when the disk is full

@@ -20,7 +20,7 @@ from revpatch.training.teacher_cache import TeacherCache
 
 CPU = torch.device("cpu")
 TOKENS = torch.arange(6 * 8).view(6, 8) % 50
-KEYS = [bytes([number]) * 16 for number in range(6)]
+KEYS = [("a set", number) for number in range(6)]
 STATES = 8 * 32 * 4
 """Bytes of one block's states."""
 

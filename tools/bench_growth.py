@@ -1,0 +1,156 @@
+"""How the cost of a step grows: with the length of a block, with the batch, and with what there is to rehearse.
+
+    python tools/bench_growth.py [--shape gpt2|demo] [--json FILE] [--plot docs/growth.png]
+
+Time: full steps of ours (new blocks, half as many replayed, teacher, optimizer) for blocks of 256 to 1024 tokens and 1
+to 16 new blocks; the faster of two, after one that counts for nothing. Memory: in a process of its own each, a replay
+set of 10² to 10⁵ blocks of 128 tokens, 200 steps that draw 16 blocks from it and show them to a teacher of the demo's
+shape whose cache may hold 32 MB: the highest resident size, less that of the interpreter with its libraries.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from bench import resident
+from bench_peers import Ours
+from bench_workload import SHAPES, Workload
+from figures import Figure, machine, show
+
+from revpatch.patch.patched_model import attach
+from revpatch.stream.manifest import MANIFEST_VERSION, Manifest, TokenizerInfo
+from revpatch.stream.replay import ReplayMixture
+from revpatch.stream.shard_set import ShardSet
+from revpatch.stream.tars import ShardWriter
+from revpatch.training.launch import bfloat16_is_slow
+from revpatch.training.teacher import Teacher
+from revpatch.training.teacher_cache import TeacherCache
+
+LENGTHS, BATCHES, REPLAYS = (256, 512, 1024), (1, 2, 4, 8, 16), (10**2, 10**3, 10**4, 10**5)
+REPLAY_BLOCK, REPLAY_STEPS, REPLAY_ROWS, CACHE_BYTES = 128, 200, 16, 32 * 10**6
+
+
+def seconds_of(shape: str, length: int, batch: int) -> float:
+    dtype = torch.float32 if bfloat16_is_slow() else torch.bfloat16
+    ours = Ours(Workload(shape, batch, max(1, batch // 2), min(length, SHAPES[shape]["n_positions"]), dtype))
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        ours.step()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def write_set(folder: Path, blocks: int) -> None:
+    """A set of shards of random blocks."""
+    folder.mkdir()
+    writer = ShardWriter(folder, "uint16", 10_000)
+    generator = np.random.default_rng(0)
+    for start in range(0, blocks, 10_000):
+        count = min(10_000, blocks - start)
+        writer.write(generator.integers(4096, size=(count, REPLAY_BLOCK), dtype=np.uint16))
+    manifest = Manifest(
+        version=MANIFEST_VERSION,
+        split="all",
+        block_size=REPLAY_BLOCK,
+        dtype="uint16",
+        documents=1,
+        empty_documents=0,
+        tokens=blocks * REPLAY_BLOCK,
+        dropped_tokens=0,
+        blocks=blocks,
+        shards=writer.close(),
+        tokenizer=TokenizerInfo("random", "0" * 64, 4096, 0),
+        sources=("random",),
+        text_column="text",
+        holdout=0.0,
+        max_tokens=None,
+        licence=None,
+        note=None,
+    )
+    manifest.write(folder)
+
+
+def print_replay_memory(folder: Path) -> None:
+    """Rehearses from the set, in this process, and prints the peak."""
+    before = resident("VmRSS")
+    workload = Workload("demo", 1, 1, REPLAY_BLOCK, torch.float32)
+    base = workload.model().eval().requires_grad_(False)
+    cache = TeacherCache(CACHE_BYTES)
+    teacher = Teacher(base, cache)
+    teacher.follow(attach(base, workload.sidecar))
+    mixture = ReplayMixture([ShardSet(folder)], REPLAY_ROWS, seed=0)
+    for step in range(REPLAY_STEPS):
+        tokens, keys = mixture.read(step)
+        teacher.hidden(torch.from_numpy(tokens), keys=keys)
+    print(resident("VmHWM") - before, cache.take_rate())
+
+
+def memory_with(blocks: int, folder: Path) -> tuple[float, float]:
+    """Peak bytes and the cache's hit rate with a replay set of so many blocks."""
+    write_set(folder / f"{blocks}", blocks)
+    command = [sys.executable, __file__, "--replay-memory", str(folder / f"{blocks}")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    peak, rate = done.stdout.split()
+    return float(peak), float(rate)
+
+
+def plot(times: dict[tuple[int, int], float], memory: dict[int, float], shape: str, file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), dpi=110)
+    for length in LENGTHS:
+        points = [(batch, times[length, batch]) for batch in BATCHES if (length, batch) in times]
+        left.plot(*zip(*points, strict=True), marker="o", label=f"{length} tokens a block")
+    left.set(xscale="log", yscale="log", xlabel="new blocks a step", ylabel="seconds a step", title=f"{shape} shape")
+    left.set_xticks(BATCHES, [str(batch) for batch in BATCHES])
+    left.legend()
+    right.plot(list(memory), [value / 2**20 for value in memory.values()], marker="o")
+    right.set(xscale="log", xlabel="blocks to rehearse", ylabel="peak memory, MiB", title="rehearsing, demo shape")
+    right.set_ylim(bottom=0)
+    figure.tight_layout()
+    figure.savefig(file)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="gpt2")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--most-tokens", type=int, default=16384, help="leave out batches of more new tokens")
+    parser.add_argument("--replay-memory", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.replay_memory is not None:
+        print_replay_memory(arguments.replay_memory)
+        return
+    times = {
+        (length, batch): seconds_of(arguments.shape, length, batch)
+        for length in LENGTHS
+        if length <= SHAPES[arguments.shape]["n_positions"]
+        for batch in BATCHES
+        if length * batch <= arguments.most_tokens
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        memory = {blocks: memory_with(blocks, Path(folder)) for blocks in REPLAYS}
+    rows = [Figure.plain(f"step, {b} new blocks of {n} tokens", value, "s") for (n, b), value in times.items()]
+    rows += [Figure.plain(f"peak memory, {n} blocks to rehearse", m / 2**20, "MiB") for n, (m, _) in memory.items()]
+    rows += [Figure.plain(f"teacher's cache, {n} blocks to rehearse", rate, "found") for n, (_, rate) in memory.items()]
+    growth = memory[REPLAYS[-1]][0] / memory[REPLAYS[1]][0]
+    rows.append(Figure.at_most("peak memory, 10⁵ blocks to rehearse / 10³", 1.1, growth, "times"))
+    show(f"{arguments.shape} shape\n{machine()}", rows, arguments.json)
+    if arguments.plot is not None:
+        plot(times, {blocks: peak for blocks, (peak, _) in memory.items()}, arguments.shape, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()
