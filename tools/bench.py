@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from bench_loss import LOSSES, loss_errors
@@ -91,9 +92,26 @@ def measure(steps: dict[str, Callable[[], object]], rounds: int, dtype: torch.dt
     return found
 
 
+def _attention(query: list[int], key: list[int], value: list[int], *_: Any, **__: Any) -> int:
+    """Both products of causal attention, over half of the matrix; shapes (batch, heads, time, width)."""
+    batch, heads, time_q, width = query
+    return 2 * batch * heads * time_q * key[-2] * (width + value[-1]) // 2
+
+
+def _attention_backward(
+    _: list[int], query: list[int], key: list[int], value: list[int], *__: object, **___: object
+) -> int:
+    """Five products for the forward pass's two."""
+    return _attention(query, key, value) * 5 // 2
+
+
 def flops_of(peer: Peer) -> int:
-    """Counted operations of one step's matrix products and attention."""
-    with FlopCounterMode(display=False) as counter:
+    """Counted operations of one step's matrix products and attention, which torch doesn't count on CPUs."""
+    cpu = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    }
+    with FlopCounterMode(display=False, custom_mapping=cpu) as counter:
         peer.step()
     return int(counter.get_total_flops())
 

@@ -1,6 +1,6 @@
 """Measures how fast corpora become shards, against the bare tokenizer on the same text.
 
-    python tools/bench_data.py [--megabytes 24] [--rounds 3] [--json FILE]
+    python tools/bench_data.py [--megabytes 48] [--rounds 3] [--json FILE]
 
 The text is the bundled documents, repeated with their words varied, as one JSONL file. Tokenizers: the demo base's,
 and a byte-level BPE of up to 50,000 tokens trained here on that text. Rounds are interleaved, so that what else the
@@ -18,7 +18,6 @@ import gzip
 import json
 import multiprocessing
 import os
-import platform
 import random
 import shutil
 import statistics
@@ -26,8 +25,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
+from figures import Figure, machine, show
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from revpatch.stream.build import build_shards
@@ -145,62 +144,40 @@ def measure(source: Path, texts: list[str], tokenizer: LightTokenizer, rounds: i
     return {name: statistics.median(values) for name, values in speeds.items()}
 
 
-def figures_of(vocabulary: int, speeds: dict[str, float]) -> list[dict[str, Any]]:
-    """The speeds and their ratios, in the form that --json writes."""
-    figures: list[dict[str, Any]] = [
-        {
-            "name": f"{name}, {vocabulary} ids",
-            "asked": None,
-            "measured": round(speed),
-            "unit": "tokens/s",
-            "holds": None,
-        }
-        for name, speed in speeds.items()
-    ]
+def figures_of(vocabulary: int, speeds: dict[str, float]) -> list[Figure]:
+    """The speeds and their ratios."""
     one = speeds["building, 1 worker"]
     ratios = (one / speeds["bare tokenizer"], speeds["building, 2 workers"] / one)
-    for (name, asked), ratio in zip(ASKED.items(), ratios, strict=True):
-        figures.append(
-            {
-                "name": f"{name}, {vocabulary} ids",
-                "asked": f">= {asked}",
-                "measured": round(ratio, 3),
-                "unit": "ratio",
-                "holds": ratio >= asked,
-            }
-        )
-    return figures
+    return [
+        *(Figure.plain(f"{name}, {vocabulary} ids", speed, "tokens/s") for name, speed in speeds.items()),
+        *(
+            Figure.at_least(f"{name}, {vocabulary} ids", asked, ratio, "times")
+            for (name, asked), ratio in zip(ASKED.items(), ratios, strict=True)
+        ),
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=float, default=24)
+    parser.add_argument("--megabytes", type=float, default=48)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     texts = varied_texts(arguments.megabytes)
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
-    print(
+    title = (
         f"{len(texts)} documents, {megabytes:.1f} MB of text as JSONL, blocks of {BLOCK_SIZE}; medians of "
-        f"{arguments.rounds} interleaved rounds; {len(os.sched_getaffinity(0))} CPUs, {platform.machine()}, "
-        f"Python {platform.python_version()}; load {os.getloadavg()[0]:.1f} at the start",
-        flush=True,
+        f"{arguments.rounds} interleaved rounds; load {os.getloadavg()[0]:.1f} at the start\n{machine('tokenizers')}"
     )
     demo = LightTokenizer("demo_base", Tokenizer.from_file(str(ROOT / "shards/demo_base/tokenizer.json")))
-    figures: list[dict[str, Any]] = []
+    figures: list[Figure] = []
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "bench.jsonl"
         source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
         for tokenizer in (demo, train_tokenizer(texts, 50_000)):
-            new = figures_of(len(tokenizer), measure(source, texts, tokenizer, arguments.rounds))
-            figures += new
-            for figure in new:
-                holds = {None: "", True: "holds", False: "DOES NOT HOLD"}[figure["holds"]]
-                measured = f"{figure['measured']:>12,} {figure['unit']:9}"
-                print(f"{figure['name']:52} {measured} {figure['asked'] or '':8} {holds}", flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"figures": figures}, indent=2) + "\n", encoding="utf-8")
+            figures += figures_of(len(tokenizer), measure(source, texts, tokenizer, arguments.rounds))
+    show(title, figures, arguments.json)
 
 
 if __name__ == "__main__":

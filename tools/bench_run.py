@@ -14,17 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from figures import Figure, machine, show
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from revpatch.training.launch import bfloat16_is_slow
@@ -64,7 +61,7 @@ def train(run: Path, steps: int) -> None:
         raise RuntimeError(f"the run failed:\n{done.stdout}{done.stderr}")
 
 
-def figures_of(run: Path) -> list[dict[str, Any]]:
+def figures_of(run: Path) -> list[Figure]:
     """The shares, from the run's TensorBoard files."""
     events = EventAccumulator(str(run / "tensorboard")).Reload()
     seconds = {
@@ -76,21 +73,10 @@ def figures_of(run: Path) -> list[dict[str, Any]]:
     snapshot = statistics.median(seconds["snapshot"]) / step
     worst = max(seconds["snapshot"]) / step
     return [
-        {"name": "median step", "asked": "", "measured": round(1000 * step, 1), "unit": "ms", "holds": True},
-        *(
-            {
-                "name": name,
-                "asked": f"<= {limit}",
-                "measured": round(share, 6),
-                "unit": "of a step",
-                "holds": share <= limit,
-            }
-            for name, share, limit in (
-                ("waiting for data, mean", waiting, 0.01),
-                ("standing still for a snapshot, median", snapshot, 0.05),
-                ("standing still for a snapshot, longest", worst, 0.05),
-            )
-        ),
+        Figure.plain("median step", 1000 * step, "ms"),
+        Figure.at_most("waiting for data, mean", 0.01, waiting, "of a step"),
+        Figure.at_most("standing still for a snapshot, median", 0.05, snapshot, "of a step"),
+        Figure.at_most("standing still for a snapshot, longest", 0.05, worst, "of a step"),
     ]
 
 
@@ -102,15 +88,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         train(Path(folder) / "run", arguments.steps)
         rows = figures_of(Path(folder) / "run")
-    table = Table(title=f"a step of the demo's size; {os.cpu_count()} cores, python {platform.python_version()}")
-    for column in ("figure", "asked", "measured", "unit", "holds"):
-        table.add_column(column)
-    for row in rows:
-        table.add_row(row["name"], row["asked"], str(row["measured"]), row["unit"], "yes" if row["holds"] else "NO")
-    Console().print(table)
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"figures": rows}, indent=2) + "\n", encoding="utf-8")
-    sys.exit(0 if all(row["holds"] for row in rows) else 1)
+    show(f"a step of the demo's size\n{machine('deepspeed')}", rows, arguments.json)
+    sys.exit(0 if all(row.holds for row in rows) else 1)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ Prints a table and exits with 1 if a figure does not hold.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -32,8 +31,7 @@ from typing import Any
 
 import numpy as np
 import webdataset
-from rich.console import Console
-from rich.table import Table
+from figures import Figure, machine, show
 
 from revpatch.stream.lanes import Lanes
 from revpatch.stream.manifest import MANIFEST_VERSION, Manifest, TokenizerInfo
@@ -43,10 +41,6 @@ from revpatch.stream.tars import ShardWriter
 
 LANES, WINDOW, SHARDS = 32, 8192, 12
 WINDOWS = (1, 64, 1024, 8192)
-
-
-def figure(name: str, asked: str, measured: float | str, unit: str, holds: bool) -> dict[str, Any]:
-    return {"name": name, "asked": asked, "measured": measured, "unit": unit, "holds": holds}
 
 
 def write_set(folder: Path, blocks: int, block_size: int) -> Manifest:
@@ -105,7 +99,7 @@ def read_sequential(folder: Path, manifest: Manifest) -> None:
             shards.read(np.arange(start, start + LANES))
 
 
-def speed(folder: Path, manifest: Manifest, rounds: int) -> list[dict[str, Any]]:
+def speed(folder: Path, manifest: Manifest, rounds: int) -> list[Figure]:
     """Blocks/s over those of a bare loop; each round measures all, so that a busy machine is busy for all."""
     lanes = Lanes(manifest, LANES, 0, WINDOW, repeat=False)
     ways = {
@@ -121,11 +115,11 @@ def speed(folder: Path, manifest: Manifest, rounds: int) -> list[dict[str, Any]]
         ratio = statistics.median(measured["bare"] / measured[way] for measured in times)
         rate = manifest.blocks / statistics.median(measured[way] for measured in times)
         name = f"blocks/s, {manifest.block_size} tokens, {way} ({rate:,.0f}) / bare webdataset"
-        rows.append(figure(name, ">= 0.9", round(ratio, 2), "ratio", ratio >= 0.9))
+        rows.append(Figure(name, ">= 0.9", round(ratio, 2), "ratio", ratio >= 0.9))
     return rows
 
 
-def seek(folder: Path, manifest: Manifest, rounds: int) -> list[dict[str, Any]]:
+def seek(folder: Path, manifest: Manifest, rounds: int) -> list[Figure]:
     """Milliseconds to the first batch of a fresh order, at three places."""
     last = Lanes(manifest, LANES, 0, WINDOW, repeat=False).steps_per_epoch() - 1
     steps = {"step 0": 0, "the middle": last // 2, "the end": last}
@@ -146,7 +140,7 @@ def seek(folder: Path, manifest: Manifest, rounds: int) -> list[dict[str, Any]]:
             for place, median in medians.items():
                 ratio = median / medians["step 0"]
                 asked = "<= 2 × step 0" if place != "step 0" else "the measure"
-                rows.append(figure(f"first batch at {place}, {kind}", asked, round(1000 * median, 2), "ms", ratio <= 2))
+                rows.append(Figure(f"first batch at {place}, {kind}", asked, round(1000 * median, 2), "ms", ratio <= 2))
     return rows
 
 
@@ -162,7 +156,7 @@ class _CountingHandler(SimpleHTTPRequestHandler):
         pass
 
 
-def fetched(folder: Path, manifest: Manifest, cache: Path) -> list[dict[str, Any]]:
+def fetched(folder: Path, manifest: Manifest, cache: Path) -> list[Figure]:
     """Shards fetched for the first batch in the middle, by a rank that has 4 of the lanes."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_CountingHandler, directory=str(folder)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -172,10 +166,10 @@ def fetched(folder: Path, manifest: Manifest, cache: Path) -> list[dict[str, Any
     server.shutdown()
     count = sum(path.endswith(".tar") for path in _requests)
     name = f"shards of {len(manifest.shards)} fetched to start 4 lanes in the middle, over http"
-    return [figure(name, "<= 4", count, "shards", count <= 4)]
+    return [Figure(name, "<= 4", count, "shards", count <= 4)]
 
 
-def shuffling(manifest: Manifest) -> list[dict[str, Any]]:
+def shuffling(manifest: Manifest) -> list[Figure]:
     """Positions within batches, against a random permutation of all blocks; the smallest window that is as good."""
     rows, good = [], None
     random = np.random.default_rng(0).permutation(manifest.blocks)
@@ -189,12 +183,12 @@ def shuffling(manifest: Manifest) -> list[dict[str, Any]]:
             good = window
         holds = within >= 0.95 or window < WINDOW
         asked = ">= 0.95" if window >= WINDOW else "to compare"
-        rows.append(figure(f"spread within a batch / random, window {window}", asked, round(within, 3), "ratio", holds))
+        rows.append(Figure(f"spread within a batch / random, window {window}", asked, round(within, 3), "ratio", holds))
         rows.append(
-            figure(f"variance of batch means / random, window {window}", "to compare", round(means, 2), "ratio", True)
+            Figure(f"variance of batch means / random, window {window}", "to compare", round(means, 2), "ratio", True)
         )
         rows.append(
-            figure(
+            Figure(
                 f"a lane's distance to its next block / random, window {window}",
                 "to compare",
                 round(step, 3),
@@ -203,7 +197,7 @@ def shuffling(manifest: Manifest) -> list[dict[str, Any]]:
             )
         )
     rows.append(
-        figure("smallest window with a spread >= 0.95", f"<= {WINDOW}", good or "none", "blocks", good is not None)
+        Figure("smallest window with a spread >= 0.95", f"<= {WINDOW}", good or "none", "blocks", good is not None)
     )
     return rows
 
@@ -226,15 +220,8 @@ def main() -> None:
         rows += seek(wide, manifests[wide], args.rounds)
         rows += fetched(narrow, manifests[narrow], Path(name) / "cache")
         rows += shuffling(manifests[narrow])
-    table = Table("figure", "asked", "measured", "unit", "holds")
-    for row in rows:
-        table.add_row(
-            *(str(row[key]) for key in ("name", "asked", "measured", "unit")), "yes" if row["holds"] else "NO"
-        )
-    Console(width=130).print(table)
-    if args.json:
-        args.json.write_text(json.dumps({"figures": rows}, indent=1) + "\n", encoding="utf-8")
-    sys.exit(not all(row["holds"] for row in rows))
+    show(f"{args.blocks} blocks\n{machine('webdataset')}", rows, args.json)
+    sys.exit(not all(row.holds for row in rows))
 
 
 if __name__ == "__main__":

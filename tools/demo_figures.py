@@ -9,23 +9,16 @@ ranks on 2 cores, without set-up and start-up.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from figures import Figure, show
 
 from revpatch.ledger.history import Ledger, effective
 
 
-def figure(name: str, asked: str, measured: float | str, unit: str, holds: bool) -> dict[str, Any]:
-    return {"name": name, "asked": asked, "measured": measured, "unit": unit, "holds": holds}
-
-
-def figures_of(run: Path, again: Path | None) -> list[dict[str, Any]]:
+def figures_of(run: Path, again: Path | None) -> list[Figure]:
     """The figures of a demo run, and of a second one with the same seed."""
     ledger = Ledger(run / "ledger", readonly=True)
     events = effective(ledger.journal.records())
@@ -38,38 +31,38 @@ def figures_of(run: Path, again: Path | None) -> list[dict[str, Any]]:
     since_base = max(sets["sotu"]["loss"] - sets["sotu"]["base"] for sets in commits.values())
     worse = max(values["loss"] - values["before"] for values in scrambled.values())
     rows = [
-        figure("training time", "<= 300", round(seconds, 1), "s", seconds <= 300),
-        figure("jargon learned in phase 1", ">= 0.9", round(learned, 4), "nats/token", learned >= 0.9),
+        Figure("training time", "<= 300", round(seconds, 1), "s", seconds <= 300),
+        Figure("jargon learned in phase 1", ">= 0.9", round(learned, 4), "nats/token", learned >= 0.9),
         *(
-            figure(f"sotu rise at the commit of {phase}", "<= 0.03", round(rise, 4), "nats/token", rise <= 0.03)
+            Figure(f"sotu rise at the commit of {phase}", "<= 0.03", round(rise, 4), "nats/token", rise <= 0.03)
             for phase, rise in rises.items()
         ),
-        figure(
+        Figure(
             "sotu rise since the base, worst commit", "<= 0.03", round(since_base, 4), "nats/token", since_base <= 0.03
         ),
-        figure(
+        Figure(
             "gate on sotu after phase 1",
             "<= 0.25",
             round(jargon["sotu"]["gate"], 4),
             "",
             jargon["sotu"]["gate"] <= 0.25,
         ),
-        figure(
+        Figure(
             "gate on jargon after phase 1",
             ">= 0.8",
             round(jargon["jargon"]["gate"], 4),
             "",
             jargon["jargon"]["gate"] >= 0.8,
         ),
-        figure("rollbacks of the scrambled phase", ">= 1", len(rollbacks), "", len(rollbacks) >= 1),
-        figure("worst probe after the scrambled phase", "<= 0", round(worse, 4), "nats/token", worse <= 0),
+        Figure("rollbacks of the scrambled phase", ">= 1", len(rollbacks), "", len(rollbacks) >= 1),
+        Figure("worst probe after the scrambled phase", "<= 0", round(worse, 4), "nats/token", worse <= 0),
     ]
     if again is not None:
         ours, theirs = (
             [entry.sha256 for entry in Ledger(folder / "ledger", readonly=True).entries() if entry.kind == "commit"]
             for folder in (run, again)
         )
-        rows.append(figure("commits of two runs with one seed", "same sha256", ours[-1][:16], "", ours == theirs))
+        rows.append(Figure("commits of two runs with one seed", "same sha256", ours[-1][:16], "", ours == theirs))
     return rows
 
 
@@ -80,15 +73,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     rows = figures_of(args.run, args.again)
-    table = Table("figure", "asked", "measured", "unit", "holds")
-    for row in rows:
-        table.add_row(
-            *(str(row[key]) for key in ("name", "asked", "measured", "unit")), "yes" if row["holds"] else "NO"
-        )
-    Console(width=110).print(table)
-    if args.json:
-        args.json.write_text(json.dumps({"figures": rows}, indent=1) + "\n", encoding="utf-8")
-    sys.exit(not all(row["holds"] for row in rows))
+    show(f"the demo in {args.run}", rows, args.json)
+    sys.exit(not all(row.holds for row in rows))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Figures of a measurement, as every tool here prints them and writes them with --json."""
+"""Figures of a measurement, as every tool here prints them and writes them with --json.
+
+Imports no torch: worker processes of a measurement import what its script does.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,11 @@ import json
 import os
 import platform
 import re
+import sys
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -22,7 +25,7 @@ class Figure:
 
     name: str
     asked: str
-    measured: float | None
+    measured: float | str | None
     unit: str
     holds: bool
 
@@ -51,7 +54,9 @@ def machine(*packages: str) -> str:
         sets = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {name} " in text]
         model = f"{found[1] if found else model} ({', '.join(sets)})"
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", *packages))
-    threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    threads = f"{os.cpu_count()} cores"
+    if (torch := sys.modules.get("torch")) is not None:
+        threads += f", {torch.get_num_threads()} threads"
     return f"{model}, {threads}; python {platform.python_version()}, {versions}"
 
 
@@ -61,7 +66,8 @@ def show(title: str, rows: list[Figure], file: Path | None) -> None:
     for column in ("figure", "asked", "measured", "unit", "holds"):
         table.add_column(column)
     for row in rows:
-        measured = "not measured" if row.measured is None else f"{row.measured:,g}"
+        measured = "not measured" if row.measured is None else row.measured
+        measured = measured if isinstance(measured, str) else f"{measured:,g}"
         table.add_row(row.name, row.asked, measured, row.unit, "yes" if row.holds else "NO")
     Console(width=None if os.isatty(1) else 120).print(table)
     if file is not None:
