@@ -44,7 +44,7 @@ def scan(data: bytes) -> Scan:
     *lines, found.torn = data.split(b"\n")
     seq, previous = 0, GENESIS
     for number, line in enumerate(lines, start=1):
-        record = _parsed(line)
+        record, digest = _parsed(line), sha256_of(line)
         if record is None:
             found.problems.append(f"line {number} is not an event ({line[:40]!r}...): it was damaged or edited")
         else:
@@ -58,9 +58,9 @@ def scan(data: bytes) -> Scan:
                     f"line {max(number - 1, 1)} was edited, or lines were removed, added or reordered"
                 )
             found.records.append(record)
-            found.digests.append(sha256_of(line))
+            found.digests.append(digest)
             seq = record["seq"]
-        seq, previous = seq + 1, sha256_of(line)
+        seq, previous = seq + 1, digest
     return found
 
 
@@ -173,7 +173,7 @@ class Journal:
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
     try:
-        record = json.loads(line)
+        record = json.loads(line.decode())
     except (ValueError, RecursionError):
         return None
     if not isinstance(record, dict) or not all(name in record for name in EVENT_FIELDS):

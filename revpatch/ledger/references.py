@@ -12,12 +12,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from revpatch.ledger.entry import KINDS, SUFFIXES, EntryError, read_entry
 from revpatch.ledger.history import JOURNAL_NAME, Ledger, Recorded
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 HEAD = "head"
 _COUNTED = re.compile(rf"({'|'.join((*KINDS, HEAD))})(?:~(\d+))?")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import re
 import shutil
 from dataclasses import dataclass, field
@@ -15,13 +14,13 @@ from revpatch.config_file import dump_config, load_config
 from revpatch.ledger.durable import write_atomically
 from revpatch.ledger.history import JOURNAL_NAME, Ledger
 from revpatch.ledger.journal import Journal
+from revpatch.ledger.run_lock import LOCK_NAME, lock_run
 from revpatch.monitoring.terminal import log_to
 from revpatch.training.snapshot import Snapshot, newest_snapshot
 
 CONFIG_NAME = "config.yaml"
 OUTPUTS = ("train.log", "ledger", "replay", "snapshot", "tensorboard", CONFIG_NAME)
 """What a run writes into its folder. The config comes first and goes last: it is what makes the folder a run's."""
-_LOCK_NAME = ".lock"
 
 MAY_CHANGE = (
     r"output_dir|monitoring\..*|snapshot\..*|ledger\..*|engine\..*|build\..*|probes\.every",
@@ -188,20 +187,16 @@ def _check_history(standing: Standing) -> None:
 
 
 def _lock(directory: Path, named: str) -> Any:
-    file = (directory / _LOCK_NAME).open("a")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
+    if (file := lock_run(directory)) is None:
         raise ConfigError(
             f"{named}: another process is training in this folder: wait for it, stop it, or choose another folder"
-        ) from None
+        )
     return file
 
 
 def _holds_anything(directory: Path) -> bool:
     """Whether there is more than what a run leaves that was killed before its config was written."""
-    ours = (_LOCK_NAME, f".{CONFIG_NAME}.*.tmp")
+    ours = (LOCK_NAME, f".{CONFIG_NAME}.*.tmp")
     return not all(any(fnmatch(path.name, name) for name in ours) for path in directory.iterdir())
 
 

@@ -15,12 +15,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from revpatch.ledger.audit import log_rows, verify
+from revpatch.ledger.audit import verify
 from revpatch.ledger.durable import sha256_of
 from revpatch.ledger.entry import EntryError, read_entry, write_entry
 from revpatch.ledger.history import Ledger, effective
 from revpatch.ledger.journal import Journal, JournalError
-from revpatch.ledger.show import print_log, print_verify
+from revpatch.ledger.log import log_rows
+from revpatch.ledger.show import print_log, print_verdict
 
 SETS = {"base": {"loss": 3.42, "reference": 3.40, "rise": 0.02, "tolerance": 0.03, "low": 0.01, "high": 0.03}}
 
@@ -354,8 +355,11 @@ def test_the_printed_log(tmp_path, width):
         assert piece in lines[commit]
     assert lines[commit + 1 : commit + 3] == ["    000_wikitext_commit.pt", "    base 3.420 (+0.020 / 0.03)"]
     assert any("base rose by 0.1 nats" in line for line in lines)
-    assert lines[-2].endswith("[red]imdb[/red]  probe")
-    assert lines[-1] == "     bad 3.500 (+0.100 / 0.03)"
+    assert lines[-4].endswith("[red]imdb[/red]  probe")
+    assert lines[-3] == "     bad 3.500 (+0.100 / 0.03)"
+    assert lines[-2].startswith("9 entries kept")
+    assert "newest 001_imdb_good_step000000100.pt; newest commit 000_wikitext_commit.pt" in lines[-2]
+    assert lines[-1] == f"head of the journal: {ledger.journal.head}"
 
 
 def test_a_rise_above_tolerance_stands_out(tmp_path):
@@ -372,11 +376,12 @@ def test_a_rise_above_tolerance_stands_out(tmp_path):
 def test_the_printed_verdict(tmp_path):
     run, _ = a_run(tmp_path)
     text = io.StringIO()
-    assert print_verify(run, Console(file=text, width=200)) is True
-    assert "11 events, 9 entries" in text.getvalue()
+    print_verdict(verify(run), Console(file=text, width=200))
+    assert "✓ the chain holds and every file is as recorded: 11 events, 9 entries" in text.getvalue()
     (run / "ledger" / "000_wikitext_commit.pt").unlink()
     text = io.StringIO()
-    assert print_verify(run, Console(file=text, width=200)) is False
+    print_verdict(verify(run), Console(file=text, width=200))
+    assert "✓" not in text.getvalue()
     assert "000_wikitext_commit.pt: is missing (journal line 9)" in text.getvalue()
     assert "backup" in text.getvalue()
 
