@@ -1,4 +1,4 @@
-"""`revpatch ledger ...`: a run's history, read and worked on."""
+"""`revpatch ledger log | verify | show | diff | restore | prune`: a run's history, read and worked on."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from revpatch.monitoring.terminal import console, say
 app = typer.Typer(no_args_is_help=True)
 
 RunArgument = Annotated[Path, typer.Argument(help="Folder of the run.")]
+_REFERENCE = typer.Argument(metavar="REF", help="A patch file, a run (its newest commit), or RUN@ENTRY.")
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document instead of text.")]
 
 
@@ -75,3 +76,71 @@ def ledger_verify(
         print_verdict(report, console)
     if not report.ok:
         raise typer.Exit(1)
+
+
+@app.command("show")
+def ledger_show(reference: Annotated[str, _REFERENCE], as_json: JsonOption = False) -> None:
+    """Say what a patch is: where it comes from, its held-out losses, and each layer's norm, gate and scale."""
+    from revpatch.ledger.inspection import inspect
+    from revpatch.ledger.show_patch import print_patch
+
+    facts = inspect(reference)
+    if as_json:
+        _print_json(facts.as_fields())
+    else:
+        print_patch(facts, console)
+
+
+@app.command("diff")
+def ledger_diff(
+    first: Annotated[str, _REFERENCE], second: Annotated[str, _REFERENCE], as_json: JsonOption = False
+) -> None:
+    """Hold two patches of one base against each other: per layer norm, cosine, gate and scale; recorded losses."""
+    from revpatch.ledger.inspection import compare
+    from revpatch.ledger.show_patch import print_difference
+
+    difference = compare(first, second)
+    if as_json:
+        _print_json(difference.as_fields())
+    else:
+        print_difference(difference, console)
+
+
+@app.command("restore")
+def ledger_restore(
+    reference: Annotated[str, _REFERENCE],
+    run: Annotated[Path, typer.Option("--as-new-run", help="Folder to make; it must not exist or be empty.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Make a new run that begins with a patch of an old one; `revpatch train` goes on from there."""
+    from revpatch.ledger.restoring import restore
+
+    restored = restore(reference, run)
+    if as_json:
+        _print_json(asdict(restored))
+        return
+    say(f"{restored.run}: a new run that begins with {restored.source['file']} (sha256 {restored.source['sha256']})")
+    say(f"to train on from there: revpatch train CONFIG --set output_dir={restored.run}")
+
+
+@app.command("prune")
+def ledger_prune(
+    run: RunArgument,
+    keep: Annotated[int, typer.Option(min=1, help="Newest `good` entries to keep of each phase.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and change nothing.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Free space: remove old good entries and what earlier resumes set aside; never a commit, nor what is needed."""
+    from revpatch.ledger.pruning import prune
+    from revpatch.ledger.show import size
+
+    pruned = prune(run, keep, dry_run)
+    if as_json:
+        _print_json(asdict(pruned))
+        return
+    for name, why in pruned.spared.items():
+        say(f"kept {name}: {why}")
+    for name in (*pruned.entries, *pruned.leftovers):
+        say(f"{'would remove' if dry_run else 'removed'} {name}")
+    count = f"{len(pruned.entries)} entries and {len(pruned.leftovers)} files set aside by earlier resumes"
+    say(f"{run}: {count}, {size(pruned.bytes)} {'would be ' if dry_run else ''}freed")

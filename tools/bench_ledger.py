@@ -63,7 +63,7 @@ def figure(name: str, asked: str, measured: float, unit: str, holds: bool) -> di
 
 
 def make_run(run: Path, entries: int, size: int) -> Path:
-    """A run of good entries of `size` random bytes. Its journal is written at once: each event would wait for a disk."""
+    """A run of good entries of `size` random bytes. Its journal is written at once, as each event would be synced."""
     journal = Journal(run / "ledger/journal.jsonl")
     lines: list[bytes] = []
     journal._write = lines.append  # type: ignore[method-assign, assignment]

@@ -5,7 +5,6 @@ It needs no base model and changes no byte; the run may be training right now, o
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -113,7 +112,7 @@ def _check_entry(directory: Path, entry: Recorded, report: VerifyReport) -> None
     report.entries += 1
     place = f"(journal line {entry.seq + 1})"
     try:
-        size = os.stat(f"{directory}/{entry.name}").st_size
+        size = (directory / entry.name).stat().st_size
     except FileNotFoundError:
         report.add(entry.name, f"is missing {place}", "Take it from a backup.")
         return

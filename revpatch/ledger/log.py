@@ -60,6 +60,11 @@ def rows_of(events: list[dict[str, Any]]) -> Iterator[LogRow]:
     return map(_row, events, states_of(events))
 
 
+def readings(sets: Any) -> list[ProbeReading]:
+    """The `sets` of a probe or an entry; what is no such table has none."""
+    return [_reading(name, values) for name, values in sets.items()] if isinstance(sets, dict) else []
+
+
 def states_of(events: list[dict[str, Any]]) -> list[str]:
     """What `LogRow.state` says of each event."""
     states = [""] * len(events)
@@ -81,7 +86,6 @@ def states_of(events: list[dict[str, Any]]) -> list[str]:
 
 
 def _row(event: dict[str, Any], state: str) -> LogRow:
-    sets = event.get("sets")
     return LogRow(
         event["seq"],
         str(event["time"]),
@@ -89,7 +93,7 @@ def _row(event: dict[str, Any], state: str) -> LogRow:
         str(event.get("kind", "")),
         str(event.get("phase", "")),
         _integer(event.get("step")),
-        [_reading(name, values) for name, values in sets.items()] if isinstance(sets, dict) else [],
+        readings(event.get("sets")),
         _integer(event.get("bytes")),
         str(event.get("sha256", "")),
         _note(event),

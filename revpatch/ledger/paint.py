@@ -1,4 +1,4 @@
-"""Coloured lines, many of them: rich's own printing takes a tenth of a millisecond for each, and a log has thousands."""
+"""Coloured lines, many of them: rich's own printing takes a tenth of a millisecond each, and a log has thousands."""
 
 from __future__ import annotations
 

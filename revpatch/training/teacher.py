@@ -1,6 +1,7 @@
 """The teacher: the last committed patch on the same frozen base.
 
-It is not a copy of the model: the base's blocks run with other sidecars. Before the first commit it is the base alone.
+It is not a copy of the model: the base's blocks run with other sidecars. Before the first commit it is the base alone,
+or the patch that a restored run began with.
 """
 
 from __future__ import annotations
