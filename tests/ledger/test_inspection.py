@@ -40,7 +40,7 @@ def test_a_patch_is_told_with_its_layers(run: Path) -> None:
         assert found.scale == pytest.approx(float(scale.exp()))
         gate = PrefixGate(8)
         gate.load_state_dict({key: values[f"0{layer}.gates.0.{key}"] for key in ("weight", "bias")})
-        assert found.gate == pytest.approx(float(gate(torch.zeros(1, 1, 8))))
+        assert found.gate == pytest.approx(gate(torch.zeros(1, 1, 8)).item())
         assert found.gate_weight == pytest.approx(float(values[f"0{layer}.gates.0.weight"].norm()))
     assert {name.split(".", 2)[2] for name in values if ".coupling." in name} == set(
         AdditiveCoupling(8, 4, "gelu", 1.0, "rms").state_dict()
