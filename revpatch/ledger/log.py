@@ -15,6 +15,7 @@ from revpatch.ledger.journal import EVENT_FIELDS, Journal
 
 KEPT, PRUNED, SUPERSEDED, AGAIN, UNDONE = "kept", "pruned", "superseded", "recorded again", "undone"
 _IN_COLUMNS = frozenset(("kind", "phase", "phase_index", "step", "bytes", "sha256", "sets", *EVENT_FIELDS))
+_DONE_FOR_GOOD = ("pruned", "orphan", "torn", "resume")
 _IN_NOTE_OF_RUN = ("ranks", "device", "engine")
 
 
@@ -77,7 +78,8 @@ def states_of(events: list[dict[str, Any]]) -> list[str]:
             states[place] = KEPT
         elif event["event"] == "resume" and isinstance(since := event.get("undoes_from"), int):
             for undone in range(max(since, 0), place):
-                states[undone] = states[undone] or UNDONE
+                if events[undone]["event"] not in _DONE_FOR_GOOD:
+                    states[undone] = states[undone] or UNDONE
         for names, state in ((pruned_in(event), PRUNED), (superseded_in(event), SUPERSEDED)):
             for name in names:
                 if (gone := live.pop(name, None)) is not None:

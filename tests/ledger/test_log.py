@@ -102,19 +102,20 @@ def test_what_no_longer_counts_says_so(tmp_path: Path) -> None:
     noted = len(ledger.journal.records())
     ledger.journal.append("probe", phase="a", step=4)
     ledger.record("good", 0, "a", 4, a_patch(4), {})
+    ledger.prune_good(2)
     ledger.resume(noted, snapshot="step3.pt", changed={"monitoring.every": [4, 2]}, orphans=[])
     ledger.record("good", 0, "a", 4, a_patch(5), {})
     ledger.record("good", 0, "a", 4, a_patch(5), {})
     rows = log_rows(tmp_path)
-    states = ["pruned", "kept", "kept", "", "undone", "superseded", "", "recorded again", "kept"]
+    states = ["pruned", "pruned", "kept", "", "undone", "superseded", "", "", "recorded again", "kept"]
     assert [row.state for row in rows] == states
     for words in ("on from snapshot step3.pt", "monitoring.every now 2", "000_a_good_step000000004.pt", "from #4"):
-        assert words in rows[6].note
+        assert words in rows[7].note
     text = io.StringIO()
     print_log(tmp_path, Console(file=text, width=200))
     (line,) = (line for line in text.getvalue().splitlines() if line.startswith("#5 "))
     assert line.endswith("  superseded")
-    assert "3 entries kept" in text.getvalue()
+    assert "2 entries kept" in text.getvalue()
 
 
 def test_a_journal_cannot_steer_the_terminal(tmp_path: Path) -> None:

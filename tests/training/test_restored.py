@@ -15,6 +15,7 @@ from toy import Toy, save_base
 
 from revpatch.ledger.audit import verify
 from revpatch.ledger.history import Ledger
+from revpatch.ledger.pruning import prune
 from revpatch.ledger.references import locate
 from revpatch.ledger.restoring import restore
 
@@ -25,7 +26,7 @@ def runs(toy: Toy, server: RunServer, tmp_path_factory: pytest.TempPathFactory) 
     folder = tmp_path_factory.mktemp("restored")
     phase: dict[str, Any] = {"name": "first", "shards": str(toy.shards("first")), "steps": 12}
     probe = {"name": "base", "shards": str(toy.shards("base_probe")), "tolerance": 0.5, "max_blocks": 16}
-    changes = {"snapshot": {"every": 5}, "monitoring": {"every": 1}, "probes": {"every": 6, "sets": [probe]}}
+    changes = {"snapshot": {"every": 5}, "monitoring": {"every": 1}, "probes": {"every": 3, "sets": [probe]}}
     runs = Runs(server, toy.config_file(folder, phases=[phase], **changes), folder)
     assert runs.run("old", world=1) == [0], runs.log("old").read_text()
     restore(str(runs.path("old")), runs.path("through"))
@@ -66,6 +67,8 @@ def test_killed_it_goes_on_to_the_same_commit(runs: Runs, call: int) -> None:
     name = unbegun(runs, f"killed{call}")
     step = {"target": "revpatch.training.engine:AccelerateEngine.train_step", "call": call, "when": "after"}
     assert -signal.SIGKILL in runs.run(name, kill={"rank": 1, **step})
+    spared = prune(runs.path(name), keep=1).spared  # in between, as a person might
+    assert list(spared) == (["000_first_good_step000000003.pt"] if call == 8 else []), "the snapshot's"
     assert runs.run(name) == [0, 0], runs.log(name).read_text()
     assert runs.commits(name) == runs.commits("through")
     assert ledger(runs.path(name))[0].kind == "origin"
