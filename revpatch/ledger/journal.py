@@ -22,6 +22,7 @@ from revpatch.ledger.plain import to_plain
 
 GENESIS = sha256_of(b"revpatch journal, version 1")
 EVENT_FIELDS = ("seq", "time", "event", "previous")
+_decode = json.JSONDecoder().raw_decode  # json.loads looks for white space around the value: a fifth of the time
 
 
 class JournalError(ValueError):
@@ -173,9 +174,10 @@ class Journal:
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
     try:
-        record = json.loads(line.decode())
+        text = line.decode()
+        record, end = _decode(text)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(record, dict) or not all(name in record for name in EVENT_FIELDS):
+    if end != len(text) or not isinstance(record, dict) or not all(name in record for name in EVENT_FIELDS):
         return None
     return record if isinstance(record["seq"], int) and isinstance(record["event"], str) else None

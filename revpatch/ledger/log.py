@@ -180,16 +180,15 @@ def _reading(name: str, values: Any) -> ProbeReading:
     if not isinstance(values, dict):
         return ProbeReading(name, _number(values), None, None, None)
     get = values.get
-    loss, reference, rise = _number(get("loss")), _number(get("reference")), _number(get("rise"))
+    loss, reference, rise, tolerance = get("loss"), get("reference"), get("rise"), get("tolerance")
+    if not type(loss) is type(reference) is type(rise) is type(tolerance) is float:
+        loss, reference, rise, tolerance = map(_number, (loss, reference, rise, tolerance))
     if rise is None and loss is not None and reference is not None:
         rise = loss - reference
-    tolerance = None if get("guarded") is False else _number(get("tolerance"))
-    return ProbeReading(name, loss, reference, rise, tolerance)
+    return ProbeReading(name, loss, reference, rise, None if get("guarded") is False else tolerance)
 
 
 def _number(value: Any) -> float | None:
-    if type(value) is float or value is None:
-        return value
     try:
         return float(value)  # "NaN" and "Infinity" are how the journal spells them
     except (TypeError, ValueError):

@@ -22,7 +22,7 @@ class Painter:
         """The text in a style of rich ("bold red"). Escape and other control characters become "?"."""
         if not text.isprintable():
             text = "".join(character if character.isprintable() else "?" for character in text)
-        if not style:
+        if not style or self._system is None:
             return text
         before, after = self._marks.get(style) or self._learn(style)
         return f"{before}{text}{after}"
