@@ -64,8 +64,10 @@ def ledger_verify(
     ] = True,
     as_json: JsonOption = False,
 ) -> None:
-    """Check the journal's hash chain, every entry's sha256, and what lies beside them; exit code 1 if there is
-    anything wrong."""
+    """Check the journal's hash chain, every entry's sha256, and what lies beside them.
+
+    Ends with exit code 1 if there is anything wrong.
+    """
     from revpatch.ledger.audit import verify
     from revpatch.ledger.show import print_verdict
 

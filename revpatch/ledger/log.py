@@ -58,7 +58,12 @@ def log_rows(run: Path) -> list[LogRow]:
 
 def rows_of(events: list[dict[str, Any]]) -> Iterator[LogRow]:
     """The same, of events that were read already."""
-    return map(_row, events, states_of(events))
+    sets, told = None, readings(None)
+    for event, state in zip(events, states_of(events), strict=True):
+        if event.get("sets") != sets:  # an entry repeats what the probe before it has measured
+            sets = event.get("sets")
+            told = readings(sets)
+        yield _row(event, told, state)
 
 
 def readings(sets: Any) -> list[ProbeReading]:
@@ -87,7 +92,7 @@ def states_of(events: list[dict[str, Any]]) -> list[str]:
     return states
 
 
-def _row(event: dict[str, Any], state: str) -> LogRow:
+def _row(event: dict[str, Any], probes: list[ProbeReading], state: str) -> LogRow:
     return LogRow(
         event["seq"],
         str(event["time"]),
@@ -95,7 +100,7 @@ def _row(event: dict[str, Any], state: str) -> LogRow:
         str(event.get("kind", "")),
         str(event.get("phase", "")),
         _integer(event.get("step")),
-        readings(event.get("sets")),
+        probes,
         _integer(event.get("bytes")),
         str(event.get("sha256", "")),
         _note(event),

@@ -43,11 +43,14 @@ def print_log(run: Path, console: Console) -> None:
 
     def paragraphs() -> Iterator[str]:
         nonlocal commit
+        probes, lines = None, [""]
         for row in rows_of(journal.records()):
             if row.state == KEPT:
                 kept.append(row)
                 commit = row.note if row.kind == "commit" else commit
-            yield _paragraph(row, paint)
+            if row.probes is not probes:
+                probes, lines = row.probes, [_probe(probe, paint) for probe in row.probes]
+            yield _paragraph(row, lines, paint)
 
     paint.print(paragraphs())
     newest = f", newest {kept[-1].note}" if kept else ""
@@ -83,7 +86,7 @@ def size(count: int) -> str:
     return f"{count / 1e3:.1f} kB" if count < 1_000_000 else f"{count / 1e6:.1f} MB"
 
 
-def _paragraph(row: LogRow, paint: Painter) -> str:
+def _paragraph(row: LogRow, probes: list[str], paint: Painter) -> str:
     indent = "\n" + " " * (len(f"#{row.seq}") + 2)
     head = paint(f"#{row.seq}  {row.time[:19].replace('T', ' ')}  ", "dim")
     place = " ".join(piece for piece in (row.phase, "" if row.step is None else f"step {row.step}") if piece)
@@ -98,7 +101,7 @@ def _paragraph(row: LogRow, paint: Painter) -> str:
     if gone:
         head += paint(f"  {row.state}", "dim")
     pieces = [head, paint(row.note)] if row.note else [head]
-    return indent.join(pieces + [_probe(probe, paint) for probe in row.probes])
+    return indent.join(pieces + probes)
 
 
 def _probe(probe: ProbeReading, paint: Painter) -> str:
