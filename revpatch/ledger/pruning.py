@@ -69,9 +69,7 @@ def prune(run: Path, keep: int, dry_run: bool = False) -> Pruned:
 
 def _needed(run: Path, ledger: Ledger) -> dict[str, str]:
     """Entries that something refers to, by name, and what that is."""
-    needed = {}
-    if (newest := ledger.newest()) is not None:
-        needed[newest.name] = "the newest entry"
+    needed: dict[str, str] = {}  # the newest entry is not among them: it is the newest of its phase, and stays
     for event in effective(ledger.journal.records()):
         if event["event"] == "rollback":
             needed[str(event.get("to_file"))] = f"the rollback of journal line {event['seq'] + 1} went back to it"
