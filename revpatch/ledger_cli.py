@@ -1,46 +1,183 @@
-"""`revpatch ledger ...`: a run's history, read and worked on."""
+"""`revpatch ledger log | verify | show | diff | restore | prune`: a run's history, read and worked on."""
 
 from __future__ import annotations
 
+import gc
+import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.text import Text
 
-from revpatch.monitoring.terminal import console
+from revpatch.monitoring.terminal import console, say
 
-app = typer.Typer(help="Read a run's ledger.", no_args_is_help=True)
+app = typer.Typer(no_args_is_help=True)
 
 RunArgument = Annotated[Path, typer.Argument(help="Folder of the run.")]
+_REFERENCE = typer.Argument(metavar="REF", help="A patch file, a run (its newest commit), or RUN@ENTRY.")
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document instead of text.")]
+
+
+@app.callback()
+def common(context: typer.Context) -> None:
+    """A run's history: read it, verify it, compare, restore and prune its patches."""
+    # A long history is many small objects without cycles: looking for these takes a quarter of the time.
+    if gc.isenabled():
+        gc.disable()
+        context.call_on_close(gc.enable)
+
+
+def _print_json(value: Any) -> None:
+    """`value` is plain, as `ledger.plain` defines it."""
+    from revpatch.ledger.paint import Painter
+
+    Painter(console).print([json.dumps(value, allow_nan=False)])
 
 
 @app.command("log")
-def ledger_log(run: RunArgument) -> None:
-    """List what happened in a run: entries, probes, rollbacks, commits."""
+def ledger_log(run: RunArgument, as_json: JsonOption = False) -> None:
+    """List what happened in a run: entries, probes against their tolerance, rollbacks and why, commits."""
     from revpatch.ledger.show import print_log
 
-    print_log(run, console)
+    if not as_json:
+        print_log(run, console)
+        return
+    from revpatch.ledger.history import JOURNAL_NAME
+    from revpatch.ledger.journal import Journal
+    from revpatch.ledger.log import states_of
+
+    journal = Journal(run / "ledger" / JOURNAL_NAME, readonly=True)
+    events = journal.records()
+    told = [{**event, "state": state} for event, state in zip(events, states_of(events), strict=True)]
+    _print_json({"run": str(run), "head": journal.head, "events": told})
 
 
 @app.command("verify")
 def ledger_verify(
     run: RunArgument,
+    head: Annotated[
+        str | None, typer.Option(help="A head of the journal that was noted earlier: it must still be part of it.")
+    ] = None,
+    hash_files: Annotated[
+        bool, typer.Option("--hash/--no-hash", help="Hash every file, or look only for its size.")
+    ] = True,
     removal: Annotated[
         bool,
         typer.Option("--removal", help="Prove too that the newest patch leaves no trace; needs the base."),
     ] = False,
     base: Annotated[str | None, typer.Option(help="Base model for --removal; default: as the patch names it.")] = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Check the journal's hash chain and every entry's sha256."""
-    from revpatch.ledger.show import print_verify
+    """Check the journal's hash chain, every entry's sha256, and what lies beside them.
 
-    if not print_verify(run, console):
-        raise typer.Exit(1)
+    Ends with exit code 1 if there is anything wrong.
+    """
+    from revpatch.ledger.audit import verify
+    from revpatch.ledger.show import print_verdict
+
+    report = verify(run, head, hash_files)
+    proof = None
     if removal:
         from revpatch.surgery.removal import prove_removal
+
+        proof = prove_removal(str(run), base)
+    if as_json:
+        proven = {} if proof is None else {"removal": proof.as_fields()}
+        _print_json({"ok": report.ok, **asdict(report), "directory": str(report.directory), **proven})
+    else:
+        print_verdict(report, console)
+    if proof is not None and not as_json:
         from revpatch.surgery.show import print_removal
 
-        report = prove_removal(str(run), base)
-        print_removal(report, console)
-        if not report.ok:
-            raise typer.Exit(1)
+        print_removal(proof, console)
+    if not report.ok or (proof is not None and not proof.ok):
+        raise typer.Exit(1)
+
+
+@app.command("show")
+def ledger_show(reference: Annotated[str, _REFERENCE], as_json: JsonOption = False) -> None:
+    """Say what a patch is: where it comes from, its held-out losses, and each layer's norm, gate and scale."""
+    from revpatch.ledger.inspection import inspect
+    from revpatch.ledger.show_patch import print_patch
+
+    facts = inspect(reference)
+    if as_json:
+        _print_json(facts.as_fields())
+    else:
+        print_patch(facts, console)
+
+
+@app.command("diff")
+def ledger_diff(
+    first: Annotated[str, _REFERENCE],
+    second: Annotated[str, _REFERENCE],
+    shards: Annotated[
+        list[str] | None, typer.Option(help="Shards on which to measure the loss of each; needs the base. Repeatable.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="Base model for --shards; default: as the first names it.")] = None,
+    blocks: Annotated[int | None, typer.Option(min=1, help="At most so many blocks of each set.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Hold two patches of one base against each other: per layer norm, cosine, gate and scale; recorded losses."""
+    from revpatch.ledger.inspection import compare
+    from revpatch.ledger.show_patch import print_difference
+
+    difference = compare(first, second)
+    losses = {}
+    if shards:
+        from revpatch.surgery.losses import losses_of
+
+        losses = losses_of([first, second], shards, base, blocks)
+    if as_json:
+        measured = {name: [of.as_fields() for of in found] for name, found in losses.items()}
+        _print_json(difference.as_fields() | ({"losses": measured} if shards else {}))
+        return
+    print_difference(difference, console)
+    if shards:
+        from revpatch.surgery.show import print_losses
+
+        for name, found in losses.items():
+            console.print(Text(name, "bold"))
+            print_losses(found, console)
+
+
+@app.command("restore")
+def ledger_restore(
+    reference: Annotated[str, _REFERENCE],
+    run: Annotated[Path, typer.Option("--as-new-run", help="Folder to make; it must not exist or be empty.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Make a new run that begins with a patch of an old one; `revpatch train` goes on from there."""
+    from revpatch.ledger.restoring import restore
+
+    restored = restore(reference, run)
+    if as_json:
+        _print_json(asdict(restored))
+        return
+    say(f"{restored.run}: a new run that begins with {restored.source['file']} (sha256 {restored.source['sha256']})")
+    say(f"to train on from there: revpatch train CONFIG --set output_dir={restored.run}")
+
+
+@app.command("prune")
+def ledger_prune(
+    run: RunArgument,
+    keep: Annotated[int, typer.Option(min=1, help="Newest `good` entries to keep of each phase.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and change nothing.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Free space: remove old good entries and what earlier resumes set aside; never a commit, nor what is needed."""
+    from revpatch.ledger.pruning import prune
+    from revpatch.ledger.show import size
+
+    pruned = prune(run, keep, dry_run)
+    if as_json:
+        _print_json(asdict(pruned))
+        return
+    for name, why in pruned.spared.items():
+        say(f"kept {name}: {why}")
+    for name in (*pruned.entries, *pruned.leftovers):
+        say(f"{'would remove' if dry_run else 'removed'} {name}")
+    count = f"{len(pruned.entries)} entries and {len(pruned.leftovers)} files set aside by earlier resumes"
+    say(f"{run}: {count}, {size(pruned.bytes)} {'would be ' if dry_run else ''}freed")

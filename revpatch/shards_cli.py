@@ -9,7 +9,6 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, Progress, TextColumn
 
-from revpatch.monitoring.building import shown_progress
 from revpatch.monitoring.terminal import console, say
 
 app = typer.Typer(help="Build token shards, and look into them.", no_args_is_help=True)
@@ -46,6 +45,7 @@ def build(
     note: Annotated[str | None, typer.Option(help="What the text is, kept in the manifest.")] = None,
 ) -> None:
     """Turn documents into webdataset tars of token blocks with a manifest. The same command goes on after a kill."""
+    from revpatch.monitoring.building import shown_progress
     from revpatch.stream.build import build_shards
 
     loaded = _load_tokenizer(tokenizer)

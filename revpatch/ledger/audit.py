@@ -1,48 +1,21 @@
-"""What a person asks of a run's ledger, without its base model and without changing a byte: what happened, is it whole.
+"""Is a run's ledger whole: the journal's chain, every entry's file, what lies beside them, and what snapshots noted.
 
-Both functions take the run's folder, which may be of a run that is training right now, or a copy on another machine.
+It needs no base model and changes no byte; the run may be training right now, or be a copy on another machine.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from revpatch.ledger.durable import TEMPORARY_SUFFIX, sha256_of_file
+from revpatch.ledger.entry import EntryError
+from revpatch.ledger.headers import read_metadata
 from revpatch.ledger.history import JOURNAL_NAME, Recorded, live_entries, pruned_names, stray_files
-from revpatch.ledger.journal import EVENT_FIELDS, GENESIS, Journal, scan
+from revpatch.ledger.journal import GENESIS, Scan, scan
 
-_IN_COLUMNS = ("kind", "phase", "phase_index", "step", "bytes", "sha256", "sets")
-
-
-@dataclass(frozen=True)
-class ProbeReading:
-    """One probe set's losses in nats per token; what the journal doesn't say is None. A set that was measured but
-    not guarded then (a corpus that no phase had learned yet) has no tolerance."""
-
-    name: str
-    loss: float | None
-    reference: float | None
-    rise: float | None
-    tolerance: float | None
-
-
-@dataclass(frozen=True)
-class LogRow:
-    """One event; `kind` (of an entry) is empty for any other. `note` says why, or what else was recorded."""
-
-    seq: int
-    time: str
-    event: str
-    kind: str
-    phase: str
-    step: int | None
-    probes: list[ProbeReading]
-    bytes: int | None
-    sha256: str
-    note: str
+SNAPSHOTS = "snapshot"
+"""A run's folder of snapshots. Each notes the journal's head as it was then."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +32,7 @@ class VerifyReport:
     """What `verify` looked at and found; `head` is the sha256 of the journal's last line, to be noted elsewhere."""
 
     directory: Path
+    hashed: bool = True
     events: int = 0
     entries: int = 0
     bytes_hashed: int = 0
@@ -73,27 +47,50 @@ class VerifyReport:
         self.problems.append(Problem(where, what, advice))
 
 
-def log_rows(run: Path) -> list[LogRow]:
-    """Every event of the run in `run`, oldest first, unknown ones too. Raises JournalError for a damaged journal."""
-    return [_row(event) for event in Journal(run / "ledger" / JOURNAL_NAME, readonly=True).records()]
-
-
-def verify(run: Path, expected_head: str | None = None) -> VerifyReport:
+def verify(run: Path, expected_head: str | None = None, hash_files: bool = True) -> VerifyReport:
     """Checks the journal's hash chain and every entry's presence, size and sha256, and looks for strays.
 
     `expected_head` is a `head` noted earlier: the chain must still hold it, which shows what the chain alone can't,
-    lines missing at the end and an edited last line. Damage is reported, not raised; OSError if a file can't be read.
+    lines missing at the end and an edited last line. The run's own snapshots have noted such heads too. Without
+    `hash_files` a file is looked at only for its size. Damage is reported, not raised; OSError if a file can't be read.
     """
     directory = run / "ledger"
-    report = VerifyReport(directory)
+    report = VerifyReport(directory, hash_files)
     if not (directory / JOURNAL_NAME).is_file():
         report.add(str(directory / JOURNAL_NAME), "is not there", "Is this the folder of a run? Or take a backup.")
         return report
-    # Files are listed before the journal is read: an entry that a running trainer adds meanwhile is then no orphan.
+    # Files and snapshots are looked at before the journal is read: what a running trainer adds meanwhile is then no
+    # orphan, and no head that the journal doesn't hold yet.
     files = stray_files(directory, live={})
+    noted = _snapshots_heads(run / SNAPSHOTS, report)
     found = scan((directory / JOURNAL_NAME).read_bytes())
     report.events = len(found.records)
     report.head = found.digests[-1] if found.digests else GENESIS
+    _check_journal(found, noted, expected_head, report)
+    improper: list[str] = []
+    live = live_entries(found.records, improper)
+    for problem in improper:
+        report.add(JOURNAL_NAME, problem, "Take journal.jsonl from a backup.")
+    for entry in live.values():
+        _check_entry(directory, entry, report)
+    _check_strays(files, live, pruned_names(found.records), report)
+    return report
+
+
+def _snapshots_heads(directory: Path, report: VerifyReport) -> dict[str, tuple[int, str]]:
+    """By the snapshot's name: how many events the journal had, and its head."""
+    noted = {}
+    for path in sorted(directory.glob("step*.pt")) if directory.is_dir() else []:
+        try:
+            metadata = read_metadata(path)
+            noted[f"{SNAPSHOTS}/{path.name}"] = int(metadata["events"]), str(metadata["head"])
+        except (EntryError, KeyError, TypeError, ValueError) as error:
+            if path.exists():  # a running trainer keeps the newest only
+                report.add(f"{SNAPSHOTS}/{path.name}", f"is no whole snapshot ({error})", "Move it away.")
+    return noted
+
+
+def _check_journal(found: Scan, noted: dict[str, tuple[int, str]], expected: str | None, report: VerifyReport) -> None:
     for problem in found.problems:
         advice = "Take journal.jsonl from a backup; what follows this line can't be relied upon."
         report.add(JOURNAL_NAME, problem, advice)
@@ -102,16 +99,36 @@ def verify(run: Path, expected_head: str | None = None) -> VerifyReport:
         report.add(
             JOURNAL_NAME, what, "If the run is alive, ask again; else a crash left it, and what is before it is whole."
         )
-    if expected_head is not None and expected_head not in (GENESIS, *found.digests):
-        what = f"expected a line with sha256 {expected_head}, found none; its last line has {report.head}"
+    if expected is not None and expected not in (GENESIS, *found.digests):
+        what = f"expected a line with sha256 {expected}, found none; its last line has {report.head}"
         report.add(JOURNAL_NAME, what, "Lines at the end were removed or edited: take it from a backup.")
-    improper: list[str] = []
-    live = live_entries(found.records, improper)
-    for problem in improper:
-        report.add(JOURNAL_NAME, problem, "Take journal.jsonl from a backup.")
-    for entry in live.values():
-        _check_entry(directory, entry, report)
-    pruned = pruned_names(found.records)
+    for name, (events, head) in noted.items():
+        if events and (len(found.digests) < events or found.digests[events - 1] != head):
+            what = f"{name} noted line {events} with sha256 {head}, which is not there"
+            report.add(JOURNAL_NAME, what, "Lines at the end were removed or edited: take it from a backup.")
+
+
+def _check_entry(directory: Path, entry: Recorded, report: VerifyReport) -> None:
+    report.entries += 1
+    place = f"(journal line {entry.seq + 1})"
+    try:
+        size = (directory / entry.name).stat().st_size
+    except FileNotFoundError:
+        report.add(entry.name, f"is missing {place}", "Take it from a backup.")
+        return
+    if size != entry.bytes:
+        what = f"has {size} bytes, expected {entry.bytes} {place}"
+        report.add(entry.name, what, "It was cut or replaced: take it from a backup.")
+        return
+    if not report.hashed:
+        return
+    report.bytes_hashed += size
+    if (sha256 := sha256_of_file(directory / entry.name)) != entry.sha256:
+        what = f"has sha256 {sha256}, expected {entry.sha256} {place}"
+        report.add(entry.name, what, "It was damaged or edited: take it from a backup, and don't load it.")
+
+
+def _check_strays(files: list[Path], live: dict[str, Recorded], pruned: set[str], report: VerifyReport) -> None:
     for path in files:
         if path.name in live or not path.exists():
             continue
@@ -123,77 +140,3 @@ def verify(run: Path, expected_head: str | None = None) -> VerifyReport:
             report.add(
                 path.name, "is in no journal line (an orphan)", "A crash may have left it: move it out of the ledger."
             )
-    return report
-
-
-def _check_entry(directory: Path, entry: Recorded, report: VerifyReport) -> None:
-    path = directory / entry.name
-    report.entries += 1
-    if not path.is_file():
-        report.add(entry.name, f"is missing (journal line {entry.seq + 1})", "Take it from a backup.")
-        return
-    size = path.stat().st_size
-    if size != entry.bytes:
-        what = f"has {size} bytes, expected {entry.bytes} (journal line {entry.seq + 1})"
-        report.add(entry.name, what, "It was cut or replaced: take it from a backup.")
-        return
-    report.bytes_hashed += size
-    if (sha256 := sha256_of_file(path)) != entry.sha256:
-        what = f"has sha256 {sha256}, expected {entry.sha256} (journal line {entry.seq + 1})"
-        report.add(entry.name, what, "It was damaged or edited: take it from a backup, and don't load it.")
-
-
-def _row(event: dict[str, Any]) -> LogRow:
-    sets = event.get("sets")
-    probes = [_reading(name, values) for name, values in sets.items()] if isinstance(sets, dict) else []
-    return LogRow(
-        seq=event["seq"],
-        time=str(event["time"]),
-        event=event["event"],
-        kind=str(event.get("kind", "")),
-        phase=str(event.get("phase", "")),
-        step=_integer(event.get("step")),
-        probes=probes,
-        bytes=_integer(event.get("bytes")),
-        sha256=str(event.get("sha256", "")),
-        note=_note(event),
-    )
-
-
-def _note(event: dict[str, Any]) -> str:
-    rest = {key: value for key, value in event.items() if key not in (*EVENT_FIELDS, *_IN_COLUMNS)}
-    if event["event"] == "entry":
-        return str(event.get("file", ""))
-    if event["event"] == "rollback":
-        reason, to_file = rest.pop("reason", "no reason was recorded"), rest.pop("to_file", "an unnamed entry")
-        window, factor = rest.pop("window", None), rest.pop("new_lr_factor", None)
-        pieces = [str(reason), f"back to {to_file}"]
-        if isinstance(window, list) and len(window) == 2:
-            pieces.append(f"skipped steps {window[0]} to {window[1]}")
-        if factor is not None:
-            pieces.append(f"learning rate factor {factor}")
-        return "; ".join(pieces + [f"{key} {value}" for key, value in rest.items()])
-    if event["event"] == "pruned":
-        return ", ".join(map(str, rest.get("files", [])))
-    return ", ".join(f"{key} {value if isinstance(value, str) else json.dumps(value)}" for key, value in rest.items())
-
-
-def _reading(name: str, values: Any) -> ProbeReading:
-    values = values if isinstance(values, dict) else {"loss": values}
-    loss, reference, rise, tolerance = (_number(values.get(key)) for key in ("loss", "reference", "rise", "tolerance"))
-    if rise is None and loss is not None and reference is not None:
-        rise = loss - reference
-    if values.get("guarded") is False:
-        tolerance = None
-    return ProbeReading(name, loss, reference, rise, tolerance)
-
-
-def _number(value: Any) -> float | None:
-    try:
-        return float(value)  # "NaN" and "Infinity" are how the journal spells them
-    except (TypeError, ValueError):
-        return None
-
-
-def _integer(value: Any) -> int | None:
-    return value if isinstance(value, int) else None

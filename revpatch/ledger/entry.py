@@ -21,19 +21,18 @@ import pickle
 import re
 import sys
 from pathlib import Path
-from typing import Any
-
-import safetensors
-import safetensors.torch
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from revpatch.ledger.durable import sha256_of, write_atomically
 from revpatch.ledger.plain import canonical_json, to_plain
 
+if TYPE_CHECKING:  # torch takes seconds to import: only what packs or unpacks tensors does
+    from torch import Tensor
+
 FORMAT = "revpatch-entry"
 VERSION = 1
-KINDS = ("start", "good", "rollback", "commit")
+KINDS = ("start", "good", "rollback", "commit", "origin")
+"""`origin` is what a restored run begins with; see `restoring`."""
 SUFFIXES = (".pt", ".safetensors")
 
 _KINDS_WITH_STEP = ("good", "rollback")
@@ -41,8 +40,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _LONGEST_NAME = 128
 _HEADER_KEY = "revpatch"
 _DTYPES = {
-    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
-    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+    *("torch.float64", "torch.float32", "torch.float16", "torch.bfloat16"),
+    *("torch.int64", "torch.int32", "torch.int16", "torch.int8", "torch.uint8", "torch.bool"),
 }
 
 
@@ -63,7 +62,7 @@ def check_name(name: str, what: str = "name") -> str:
 def entry_name(phase_index: int, phase: str, kind: str, step: int | None = None, suffix: str = ".pt") -> str:
     """The file name of an entry: `000_wikitext_commit.pt`, `000_wikitext_good_step000000500.pt`.
 
-    `good` and `rollback` need a `step` (optimizer steps, not negative); `start` and `commit` take none. Raises
+    `good` and `rollback` need a `step` (optimizer steps, not negative); the others take none. Raises
     EntryError for a kind, phase name, index, step or suffix that doesn't fit.
     """
     if kind not in KINDS:
@@ -83,6 +82,8 @@ def tensors_digest(tensors: dict[str, Tensor]) -> str:
 
     Tensors may be of any shape and on any device; raises EntryError for what an entry can't hold.
     """
+    import torch
+
     digest = hashlib.sha256()
     for name, tensor in _prepared(tensors).items():
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
@@ -97,6 +98,9 @@ def serialise(tensors: dict[str, Tensor], metadata: dict[str, Any], suffix: str 
     values; tuples come back as lists, and a NaN as the string "NaN" (see `plain.py`). Put nothing in it that differs
     between two runs of the same seed, such as the time. Raises EntryError.
     """
+    import safetensors.torch
+    import torch
+
     prepared = _prepared(tensors)
     try:
         plain = to_plain(metadata, where="metadata")
@@ -151,7 +155,7 @@ def read_entry(path: Path, sha256: str | None = None) -> tuple[dict[str, Tensor]
             "It was damaged or replaced, and has not been opened. Take it from a backup, or go back to another entry."
         )
     header, tensors = _unpack_safetensors(path, data) if path.suffix == ".safetensors" else _unpack_pt(path, data)
-    metadata, expected = _checked_header(path, header)
+    metadata, expected = checked_header(path, header)
     try:
         found = _content_sha256(tensors, metadata)
     except ValueError as error:
@@ -165,13 +169,15 @@ def read_entry(path: Path, sha256: str | None = None) -> tuple[dict[str, Tensor]
 
 def _prepared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Plain, contiguous CPU tensors that own their memory, by name in sorted order."""
+    import torch
+
     prepared = {}
     for name in sorted(tensors):
         tensor = tensors[name]
-        if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided or tensor.is_meta:
+        if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided or tensor.is_meta:
             raise EntryError(f"tensor {name!r} is a {type(tensor).__name__}: only dense tensors with data can be kept")
-        if tensor.dtype not in _DTYPES:
-            raise EntryError(f"tensor {name!r} has dtype {tensor.dtype}: one of {sorted(map(str, _DTYPES))} is needed")
+        if str(tensor.dtype) not in _DTYPES:
+            raise EntryError(f"tensor {name!r} has dtype {tensor.dtype}: one of {sorted(_DTYPES)} is needed")
         # torch.save writes the whole storage of a view. And pickle spells a string it has met before (the same object)
         # otherwise than an equal one: interned, equal is the same.
         prepared[sys.intern(name)] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -183,6 +189,8 @@ def _content_sha256(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> str
 
 
 def _unpack_pt(path: Path, data: bytes) -> tuple[Any, dict[str, Tensor]]:
+    import torch
+
     if not data.startswith(b"PK\x03\x04"):
         raise EntryError(
             f"{path} is not a revpatch entry: expected an archive written by torch.save (starting with 'PK'), found "
@@ -210,6 +218,8 @@ def _unpack_pt(path: Path, data: bytes) -> tuple[Any, dict[str, Tensor]]:
 
 
 def _unpack_safetensors(path: Path, data: bytes) -> tuple[Any, dict[str, Tensor]]:
+    import safetensors.torch
+
     try:
         tensors = safetensors.torch.load(data)
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
@@ -218,11 +228,20 @@ def _unpack_safetensors(path: Path, data: bytes) -> tuple[Any, dict[str, Tensor]
             "from a backup."
         ) from error
     # The library has checked the header (8 bytes of length, then JSON), but hands out tensors alone.
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    return header.get("__metadata__", {}).get(_HEADER_KEY), tensors
+    return safetensors_header(path, data[8 : 8 + int.from_bytes(data[:8], "little")]), tensors
 
 
-def _checked_header(path: Path, text: Any) -> tuple[dict[str, Any], str]:
+def safetensors_header(path: Path, data: bytes) -> Any:
+    """Our header's text in the JSON with which a safetensors file begins, or None. Raises EntryError."""
+    try:
+        text = json.loads(data)
+        return text.get("__metadata__", {}).get(_HEADER_KEY)
+    except (ValueError, AttributeError) as error:
+        raise EntryError(f"{path} is truncated or damaged, or no safetensors file. Take it from a backup.") from error
+
+
+def checked_header(path: Path, text: Any) -> tuple[dict[str, Any], str]:
+    """The metadata and `content_sha256` in a header's text. Raises EntryError for a text that is no header."""
     try:
         header = json.loads(text)
     except (TypeError, ValueError) as error:

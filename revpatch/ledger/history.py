@@ -10,15 +10,18 @@ line, then the file, and it finishes what a crash interrupted.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from revpatch.ledger.durable import TEMPORARY_SUFFIX, sha256_of_file, sync_directory
 from revpatch.ledger.entry import KINDS, SUFFIXES, EntryError, check_name, entry_name, read_entry, write_entry
 from revpatch.ledger.journal import EVENT_FIELDS, Journal, JournalError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 JOURNAL_NAME = "journal.jsonl"
 _ENTRY_FIELDS = ("kind", "phase", "phase_index", "step", "file", "sha256", "bytes")
@@ -115,8 +118,9 @@ def pruned_names(events: list[dict[str, Any]]) -> set[str]:
 
 def stray_files(directory: Path, live: dict[str, Recorded]) -> list[Path]:
     """Files in `directory` that no live entry vouches for: orphans, half-written temporary files, half-done prunes."""
-    strays = (path for path in directory.iterdir() if path.suffix in (*SUFFIXES, TEMPORARY_SUFFIX) and path.is_file())
-    return sorted(path for path in strays if path.name not in live)
+    with os.scandir(directory) as found:
+        names = [each.name for each in found if each.name.endswith((*SUFFIXES, TEMPORARY_SUFFIX)) and each.is_file()]
+    return [directory / name for name in sorted(names) if name not in live]
 
 
 class Ledger:
@@ -241,9 +245,15 @@ class Ledger:
     def prune_good(self, keep: int) -> list[str]:
         """Removes all but the newest `keep` (at least 1) `good` entries of each phase; returns the names removed.
 
-        Never removes a start, a rollback or a commit. Journals one `pruned` event with names and bytes freed. Raises
-        ValueError for `keep` below 1 (a rollback needs the last good entry), OSError.
+        Never removes another kind of entry. Journals one `pruned` event with names and bytes freed. Raises ValueError
+        for `keep` below 1 (a rollback needs the last good entry), OSError.
         """
+        surplus = self.surplus_good(keep)
+        self.remove(surplus)
+        return [entry.name for entry in surplus]
+
+    def surplus_good(self, keep: int, spared: Collection[str] = ()) -> list[Recorded]:
+        """The `good` entries beyond the newest `keep` of each phase, without those whose names are `spared`."""
         if keep < 1:
             raise ValueError(f"keep must be at least 1 (got {keep}): a rollback needs the last good entry")
         by_phase: dict[tuple[int, str], list[Recorded]] = {}
@@ -251,15 +261,26 @@ class Ledger:
             if entry.kind == "good":
                 by_phase.setdefault((entry.phase_index, entry.phase), []).append(entry)
         surplus = [entry for entries in by_phase.values() for entry in entries[:-keep]]
-        if not surplus:
-            return []
-        names = [entry.name for entry in surplus]
-        self.journal.append("pruned", files=names, bytes=sum(entry.bytes for entry in surplus))
-        for name in names:
-            del self._live[name]
-            (self.directory / name).unlink(missing_ok=True)
+        return [entry for entry in surplus if entry.name not in spared]
+
+    def remove(self, entries: list[Recorded], leftovers: list[Path] | None = None) -> int:
+        """Removes entries, and files of earlier resumes that no journal line vouches for; returns the bytes freed.
+
+        Journals one `pruned` event, if there is anything to remove. Raises OSError.
+        """
+        paths = leftovers or []
+        freed = sum(entry.bytes for entry in entries) + sum(path.stat().st_size for path in paths)
+        if not entries and not paths:
+            return 0
+        fields = {"leftovers": [path.name for path in paths]} if paths else {}
+        self.journal.append("pruned", files=[entry.name for entry in entries], **fields, bytes=freed)
+        for entry in entries:
+            del self._live[entry.name]
+            (self.directory / entry.name).unlink(missing_ok=True)
+        for path in paths:
+            path.unlink(missing_ok=True)
         sync_directory(self.directory)
-        return names
+        return freed
 
 
 def _aside(path: Path, word: str) -> Path:

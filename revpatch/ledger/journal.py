@@ -22,6 +22,7 @@ from revpatch.ledger.plain import to_plain
 
 GENESIS = sha256_of(b"revpatch journal, version 1")
 EVENT_FIELDS = ("seq", "time", "event", "previous")
+_decode = json.JSONDecoder().raw_decode  # json.loads looks for white space around the value: a fifth of the time
 
 
 class JournalError(ValueError):
@@ -44,7 +45,7 @@ def scan(data: bytes) -> Scan:
     *lines, found.torn = data.split(b"\n")
     seq, previous = 0, GENESIS
     for number, line in enumerate(lines, start=1):
-        record = _parsed(line)
+        record, digest = _parsed(line), sha256_of(line)
         if record is None:
             found.problems.append(f"line {number} is not an event ({line[:40]!r}...): it was damaged or edited")
         else:
@@ -58,9 +59,9 @@ def scan(data: bytes) -> Scan:
                     f"line {max(number - 1, 1)} was edited, or lines were removed, added or reordered"
                 )
             found.records.append(record)
-            found.digests.append(sha256_of(line))
+            found.digests.append(digest)
             seq = record["seq"]
-        seq, previous = seq + 1, sha256_of(line)
+        seq, previous = seq + 1, digest
     return found
 
 
@@ -173,9 +174,10 @@ class Journal:
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
     try:
-        record = json.loads(line)
+        text = line.decode()
+        record, end = _decode(text)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(record, dict) or not all(name in record for name in EVENT_FIELDS):
+    if end != len(text) or not isinstance(record, dict) or not all(name in record for name in EVENT_FIELDS):
         return None
     return record if isinstance(record["seq"], int) and isinstance(record["event"], str) else None

@@ -3,7 +3,7 @@
 runs/demo/ledger/000_wikitext_commit.pt    a file; where a journal lies beside it, the journal must vouch for it
 runs/demo                                  the run's newest commit
 runs/demo@000_wikitext_commit              an entry by name, with or without its suffix
-runs/demo@good~2                           the third newest entry of a kind: start, good, rollback, commit
+runs/demo@good~2                           the third newest entry of a kind: start, good, rollback, commit, origin
 runs/demo@head                             the newest entry of any kind; head~1 is the one before
 """
 
@@ -12,12 +12,14 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
+from revpatch.ledger.durable import sha256_of_file
 from revpatch.ledger.entry import KINDS, SUFFIXES, EntryError, read_entry
 from revpatch.ledger.history import JOURNAL_NAME, Ledger, Recorded
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 HEAD = "head"
 _COUNTED = re.compile(rf"({'|'.join((*KINDS, HEAD))})(?:~(\d+))?")
@@ -34,6 +36,10 @@ class Located:
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The tensors (CPU) and metadata, checked as `Ledger.load` and `read_entry` do. Raises EntryError."""
         return read_entry(self.path) if self.ledger is None else self.ledger.load(self.path.name)
+
+    def file_sha256(self) -> str:
+        """The sha256 of the file as it is now. Raises OSError."""
+        return sha256_of_file(self.path)
 
 
 def locate(reference: str | Path) -> Located:
@@ -87,6 +93,11 @@ def _newest_commit(ledger: Ledger, run: str) -> Recorded:
 
 
 def _entry(ledger: Ledger, name: str) -> Recorded:
+    if "/" in name or "\\" in name or ".." in name:
+        raise EntryError(
+            f"@{name}: an entry is named by its file's name alone, without '/' and '..'; nothing outside of "
+            f"{ledger.directory} is looked at. Entries there: {_names(ledger)}"
+        )
     entries = ledger.entries()
     if (counted := _COUNTED.fullmatch(name)) is not None:
         kind, back = counted[1], int(counted[2] or 0)

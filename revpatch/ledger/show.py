@@ -4,75 +4,112 @@
         000_wikitext_good_step000000500.pt
         base 3.420 (+0.020 / 0.03)      held-out loss in nats per token (its rise / its tolerance)
 
-Lines and no table: they stay readable in a narrow terminal, can be searched, and print several times as fast.
+Lines and no table: they stay readable in a narrow terminal, can be searched, and print several times as fast. What no
+longer counts says so: pruned, superseded, undone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 
-from revpatch.ledger.audit import LogRow, ProbeReading, log_rows, verify
+from revpatch.ledger.audit import VerifyReport
+from revpatch.ledger.history import JOURNAL_NAME
+from revpatch.ledger.journal import Journal
+from revpatch.ledger.log import AGAIN, KEPT, PRUNED, SUPERSEDED, UNDONE, LogRow, ProbeReading, rows_of
+from revpatch.ledger.paint import Painter
 
-_COLOURS = {"good": "cyan", "commit": "bold green", "rollback": "bold red", "orphan": "yellow", "torn": "yellow"}
+_COLOURS = {
+    "good": "cyan",
+    "commit": "bold green",
+    "rollback": "bold red",
+    "origin": "magenta",
+    "resume": "yellow",
+    "orphan": "yellow",
+    "torn": "yellow",
+}
+_GONE = (PRUNED, SUPERSEDED, UNDONE, AGAIN)
 _SHORT_SHA256 = 12
 
 
 def print_log(run: Path, console: Console) -> None:
-    """Prints every event of the run in `run`, oldest first. Raises JournalError for a damaged journal."""
-    for row in log_rows(run):
-        console.print(_paragraph(row), soft_wrap=True)
+    """Prints every event of the run in `run`, oldest first, then what is kept. Raises JournalError for a damaged
+    journal."""
+    journal = Journal(run / "ledger" / JOURNAL_NAME, readonly=True)
+    paint, kept, commit = Painter(console), [], "none yet"
+
+    def paragraphs() -> Iterator[str]:
+        nonlocal commit
+        probes, lines = None, [""]
+        for row in rows_of(journal.records()):
+            if row.state == KEPT:
+                kept.append(row)
+                commit = row.note if row.kind == "commit" else commit
+            if row.probes is not probes:
+                probes, lines = row.probes, [_probe(probe, paint) for probe in row.probes]
+            yield _paragraph(row, lines, paint)
+
+    paint.print(paragraphs())
+    newest = f", newest {kept[-1].note}" if kept else ""
+    total = size(sum(row.bytes or 0 for row in kept))
+    paint.print(
+        [
+            paint(f"{len(kept)} entries kept, {total}{newest}; newest commit {commit}", "bold"),
+            f"head of the journal: {journal.head}",
+        ]
+    )
 
 
-def print_verify(run: Path, console: Console, expected_head: str | None = None) -> bool:
-    """Verifies the ledger of the run in `run`, prints what was found, and returns whether all is well."""
-    report = verify(run, expected_head)
+def print_verdict(report: VerifyReport, console: Console) -> None:
+    """Prints what `verify` found."""
     for problem in report.problems:
         line = Text.assemble(("✗ ", "red"), (problem.where, "bold"), f": {problem.what}\n  {problem.advice}")
         console.print(line, soft_wrap=True)
-    looked_at = (
-        f"{report.events} events, {report.entries} entries, {_size(report.bytes_hashed)} hashed in {report.directory}"
-    )
+    hashed = f"{size(report.bytes_hashed)} hashed" if report.hashed else "no file hashed"
+    looked_at = f"{report.events} events, {report.entries} entries, {hashed} in {report.directory}"
     if report.ok:
-        verdict = Text.assemble(("✓ ", "green"), "the chain holds and every file is as recorded: ", looked_at)
+        whole = "every file is as recorded" if report.hashed else "every file is there, with its size"
+        verdict = Text.assemble(("✓ ", "green"), f"the chain holds and {whole}: ", looked_at)
         verdict.append(f"\n  head of the journal: {report.head}")
     else:
         verdict = Text.assemble((f"{len(report.problems)} problem(s)", "red"), ": ", looked_at)
     console.print(verdict, soft_wrap=True)
-    return report.ok
 
 
-def _paragraph(row: LogRow) -> Text:
-    indent = " " * (len(f"#{row.seq}") + 2)
-    text = Text.assemble((f"#{row.seq}  {row.time[:19].replace('T', ' ')}  ", "dim"))
-    place = " ".join(piece for piece in (row.phase, "" if row.step is None else f"step {row.step}") if piece)
-    if place:
-        text.append(f"{place}  ")
-    text.append(f"{row.kind} {row.event}".strip(), _COLOURS.get(row.kind or row.event, ""))
-    if row.bytes is not None:
-        text.append(f"  {_size(row.bytes)}")
-    if row.sha256:
-        text.append(f"  {row.sha256[:_SHORT_SHA256]}", "dim")
-    if row.note:
-        text.append(f"\n{indent}{row.note}")
-    for probe in row.probes:
-        _add_probe(text.append(f"\n{indent}"), probe)
-    return text
-
-
-def _add_probe(text: Text, probe: ProbeReading) -> None:
-    text.append(f"{probe.name} {'?' if probe.loss is None else f'{probe.loss:.3f}'}")
-    if probe.rise is None:
-        return
-    limit = "" if probe.tolerance is None else f" / {probe.tolerance:g}"
-    # Not "greater than": a rise that is NaN is too high as well.
-    high = probe.tolerance is not None and not probe.rise <= probe.tolerance
-    text.append(" ").append(f"({probe.rise:+.3f}{limit})", "red" if high else "")
-
-
-def _size(count: int) -> str:
+def size(count: int) -> str:
+    """Bytes, as people read them."""
     if count < 1000:
         return f"{count} B"
     return f"{count / 1e3:.1f} kB" if count < 1_000_000 else f"{count / 1e6:.1f} MB"
+
+
+def _paragraph(row: LogRow, probes: list[str], paint: Painter) -> str:
+    indent = "\n" + " " * (len(f"#{row.seq}") + 2)
+    head = paint(f"#{row.seq}  {row.time[:19].replace('T', ' ')}  ", "dim")
+    place = " ".join(piece for piece in (row.phase, "" if row.step is None else f"step {row.step}") if piece)
+    if place:
+        head += paint(place) + "  "
+    gone = row.state in _GONE
+    head += paint(f"{row.kind} {row.event}".strip(), "dim" if gone else _COLOURS.get(row.kind or row.event, ""))
+    if row.bytes is not None:
+        head += f"  {size(row.bytes)}"
+    if row.sha256:
+        head += paint(f"  {row.sha256[:_SHORT_SHA256]}", "dim")
+    if gone:
+        head += paint(f"  {row.state}", "dim")
+    pieces = [head, paint(row.note)] if row.note else [head]
+    return indent.join(pieces + probes)
+
+
+def _probe(probe: ProbeReading, paint: Painter) -> str:
+    name, loss, _, rise, tolerance = probe
+    text = f"{paint(name)} {'?' if loss is None else f'{loss:.3f}'}"
+    if rise is None:
+        return text
+    limit = "" if tolerance is None else f" / {tolerance:g}"
+    # Not "greater than": a rise that is NaN is too high as well.
+    high = tolerance is not None and not rise <= tolerance
+    return f"{text} " + paint(f"({rise:+.3f}{limit})", "red" if high else "")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import re
 import shutil
 from dataclasses import dataclass, field
@@ -10,18 +9,20 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from revpatch.config import Config, ConfigError
+from revpatch.config import Config, ConfigError, SidecarConfig
 from revpatch.config_file import dump_config, load_config
 from revpatch.ledger.durable import write_atomically
 from revpatch.ledger.history import JOURNAL_NAME, Ledger
 from revpatch.ledger.journal import Journal
+from revpatch.ledger.layers import SAME_MAP
+from revpatch.ledger.restoring import Origin, is_restored, origin_of
+from revpatch.ledger.run_lock import LOCK_NAME, lock_run
 from revpatch.monitoring.terminal import log_to
 from revpatch.training.snapshot import Snapshot, newest_snapshot
 
 CONFIG_NAME = "config.yaml"
 OUTPUTS = ("train.log", "ledger", "replay", "snapshot", "tensorboard", CONFIG_NAME)
 """What a run writes into its folder. The config comes first and goes last: it is what makes the folder a run's."""
-_LOCK_NAME = ".lock"
 
 MAY_CHANGE = (
     r"output_dir|monitoring\..*|snapshot\..*|ledger\..*|engine\..*|build\..*|teacher\..*|probes\.(every|placement)",
@@ -42,6 +43,8 @@ class Standing:
     """It is there already."""
     snapshot: Snapshot | None = None
     """What it goes on from; None begins it anew."""
+    origin: Origin | None = None
+    """The patch that it begins with, if it was restored from an entry of another run."""
     changed: dict[str, list[Any]] = field(default_factory=dict)
     """Config keys whose values are others than before: [old, new]."""
     lock: Any = None
@@ -58,8 +61,8 @@ def stand(config: Config, fresh: bool, overwrite: bool) -> Standing:
     """
     directory = Path(config.output_dir).absolute()
     named = f"output_dir = {config.output_dir}"
-    is_run = (directory / CONFIG_NAME).is_file()
-    if directory.exists() and not is_run and (not directory.is_dir() or _holds_anything(directory)):
+    is_run, restored = (directory / CONFIG_NAME).is_file(), is_restored(directory)
+    if directory.exists() and not is_run and (not directory.is_dir() or _holds_anything(directory, restored)):
         raise FileExistsError(
             f"{named}: it exists, and is neither an empty folder nor a run. Nothing was overwritten: choose another "
             "folder (--set output_dir=...), or move that one away"
@@ -69,8 +72,16 @@ def stand(config: Config, fresh: bool, overwrite: bool) -> Standing:
             f"{named}: it holds a run, and --fresh would begin another there. Nothing was overwritten: choose another "
             "folder (--set output_dir=...), leave out --fresh to go on with it, or add --overwrite to delete it"
         )
+    if restored and fresh:
+        raise FileExistsError(
+            f"{named}: it was made by `revpatch ledger restore`, and --fresh would begin without the patch that was "
+            "restored. Nothing was overwritten: leave out --fresh, or choose another folder (--set output_dir=...)"
+        )
     directory.mkdir(parents=True, exist_ok=True)
     standing = Standing(directory, lock=claim(directory, named))
+    standing.origin = origin_of(directory)
+    if standing.origin is not None:
+        check_shape(standing.origin, config.sidecar)
     if is_run and fresh:
         for name in OUTPUTS:
             path = directory / name
@@ -156,12 +167,40 @@ def check_identity(snapshot: Snapshot, identity: dict[str, Any]) -> None:
             )
 
 
+def check_origin(origin: Origin, identity: dict[str, Any]) -> None:
+    """Holds the patch that a restored run begins with against the base that is used.
+
+    Raises:
+        ConfigError: it is a patch of another family, base or tokenizer.
+    """
+    found, name = origin.metadata, f"ledger/{origin.name}"
+    families = [of["base"].get("family") for of in (found, identity)]
+    if all(families) and families[0] != families[1]:
+        raise ConfigError(f"{name} is a patch of a {families[0]} model, and base.model is a {families[1]}")
+    if (then := found["base"].get("sha256")) != (now := identity["base"]["sha256"]):
+        raise ConfigError(
+            f"{name} is a patch of {found['base'].get('model')}, weights of sha256 {str(then)[:16]}…, and base.model "
+            f"has {now[:16]}…: name the base that it was trained on"
+        )
+    if found.get("tokenizer") != identity["tokenizer"]:
+        raise ConfigError(f"{name} was trained with another tokenizer than base.model has: name the right base")
+
+
+def check_shape(origin: Origin, sidecar: SidecarConfig) -> None:
+    """Raises ConfigError if the patch that a restored run begins with has other sidecars than the config."""
+    then, now = origin.metadata["sidecar"], sidecar.model_dump(mode="json")
+    if other := [key for key in SAME_MAP if then.get(key) != now[key]]:
+        wrong = ", ".join(f"sidecar.{key} = {then.get(key)!r}, not {now[key]!r}" for key in other)
+        raise ConfigError(f"ledger/{origin.name} is a patch of another shape: it has {wrong}; set these in the config")
+
+
 def go_back(standing: Standing, config: Config, ledger: Ledger, **fields: Any) -> None:
     """Brings ledger and replay to where the snapshot is; what came after it is set aside, and will be made again."""
     write_atomically(standing.directory / CONFIG_NAME, dump_config(config).encode())
-    snapshot = standing.snapshot
+    snapshot, origin = standing.snapshot, standing.origin
     orphans = ledger.set_aside_orphans()
-    events = 0 if snapshot is None else snapshot.events
+    begun = 0 if origin is None else origin.events
+    events = begun if snapshot is None else snapshot.events
     ledger.resume(
         events,
         snapshot=None if snapshot is None else snapshot.name,
@@ -189,20 +228,17 @@ def _check_history(standing: Standing) -> None:
 
 def claim(directory: Path, named: str) -> Any:
     """Locks a run's folder until the file returned is closed. Raises ConfigError if another process holds it."""
-    file = (directory / _LOCK_NAME).open("a")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
+    if (file := lock_run(directory)) is None:
         raise ConfigError(
             f"{named}: another process is training in this folder: wait for it, stop it, or choose another folder"
-        ) from None
+        )
     return file
 
 
-def _holds_anything(directory: Path) -> bool:
-    """Whether there is more than what a run leaves that was killed before its config was written."""
-    ours = (_LOCK_NAME, f".{CONFIG_NAME}.*.tmp")
+def _holds_anything(directory: Path, restored: bool) -> bool:
+    """Whether there is more than what a run leaves that was killed before its config was written, or the ledger that
+    a restored run begins with."""
+    ours = (LOCK_NAME, f".{CONFIG_NAME}.*.tmp", *(["ledger"] if restored else []))
     return not all(any(fnmatch(path.name, name) for name in ours) for path in directory.iterdir())
 
 

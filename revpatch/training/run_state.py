@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from revpatch.config import Config
-from revpatch.patch.patched_model import attach, switchboard
+from revpatch.ledger.restoring import Origin
+from revpatch.patch.patched_model import attach, load_patch, switchboard
 from revpatch.stream.corpus import Corpus
 from revpatch.stream.quarantine import Quarantine
 from revpatch.stream.replay import ReplayMixture
@@ -30,7 +31,7 @@ from revpatch.training.phase import Phase
 from revpatch.training.preflight import Plan
 from revpatch.training.probe import Measurement
 from revpatch.training.record import Meter, Record
-from revpatch.training.resume import Standing, check_identity, check_shards, go_back
+from revpatch.training.resume import Standing, check_identity, check_origin, check_shards, go_back
 from revpatch.training.rollback import restore
 from revpatch.training.snapshot import Snapshot, SnapshotWriter, random_state, set_random_state
 from revpatch.training.teacher import Teacher
@@ -96,10 +97,13 @@ class RunState:
                 log.warning("this CPU is slower in bfloat16 than in float32: --set base.dtype=float32 is faster here")
         if standing.begun:
             self._go_on(standing)
+        if standing.origin is not None and standing.snapshot is None:
+            self._begin_with(standing.origin)
         if standing.begun and self.record.ledger is not None:
             go_back(standing, self.config, self.record.ledger, facts=facts)
         if standing.snapshot is None:
-            self.record.event("run", base=self.identity["base"], seed=self.config.seed, facts=facts)
+            began = {} if standing.origin is None else {"origin": standing.origin.name}
+            self.record.event("run", base=self.identity["base"], seed=self.config.seed, facts=facts, **began)
 
     def take_snapshot(self, phase: Phase, committed: bool = False) -> None:
         """Copies the state, which all ranks take part in; rank 0 writes it while training goes on.
@@ -168,6 +172,16 @@ class RunState:
                 broken = error
         raise broken
 
+    def _begin_with(self, origin: Origin) -> None:
+        """Takes up the patch of a restored run: the first phase starts from it, and is held to it as to a commit."""
+        check_origin(origin, self.identity)
+        self.watch.measure()  # the base: the patch is still the identity
+        load_patch(self.patch, origin.tensors)
+        self.teacher.follow(self.patch)
+        self.record.parent = origin.sha256
+        if self.peers.rank == 0:
+            log.info("beginning with %s, restored from another run", origin.name)
+
     def _go_on(self, standing: Standing) -> None:
         snapshot = standing.snapshot
         if self.peers.rank == 0:
@@ -177,7 +191,7 @@ class RunState:
             return
         check_identity(snapshot, self.identity)
         check_shards(snapshot, self.plan.digests(self.config, snapshot.phase_index if snapshot.phase else None))
-        if snapshot.phase_index:  # the teacher is the patch that the phase began with
+        if snapshot.phase_index or standing.origin is not None:  # the teacher is the patch that the phase began with
             committed = snapshot.engine if snapshot.phase is None else snapshot.phase.start.engine
             restore(self.engine, self.patch, committed, self.peers)
             self.teacher.follow(self.patch)

@@ -137,9 +137,11 @@ def show(table_of: dict[str, Any]) -> None:
 
 def identity(config: Config, base: nn.Module, tokenizer: str) -> dict[str, Any]:
     """What an entry says of where it belongs; free of times, output paths and the number of ranks."""
+    family: str = base.config.model_type  # type: ignore[assignment, union-attr]
     return {
         "base": {
             "model": config.base.model,
+            "family": family,
             "revision": config.base.revision,
             "sha256": base_sha256(base, rounded=True),
             "dtype": config.base.dtype,

@@ -1,6 +1,7 @@
 """The teacher: the last committed patch on the same frozen base.
 
-It is not a copy of the model: the base's blocks run with other sidecars. Before the first commit it is the base alone.
+It is not a copy of the model: the base's blocks run with other sidecars. Before the first commit it is the base alone,
+or the patch that a restored run began with.
 
 With a cache, what it says of a block is computed once, one block at a time: the last bits of a matrix product depend on
 how many rows it has, and what is remembered must not depend on which other blocks were asked for beside it. A run that

@@ -1,65 +1,24 @@
 """The ledger as a whole: files and journal stay in step through crashes, and what is wrong is named."""
 
 import io
-import math
 import os
 import signal
 import subprocess
 import sys
-import tempfile
-import time
-from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from past_run import SETS, a_patch, a_run
 from rich.console import Console
 
-from revpatch.ledger.audit import log_rows, verify
+from revpatch.ledger.audit import verify
 from revpatch.ledger.durable import sha256_of
 from revpatch.ledger.entry import EntryError, read_entry, write_entry
 from revpatch.ledger.history import Ledger, effective
 from revpatch.ledger.journal import Journal, JournalError
-from revpatch.ledger.show import print_log, print_verify
-
-SETS = {"base": {"loss": 3.42, "reference": 3.40, "rise": 0.02, "tolerance": 0.03, "low": 0.01, "high": 0.03}}
-
-
-def a_patch(value: float = 1.0) -> dict[str, torch.Tensor]:
-    return {"layer_00.gate.weight": torch.full((4,), value)}
-
-
-@cache
-def files_of_a_run(suffix: str) -> dict[str, bytes]:
-    """Two phases; the first has four good entries and a rollback. Made once: every event waits for the disk."""
-    with tempfile.TemporaryDirectory() as directory:
-        ledger = Ledger(Path(directory), suffix=suffix)
-        ledger.journal.append("run", config="c0ffee", world=2)
-        ledger.record("start", 0, "wikitext", 0, a_patch(0), {"phase": "wikitext"})
-        for step in (100, 200, 300, 400):
-            ledger.record("good", 0, "wikitext", step, a_patch(step), {"step": step}, sets=SETS)
-        ledger.record("rollback", 0, "wikitext", 500, a_patch(500), {"step": 500})
-        ledger.journal.append(
-            "rollback",
-            phase="wikitext",
-            step=500,
-            to_file=f"000_wikitext_good_step000000400{suffix}",
-            reason="base rose by 0.1 nats",
-            window=[400, 500],
-            new_lr_factor=0.5,
-        )
-        ledger.record("commit", 0, "wikitext", 600, a_patch(600), {"phase": "wikitext"}, sets=SETS)
-        ledger.record("start", 1, "imdb", 0, a_patch(600), {"phase": "imdb"})
-        ledger.record("good", 1, "imdb", 100, a_patch(700), {"step": 100})
-        return {path.name: path.read_bytes() for path in Path(directory).iterdir()}
-
-
-def a_run(tmp_path, suffix=".pt"):
-    run = tmp_path / "runs" / "demo"
-    (run / "ledger").mkdir(parents=True)
-    for name, data in files_of_a_run(suffix).items():
-        (run / "ledger" / name).write_bytes(data)
-    return run, Ledger(run / "ledger", suffix=suffix)
+from revpatch.ledger.log import log_rows
+from revpatch.ledger.show import print_log
 
 
 def names(ledger):
@@ -252,57 +211,6 @@ def test_a_disk_that_is_really_full(tmp_path):
         subprocess.run(["umount", str(directory)], check=True)
 
 
-def test_verify_names_everything_that_is_wrong(tmp_path):
-    run, ledger = a_run(tmp_path)
-    directory = run / "ledger"
-    whole = verify(run)
-    assert (whole.ok, whole.entries, whole.events, whole.head) == (True, 9, 11, ledger.journal.head)
-    assert whole.bytes_hashed == sum(path.stat().st_size for path in directory.glob("*.pt"))
-
-    (directory / "000_wikitext_start.pt").unlink()
-    flipped = directory / "000_wikitext_commit.pt"
-    data = bytearray(flipped.read_bytes())
-    data[len(data) // 2] ^= 1
-    flipped.write_bytes(data)
-    cut = directory / "001_imdb_start.pt"
-    cut.write_bytes(cut.read_bytes()[:-1])
-    write_entry(directory / "002_new_start.pt", a_patch(), {})
-    journal = directory / "journal.jsonl"
-    lines = journal.read_bytes().splitlines()
-    lines[7] = lines[7].replace(b"0.1 nats", b"0.0 nats")
-    journal.write_bytes(b"\n".join([*lines, b'{"seq":11']))
-    problems = {(problem.where, " ".join(problem.what.split(" ")[:2])) for problem in verify(run).problems}
-    assert problems == {
-        ("journal.jsonl", "line 9"),
-        ("journal.jsonl", "its last"),
-        ("000_wikitext_start.pt", "is missing"),
-        ("000_wikitext_commit.pt", "has sha256"),
-        ("001_imdb_start.pt", f"has {cut.stat().st_size}"),
-        ("002_new_start.pt", "is in"),
-    }
-    assert "line 9 names" in verify(run).problems[0].what
-    assert all(problem.advice for problem in verify(run).problems)
-
-
-def test_verify_against_a_head_noted_earlier(tmp_path):
-    run, ledger = a_run(tmp_path)
-    noted = ledger.journal.head
-    ledger.journal.append("phase_end", phase="imdb")
-    assert verify(run, noted).ok
-    journal = run / "ledger" / "journal.jsonl"
-    journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:-2]))
-    (run / "ledger" / "001_imdb_good_step000000100.pt").unlink()
-    assert verify(run).ok, "the chain alone can't show it"
-    (problem,) = verify(run, noted).problems
-    assert noted in problem.what
-
-
-def test_verify_where_there_is_no_ledger(tmp_path):
-    (problem,) = verify(tmp_path).problems
-    assert "is not there" in problem.what
-    assert not (tmp_path / "ledger").exists()
-
-
 def test_reading_functions_change_nothing(tmp_path):
     run, ledger = a_run(tmp_path)
     write_entry(ledger.directory / "002_new_start.pt", a_patch(), {})
@@ -314,93 +222,6 @@ def test_reading_functions_change_nothing(tmp_path):
     Ledger(run / "ledger", readonly=True)
     print_log(run, Console(file=io.StringIO()))
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
-
-
-def test_the_log_says_what_happened(tmp_path):
-    run, ledger = a_run(tmp_path)
-    ledger.journal.append("quarantined", shard="data/x.tar", phase="imdb")
-    ledger.journal.append("probe", phase="imdb", step=7, sets={"base": {"loss": math.nan, "tolerance": 0.03}})
-    ledger.journal.append("probe", phase=None, step="many", bytes=[1], sets={"base": {"loss": "?"}, "b": 2.0}, x={})
-    ledger.prune_good(1)
-    rows = log_rows(run)
-    assert [row.seq for row in rows] == list(range(15))
-    good = rows[2]
-    assert (good.event, good.kind, good.phase, good.step) == ("entry", "good", "wikitext", 100)
-    assert good.bytes == (run / "ledger" / "000_wikitext_good_step000000400.pt").stat().st_size
-    (probe,) = good.probes
-    assert (probe.name, probe.loss, probe.reference, probe.rise, probe.tolerance) == ("base", 3.42, 3.40, 0.02, 0.03)
-    rollback = rows[7]
-    assert (rollback.event, rollback.kind, rollback.step) == ("rollback", "", 500)
-    for piece in ("base rose by 0.1 nats", "000_wikitext_good_step000000400.pt", "steps 400 to 500", "factor 0.5"):
-        assert piece in rollback.note
-    assert (rows[11].event, rows[11].note) == ("quarantined", "shard data/x.tar")
-    assert math.isnan(rows[12].probes[0].loss)
-    assert (rows[13].step, rows[13].bytes, [p.loss for p in rows[13].probes]) == (None, None, [None, 2.0])
-    assert "000_wikitext_good_step000000100.pt" in rows[14].note
-
-
-@pytest.mark.parametrize("width", [40, 200])
-def test_the_printed_log(tmp_path, width):
-    run, ledger = a_run(tmp_path)
-    ledger.journal.append(
-        "probe", phase="[red]imdb[/red]", sets={"bad": {"loss": 3.5, "reference": 3.4, "tolerance": 0.03}}
-    )
-    text = io.StringIO()
-    print_log(run, Console(file=text, width=width))
-    lines = text.getvalue().splitlines()
-    commit = next(number for number, line in enumerate(lines) if "commit entry" in line)
-    assert lines[commit].startswith("#8  20")
-    for piece in ("wikitext step 600", "kB", ledger.newest("commit").sha256[:12]):
-        assert piece in lines[commit]
-    assert lines[commit + 1 : commit + 3] == ["    000_wikitext_commit.pt", "    base 3.420 (+0.020 / 0.03)"]
-    assert any("base rose by 0.1 nats" in line for line in lines)
-    assert lines[-2].endswith("[red]imdb[/red]  probe")
-    assert lines[-1] == "     bad 3.500 (+0.100 / 0.03)"
-
-
-def test_a_rise_above_tolerance_stands_out(tmp_path):
-    journal = Journal(tmp_path / "ledger" / "journal.jsonl")
-    for rise in (0.01, 0.5, math.nan):
-        journal.append("probe", sets={"base": {"loss": 3.5, "rise": rise, "tolerance": 0.03}})
-    journal.append("probe", sets={"base": {"loss": 3.5, "rise": 0.5, "tolerance": 0.03, "guarded": False}})
-    text = io.StringIO()
-    print_log(tmp_path, Console(file=text, width=200, force_terminal=True, color_system="standard"))
-    readings = [line for line in text.getvalue().splitlines() if "base" in line]
-    assert ["\x1b[31m(" in line for line in readings] == [False, True, True, False]
-
-
-def test_the_printed_verdict(tmp_path):
-    run, _ = a_run(tmp_path)
-    text = io.StringIO()
-    assert print_verify(run, Console(file=text, width=200)) is True
-    assert "11 events, 9 entries" in text.getvalue()
-    (run / "ledger" / "000_wikitext_commit.pt").unlink()
-    text = io.StringIO()
-    assert print_verify(run, Console(file=text, width=200)) is False
-    assert "000_wikitext_commit.pt: is missing (journal line 9)" in text.getvalue()
-    assert "backup" in text.getvalue()
-
-
-def test_a_damaged_journal_is_not_logged_as_if_it_were_whole(tmp_path):
-    run, ledger = a_run(tmp_path)
-    lines = ledger.journal.path.read_bytes().splitlines(keepends=True)
-    ledger.journal.path.write_bytes(b"".join(lines[1:]))
-    for reader in (log_rows, lambda run: Ledger(run / "ledger"), lambda run: print_log(run, Console())):
-        with pytest.raises(JournalError, match="line 1 "):
-            reader(run)
-
-
-def test_a_ledger_of_ten_thousand_events_is_read_in_moments(tmp_path):
-    journal = Journal(tmp_path / "ledger" / "journal.jsonl")
-    journal._write = lambda data: lines.append(data)  # one write at the end, not ten thousand synced ones
-    lines: list[bytes] = []
-    for step in range(10_000):
-        journal.append("probe", phase="wikitext", step=step, sets=SETS)
-    journal.path.write_bytes(b"".join(lines))
-    begin = time.process_time()  # not the clock on the wall: the machine may have other work
-    assert len(log_rows(tmp_path)) == 10_000
-    assert verify(tmp_path).ok
-    assert time.process_time() - begin < 2.0
 
 
 def test_going_back_sets_aside_what_came_after_and_it_may_be_written_anew(tmp_path: Path) -> None:

@@ -60,7 +60,8 @@ def test_a_file_is_held_against_the_journal_beside_it(run: Path, tmp_path: Path)
     [
         ("@good~3", EntryError, "has 3 good entries"),
         ("@nothing", EntryError, "000_wiki_start.pt"),
-        ("@../../etc/passwd", EntryError, "is not in"),
+        ("@../../etc/passwd", EntryError, "without '/' and '..'"),
+        ("@/etc/passwd", EntryError, "without '/' and '..'"),
         ("@good~", EntryError, "is not in"),
         ("/ledger/none.pt", FileNotFoundError, "no such file or folder"),
     ],

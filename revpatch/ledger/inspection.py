@@ -1,0 +1,100 @@
+"""One patch looked at, and two held against each other: what `ledger show` and `ledger diff` tell, without a base."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from revpatch.ledger.layers import LayerDifference, LayerFacts, check_comparable, check_patch, differences, layers_of
+from revpatch.ledger.plain import to_plain
+from revpatch.ledger.references import Located, locate
+
+
+@dataclass(frozen=True)
+class PatchFacts:
+    """A patch file: where it is, what it and the journal say of it, and its layers.
+
+    `recorded` (kind, phase, step, sha256, bytes, time, sets, ...) is None for a file that no journal lies beside.
+    `parent` is the name of the entry it descends from, or the sha256 of one that is not kept.
+    """
+
+    name: str
+    path: str
+    metadata: dict[str, Any]
+    recorded: dict[str, Any] | None
+    parent: str | None
+    layers: list[LayerFacts]
+
+    def as_fields(self) -> dict[str, Any]:
+        """Plain values, as `--json` prints them."""
+        plain: dict[str, Any] = to_plain(asdict(self))
+        return plain
+
+
+@dataclass(frozen=True)
+class PatchDifference:
+    """Two patches of one base. `probes` has, by set, the losses and gates that the journal recorded with each, where
+    it recorded them: [of the first, of the second]."""
+
+    names: tuple[str, str]
+    layers: list[LayerDifference]
+    probes: dict[str, dict[str, list[float | None]]]
+
+    def as_fields(self) -> dict[str, Any]:
+        """Plain values, as `--json` prints them."""
+        plain: dict[str, Any] = to_plain(asdict(self))
+        return plain
+
+
+def inspect(reference: str) -> PatchFacts:
+    """What a patch is, its file checked against the journal first.
+
+    Raises:
+        FileNotFoundError, EntryError, JournalError: as `locate` and `Located.load` do; or it is no patch.
+    """
+    located = locate(reference)
+    tensors, metadata = located.load()
+    check_patch(located.path.name, metadata)
+    return PatchFacts(
+        located.path.name,
+        str(located.path),
+        metadata,
+        None if located.recorded is None else asdict(located.recorded),
+        _parent(located, metadata),
+        layers_of(tensors),
+    )
+
+
+def compare(first: str, second: str) -> PatchDifference:
+    """How two patches differ, layer by layer.
+
+    Raises:
+        FileNotFoundError, EntryError, JournalError: as `inspect`; or they are of two bases or shapes.
+    """
+    located = locate(first), locate(second)
+    (ours, our_metadata), (theirs, their_metadata) = (each.load() for each in located)
+    check_comparable((first, second), (our_metadata, their_metadata), (ours, theirs))
+    return PatchDifference((first, second), differences(ours, theirs), _probes(located))
+
+
+def _parent(located: Located, metadata: dict[str, Any]) -> str | None:
+    sha256 = metadata.get("parent")
+    if sha256 is None or located.ledger is None:
+        return sha256
+    # Entries with the same content have the same sha256: the latest before this one is the parent.
+    before = located.recorded.seq if located.recorded is not None else 0
+    named = [entry.name for entry in located.ledger.entries() if entry.sha256 == sha256 and entry.seq < before]
+    return named[-1] if named else str(sha256)
+
+
+def _probes(located: tuple[Located, Located]) -> dict[str, dict[str, list[float | None]]]:
+    sets = [{} if each.recorded is None else each.recorded.fields.get("sets", {}) for each in located]
+    names = {**sets[0], **sets[1]}
+    return {
+        name: {key: [_number(found.get(name, {}).get(key)) for found in sets] for key in ("loss", "gate")}
+        for name in names
+    }
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)

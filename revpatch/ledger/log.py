@@ -1,0 +1,204 @@
+"""A run's history, told from its journal alone: what happened, what of it still counts, which entries are kept.
+
+Ten thousand entries are told in a second, so a row is a tuple, and no event is copied on the way.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from revpatch.ledger.history import JOURNAL_NAME, pruned_in, superseded_in
+from revpatch.ledger.journal import EVENT_FIELDS, Journal
+
+KEPT, PRUNED, SUPERSEDED, AGAIN, UNDONE = "kept", "pruned", "superseded", "recorded again", "undone"
+_IN_COLUMNS = frozenset(("kind", "phase", "phase_index", "step", "bytes", "sha256", "sets", *EVENT_FIELDS))
+_DONE_FOR_GOOD = ("pruned", "orphan", "torn", "resume")
+_IN_NOTE_OF_RUN = ("ranks", "device", "engine")
+
+
+class ProbeReading(NamedTuple):
+    """One probe set's losses in nats per token; what the journal doesn't say is None. A set that was measured but
+    not guarded then (a corpus that no phase had learned yet) has no tolerance."""
+
+    name: str
+    loss: float | None
+    reference: float | None
+    rise: float | None
+    tolerance: float | None
+
+
+class LogRow(NamedTuple):
+    """One event; `kind` (of an entry) is empty for any other, `note` says why, or what else was recorded.
+
+    `state` of an entry: its file is kept, was pruned, was superseded (the run went back before it, and its file was
+    set aside), or was recorded again, by a later line. Of another event: undone if the run went back before it, else
+    empty.
+    """
+
+    seq: int
+    time: str
+    event: str
+    kind: str
+    phase: str
+    step: int | None
+    probes: list[ProbeReading]
+    bytes: int | None
+    sha256: str
+    note: str
+    state: str
+
+
+def log_rows(run: Path) -> list[LogRow]:
+    """Every event of the run in `run`, oldest first, unknown ones too. Raises JournalError for a damaged journal."""
+    return list(rows_of(Journal(run / "ledger" / JOURNAL_NAME, readonly=True).records()))
+
+
+def rows_of(events: list[dict[str, Any]]) -> Iterator[LogRow]:
+    """The same, of events that were read already."""
+    sets, told = None, readings(None)
+    for event, state in zip(events, states_of(events), strict=True):
+        if event.get("sets") != sets:  # an entry repeats what the probe before it has measured
+            sets = event.get("sets")
+            told = readings(sets)
+        yield _row(event, told, state)
+
+
+def readings(sets: Any) -> list[ProbeReading]:
+    """The `sets` of a probe or an entry; what is no such table has none."""
+    return [_reading(name, values) for name, values in sets.items()] if isinstance(sets, dict) else []
+
+
+def states_of(events: list[dict[str, Any]]) -> list[str]:
+    """What `LogRow.state` says of each event."""
+    states = [""] * len(events)
+    live: dict[Any, int] = {}
+    for place, event in enumerate(events):
+        if event["event"] == "entry":
+            if (earlier := live.pop(event.get("file"), None)) is not None:
+                states[earlier] = AGAIN
+            live[event.get("file")] = place
+            states[place] = KEPT
+        elif event["event"] == "resume" and isinstance(since := event.get("undoes_from"), int):
+            for undone in range(max(since, 0), place):
+                if events[undone]["event"] not in _DONE_FOR_GOOD:
+                    states[undone] = states[undone] or UNDONE
+        for names, state in ((pruned_in(event), PRUNED), (superseded_in(event), SUPERSEDED)):
+            for name in names:
+                if (gone := live.pop(name, None)) is not None:
+                    states[gone] = state
+    return states
+
+
+def _row(event: dict[str, Any], probes: list[ProbeReading], state: str) -> LogRow:
+    return LogRow(
+        event["seq"],
+        str(event["time"]),
+        event["event"],
+        str(event.get("kind", "")),
+        str(event.get("phase", "")),
+        _integer(event.get("step")),
+        probes,
+        _integer(event.get("bytes")),
+        str(event.get("sha256", "")),
+        _note(event),
+        state,
+    )
+
+
+def _note(event: dict[str, Any]) -> str:
+    kind = event["event"]
+    if kind == "entry" and "restored" not in event:
+        return str(event.get("file", ""))
+    rest = {key: value for key, value in event.items() if key not in _IN_COLUMNS}
+    if kind in _NOTES:
+        return _NOTES[kind](rest)
+    return _listed(rest)
+
+
+def _listed(rest: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value if isinstance(value, str) else json.dumps(value)}" for key, value in rest.items())
+
+
+def _note_of_origin(rest: dict[str, Any]) -> str:
+    source = rest["restored"] if isinstance(rest["restored"], dict) else {}
+    return f"{rest.get('file', '')}, restored from {source.get('from', '?')}"
+
+
+def _note_of_rollback(rest: dict[str, Any]) -> str:
+    reason, to_file = rest.pop("reason", "no reason was recorded"), rest.pop("to_file", "an unnamed entry")
+    window, factor = rest.pop("window", None), rest.pop("new_lr_factor", None)
+    pieces = [str(reason), f"back to {to_file}"]
+    if isinstance(window, list) and len(window) == 2:
+        pieces.append(f"skipped steps {window[0]} to {window[1]}")
+    if factor is not None:
+        pieces.append(f"learning rate factor {factor}")
+    return "; ".join(pieces + [f"{key} {value}" for key, value in rest.items()])
+
+
+def _note_of_resume(rest: dict[str, Any]) -> str:
+    snapshot, since = rest.get("snapshot"), rest.get("undoes_from")
+    pieces = [f"on from snapshot {snapshot}" if snapshot else "begun again, as there was no snapshot"]
+    if superseded := rest.get("superseded"):
+        pieces.append(f"set aside, to be made again: {_names(superseded)}")
+    if orphans := rest.get("orphans"):
+        pieces.append(f"orphans of a crash: {_names(orphans)}")
+    if isinstance(changed := rest.get("changed"), dict):
+        pieces += [f"{key} now {_new(values)}" for key, values in changed.items()]
+    pieces.append(f"events from #{since} to here don't count")
+    return "; ".join(pieces)
+
+
+def _note_of_run(rest: dict[str, Any]) -> str:
+    base, facts = (rest[key] if isinstance(rest.get(key), dict) else {} for key in ("base", "facts"))
+    if not base:
+        return _listed(rest)
+    pieces = [f"base {base.get('model')} ({base.get('dtype')}, sha256 {str(base.get('sha256'))[:12]}…)"]
+    pieces += [f"{key} {facts[key]}" for key in _IN_NOTE_OF_RUN if key in facts]
+    return ", ".join([*pieces, f"seed {rest.get('seed')}"])
+
+
+def _note_of_pruned(rest: dict[str, Any]) -> str:
+    return ", ".join(map(str, [*rest.get("files", []), *rest.get("leftovers", [])]))
+
+
+_NOTES = {
+    "entry": _note_of_origin,
+    "rollback": _note_of_rollback,
+    "resume": _note_of_resume,
+    "run": _note_of_run,
+    "pruned": _note_of_pruned,
+}
+
+
+def _names(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _new(values: Any) -> str:
+    return json.dumps(values[-1] if isinstance(values, list) and values else values)
+
+
+def _reading(name: str, values: Any) -> ProbeReading:
+    if not isinstance(values, dict):
+        return ProbeReading(name, _number(values), None, None, None)
+    get = values.get
+    loss, reference, rise, tolerance = get("loss"), get("reference"), get("rise"), get("tolerance")
+    if not type(loss) is type(reference) is type(rise) is type(tolerance) is float:
+        loss, reference, rise, tolerance = map(_number, (loss, reference, rise, tolerance))
+    if rise is None and loss is not None and reference is not None:
+        rise = loss - reference
+    return ProbeReading(name, loss, reference, rise, None if get("guarded") is False else tolerance)
+
+
+def _number(value: Any) -> float | None:
+    try:
+        return float(value)  # "NaN" and "Infinity" are how the journal spells them
+    except (TypeError, ValueError):
+        return None
+
+
+def _integer(value: Any) -> int | None:
+    return value if isinstance(value, int) else None

@@ -1,0 +1,95 @@
+"""A new run that begins with an entry of an old one: a folder with a ledger whose first event is an `origin` entry.
+
+    NEW/ledger/journal.jsonl                line 1: the entry, and `restored`: where it came from
+    NEW/ledger/000_wikitext_origin.pt       the patch; its parent is the entry it was restored from
+
+`revpatch train CONFIG --set output_dir=NEW` takes it up as the patch that its first phase starts from and is held to.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from revpatch.ledger.history import JOURNAL_NAME, Ledger
+from revpatch.ledger.layers import check_patch, layers_of
+from revpatch.ledger.references import locate
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+KIND = "origin"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The patch that a restored run begins with; `events` is how many lines of the journal it takes."""
+
+    name: str
+    sha256: str
+    tensors: dict[str, Tensor]
+    metadata: dict[str, Any]
+    events: int
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What was restored: the new entry, and the one it came from."""
+
+    run: str
+    name: str
+    sha256: str
+    source: dict[str, Any]
+
+
+def restore(reference: str, run: Path) -> Restored:
+    """Makes the folder `run`, which must not exist or be empty, with the patch that `reference` names.
+
+    Raises:
+        FileExistsError: there is something in the folder; nothing is overwritten.
+        FileNotFoundError, EntryError, JournalError: as `locate` and `Located.load` do; or it is no patch.
+        OSError: the disk fails.
+    """
+    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        raise FileExistsError(f"{run}: it exists and is not an empty folder. Nothing was overwritten: name another")
+    located = locate(reference)
+    tensors, metadata = located.load()
+    check_patch(reference, metadata)
+    layers_of(tensors)  # refuses what is no sidecar's
+    where = {key: metadata.get(key) for key in ("kind", "phase", "phase_index", "step")}
+    sha256 = located.recorded.sha256 if located.recorded is not None else located.file_sha256()
+    head = None if located.ledger is None else located.ledger.journal.head
+    source = {"from": reference, "file": located.path.name, "sha256": sha256, **where, "head": head}
+    phase = str(metadata.get("phase", "patch"))
+    own = {"kind": KIND, "phase": phase, "phase_index": 0, "step": 0, "parent": sha256, "restored": where}
+    path, new = Ledger(run / "ledger").record(KIND, 0, phase, 0, tensors, {**metadata, **own}, restored=source)
+    return Restored(str(run), path.name, new, source)
+
+
+def is_restored(run: Path) -> bool:
+    """Whether a folder's ledger begins with an origin; only its first line is looked at."""
+    journal = run / "ledger" / JOURNAL_NAME
+    if not journal.is_file():
+        return False
+    with journal.open("rb") as file:
+        line = file.readline(1 << 20)
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(event, dict) and event.get("event") == "entry" and event.get("kind") == KIND
+
+
+def origin_of(run: Path) -> Origin | None:
+    """The patch that the run was restored with, checked against its journal; None if it was not restored.
+
+    Raises:
+        EntryError, JournalError: the file or the journal is damaged.
+    """
+    if not is_restored(run):
+        return None
+    ledger = Ledger(run / "ledger", readonly=True)
+    entry = ledger.entries()[0]
+    return Origin(entry.name, entry.sha256, *ledger.load(entry.name), events=entry.seq + 1)

@@ -1,0 +1,116 @@
+"""Runs that begin with a patch of another run: from its very weights, held to it, killed and gone on with."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import Runs, RunServer
+from toy import Toy, save_base
+
+from revpatch.ledger.audit import verify
+from revpatch.ledger.history import Ledger
+from revpatch.ledger.pruning import prune
+from revpatch.ledger.references import locate
+from revpatch.ledger.restoring import restore
+
+
+@pytest.fixture(scope="module")
+def runs(toy: Toy, server: RunServer, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """ "old" has one phase; "through" was restored from its commit, trained another, and was never killed."""
+    folder = tmp_path_factory.mktemp("restored")
+    phase: dict[str, Any] = {"name": "first", "shards": str(toy.shards("first")), "steps": 12}
+    probe = {"name": "base", "shards": str(toy.shards("base_probe")), "tolerance": 0.5, "max_blocks": 16}
+    changes = {"snapshot": {"every": 5}, "monitoring": {"every": 1}, "probes": {"every": 3, "sets": [probe]}}
+    runs = Runs(server, toy.config_file(folder, phases=[phase], **changes), folder)
+    assert runs.run("old", world=1) == [0], runs.log("old").read_text()
+    restore(str(runs.path("old")), runs.path("through"))
+    (folder / "unbegun").mkdir()
+    shutil.copytree(runs.path("through/ledger"), folder / "unbegun/ledger")
+    toy.config_file(folder, phases=[{**phase, "shards": str(toy.shards("second"))}], **changes)
+    assert runs.run("through") == [0, 0], runs.log("through").read_text()
+    return runs
+
+
+def unbegun(runs: Runs, name: str) -> str:
+    """A copy of the restored run before it was trained."""
+    shutil.copytree(runs.path("unbegun"), runs.path(name))
+    return name
+
+
+def test_it_begins_with_the_patch_and_is_held_to_it(runs: Runs) -> None:
+    old, new = runs.path("old"), runs.path("through")
+    committed, _ = locate(old).load()
+    start, told = locate(f"{new}@start").load()
+    assert all(torch.equal(start[name], tensor) for name, tensor in committed.items())
+    assert told["parent"] == locate(f"{new}@origin").file_sha256()
+    entries = {(e.kind, run): e.fields["sets"]["base"] for run in (old, new) for e in ledger(run) if e.kind != "origin"}
+    assert entries["start", new]["loss"] == pytest.approx(entries["commit", old]["loss"], abs=1e-6)
+    assert entries["start", new]["base"] == pytest.approx(entries["start", old]["loss"], abs=1e-6), "the bare base"
+    first, last = re.findall(r"first (?:1|12)/12 .*", (new / "train.log").read_text())
+    assert "distill_kl" not in first and "distill_kl" in last, "the teacher is the patch that was restored: no KL yet"
+    assert runs.events("through", "run")[0]["origin"] == "000_first_origin.pt"
+    assert verify(new).ok
+
+
+def ledger(run: Path) -> list[Any]:
+    return Ledger(run / "ledger", readonly=True).entries()
+
+
+@pytest.mark.parametrize("call", [3, 8], ids=["before a snapshot", "after one"])
+def test_killed_it_goes_on_to_the_same_commit(runs: Runs, call: int) -> None:
+    name = unbegun(runs, f"killed{call}")
+    step = {"target": "revpatch.training.engine:AccelerateEngine.train_step", "call": call, "when": "after"}
+    assert -signal.SIGKILL in runs.run(name, kill={"rank": 1, **step})
+    spared = prune(runs.path(name), keep=1).spared  # in between, as a person might
+    assert list(spared) == (["000_first_good_step000000003.pt"] if call == 8 else []), "the snapshot's"
+    assert runs.run(name) == [0, 0], runs.log(name).read_text()
+    assert runs.commits(name) == runs.commits("through")
+    assert ledger(runs.path(name))[0].kind == "origin"
+    assert verify(runs.path(name)).ok
+
+
+def contents(run: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+def test_what_is_refused_and_leaves_it_as_it_was(runs: Runs, toy: Toy, tmp_path: Path) -> None:
+    name = unbegun(runs, "refused")
+    before = contents(runs.path(name))
+    for options, message in (
+        (["--set", "sidecar.bottleneck=4"], "a patch of another shape: it has sidecar.bottleneck = 8, not 4"),
+        (["--fresh"], "--fresh would begin without the patch"),
+        (["--fresh", "--overwrite"], "--fresh would begin without the patch"),
+    ):
+        assert runs.run(name, *options, world=1) == [2]
+        assert message in runs.log(name).read_text()
+        assert contents(runs.path(name)) == before
+    other = save_base(tmp_path / "other", toy.tokenizer, seed=5)
+    assert runs.run(name, "--set", f"base.model={other}", world=1) == [2]
+    assert "name the base that it was trained on" in runs.log(name).read_text()
+    assert {path: data for path, data in contents(runs.path(name)).items() if path in before} == before
+    assert runs.run(name, world=1) == [0], runs.log(name).read_text()
+
+
+def test_a_tampered_origin_is_not_trained_on(runs: Runs) -> None:
+    name = unbegun(runs, "tampered")
+    file = runs.path(name) / "ledger/000_first_origin.pt"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    assert runs.run(name, world=1) == [2]
+    assert "is not the file that was recorded" in runs.log(name).read_text()
+    assert not (runs.path(name) / "config.yaml").exists()
+
+
+def test_a_ledger_alone_that_is_no_restored_runs_is_somebody_elses(runs: Runs) -> None:
+    shutil.copytree(runs.path("old/ledger"), runs.path("bare/ledger"))
+    before = contents(runs.path("bare"))
+    assert runs.run("bare", world=1) == [2]
+    assert "neither an empty folder nor a run" in runs.log("bare").read_text()
+    assert contents(runs.path("bare")) == before
