@@ -24,9 +24,18 @@ HalfGate = Callable[[Tensor], Tensor]
 """A gate on one half: (batch, time, d/2), normalised, to (batch, time, 1)."""
 
 
-def rms_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """x / sqrt(mean(x²) + eps) over the last dimension; shape and dtype are kept (Zhang & Sennrich, 2019)."""
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+RMS_EPS = 1e-6
+
+
+def rms_scale(x: Tensor) -> Tensor:
+    """1 / sqrt(mean(x²) + `RMS_EPS`) over the last dimension, (..., d) to (..., 1) (Zhang & Sennrich, 2019)."""
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.rsqrt(norm.square() / x.shape[-1] + RMS_EPS)
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """x times its `rms_scale`; shape and dtype are kept."""
+    return x * rms_scale(x)
 
 
 class BottleneckMLP(nn.Module):
@@ -40,9 +49,14 @@ class BottleneckMLP(nn.Module):
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.up(self.activation(self.down(x)))
-        return out
+    def forward(self, x: Tensor, scale_in: Tensor | float = 1.0, scale_out: Tensor | float = 1.0) -> Tensor:
+        """scale_out · up(activation(down(scale_in · x))), (..., width) to the same.
+
+        The scales, of each token (..., 1) and of all (1,), are applied where the tensors are narrow.
+        """
+        inner = nn.functional.linear(x, self.down.weight) * scale_in
+        inner = self.activation(inner + self.down.bias)
+        return nn.functional.linear(inner, scale_out * self.up.weight, scale_out * self.up.bias)
 
 
 class AdditiveCoupling(nn.Module):
@@ -107,6 +121,5 @@ class AdditiveCoupling(nn.Module):
         return torch.cat([a, b], dim=-1)
 
     def _shift(self, mlp: BottleneckMLP, x: Tensor, gate: HalfGate | None) -> Tensor:
-        x = self.norm(x)
-        shift: Tensor = self.scale * mlp(x)
-        return shift if gate is None else gate(x) * shift
+        shift: Tensor = mlp(x, rms_scale(x) if self.normalize == "rms" else 1.0, self.scale)
+        return shift if gate is None else gate(self.norm(x)) * shift
