@@ -20,11 +20,13 @@ from torch import Tensor, nn
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh}
 
+RMS_EPS = 1e-6
+
 HalfGate = Callable[[Tensor], Tensor]
 """A gate on one half: (batch, time, d/2), normalised, to (batch, time, 1)."""
 
 
-def rms_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
+def rms_norm(x: Tensor, eps: float = RMS_EPS) -> Tensor:
     """x / sqrt(mean(x²) + eps) over the last dimension; shape and dtype are kept (Zhang & Sennrich, 2019)."""
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 

@@ -26,6 +26,7 @@ from revpatch.config import SidecarConfig
 from revpatch.patch.decoding import gate_histories
 from revpatch.patch.families import blocks_of, body_of, family_of, width_of
 from revpatch.patch.sidecar import Sidecar, SidecarOutput
+from revpatch.patch.step import step
 
 GateMode = Literal["learned", "on", "off"]
 
@@ -55,8 +56,7 @@ class Patch(nn.Module):
 
     def sidecar(self, layer: int) -> Sidecar | None:
         """The sidecar after block `layer`, or None."""
-        name = f"{layer:02d}"
-        return cast(Sidecar, self.sidecars[name]) if name in self.sidecars else None
+        return cast("Sidecar | None", self.sidecars._modules.get(f"{layer:02d}"))
 
     def log_scales(self) -> Tensor:
         """log s of every sidecar, (layers,)."""
@@ -120,12 +120,18 @@ class PatchedBlock(nn.Module):
             return output
         history = None
         if cache is not None and not board.gate_open:
-            slot, slots, now = patch.layers.index(self.layer), len(patch.layers), hidden.shape[1]
-            history = gate_histories(cache, sidecar.gates, slot, slots, now, patch, patch.blocks)
+            history = gate_histories(cache, patch, self.layer, hidden, board.mask)
+            if hidden.shape[1] == 1 and board.recorder is None and not torch.is_grad_enabled():
+                return _with_hidden(output, step(sidecar, hidden, history))
         result: SidecarOutput = sidecar(hidden, board.mask, history, board.gate_open)
         if board.recorder is not None:
             board.recorder.record(self.layer, result)
-        return (result.hidden, *output[1:]) if isinstance(output, tuple) else result.hidden
+        return _with_hidden(output, result.hidden)
+
+
+def _with_hidden(output: Any, hidden: Tensor) -> Any:
+    """A block's output with other hidden states in it."""
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
 def attach(model: nn.Module, patch: Patch | SidecarConfig) -> Patch:
