@@ -9,7 +9,7 @@ and values, with no code of ours; and a step reads the last sum, however long th
 from __future__ import annotations
 
 import weakref
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -44,29 +44,39 @@ class RunningSums(DynamicLayer):
         dtype = torch.promote_types(like.dtype, torch.float32)
         real = like.new_ones((rows, now), dtype=dtype) if mask is None else (mask != 0).to(like.device, dtype)
         self.count = real.cumsum(1) if now > 1 else real
-        self.past: tuple[Tensor, ...] = ()
+        self.past: Tensor | None = None
         if self.get_seq_length():
+            self.past = self.keys[:, :, -1]
             self.count = self.count + self.values[:, 0, -1]
-            self.past = self.keys[:, :, -1].unbind(1)
         self.padding = None if mask is None else mask == 0
-        self.divisor = self.count if mask is None else self.count.clamp(min=1)
         self.gates = gates
         self.totals: list[Tensor] = []
 
     def mean(self, gate: int, scores: Tensor) -> Tensor:
         """See `History.mean`."""
-        assert gate == len(self.totals), "the gates ask in their order"
         total = scores.to(self.count.dtype)
         if self.padding is not None:
             total = total.masked_fill(self.padding, 0)
-        if total.shape[1] > 1:
-            total = total.cumsum(1)
-        if self.past:
-            total = total + self.past[gate]
+        total = total.cumsum(1)
+        if self.past is not None:
+            total = total + self.past[:, gate]
+        self._keep(gate, total)
+        return total / self.count.clamp(min=1)
+
+    def step_mean(self, gate: int, score: float) -> float:
+        """`mean` of a single real token of one sequence, without gradients."""
+        if gate == 0:
+            self.stepped = ([0.0] * self.gates if self.past is None else self.past.flatten().tolist(), float(self.count))
+        past, count = self.stepped
+        self._keep(gate, self.count.new_full((1, 1), past[gate] + score))
+        return (past[gate] + score) / count
+
+    def _keep(self, gate: int, total: Tensor) -> None:
+        """Once the last gate has asked, the cache's layer grows by this call's tokens."""
+        assert gate == len(self.totals), "the gates ask in their order"
         self.totals.append(total)
         if len(self.totals) == self.gates:
             self.update(torch.stack(self.totals, 1).unsqueeze(-1), self.count[:, None, :, None])
-        return total / self.divisor
 
 
 class CachedHistory:
@@ -81,10 +91,25 @@ class CachedHistory:
         return self.sums.mean(self.gate, scores)
 
 
-def gate_histories(
-    cache: Cache, patch: Owner, layer: int, hidden: Tensor, mask: Tensor | None
-) -> list[History] | None:
-    """The histories of the gates of one sidecar in a cache, or None if they need none.
+class Past(NamedTuple):
+    """What the gates of one sidecar know of the tokens before a call."""
+
+    sums: RunningSums | None
+    """None for gates that need no past."""
+    first: int
+    """The number of the sidecar's first gate in the sums."""
+    gates: int
+
+    @property
+    def histories(self) -> list[History] | None:
+        """One for each gate."""
+        if self.sums is None:
+            return None
+        return [CachedHistory(self.sums, self.first + index) for index in range(self.gates)]
+
+
+def past_of(cache: Cache, patch: Owner, layer: int, hidden: Tensor, mask: Tensor | None) -> Past:
+    """What the gates of one sidecar know of the tokens before this call.
 
     Args:
         cache: the cache, its keys and values already extended by this call's tokens.
@@ -100,13 +125,11 @@ def gate_histories(
     kind, slot = patch.config.gate, patch.layers.index(layer)
     if kind == "seq":
         raise ValueError(NO_CACHE)
-    each = 2 if patch.config.placement == "coupled" else 1
+    gates = 2 if patch.config.placement == "coupled" else 1
     if slot == 0:
-        _begin(cache, patch, each * len(patch.layers), hidden, mask)
-    if kind == "token":
-        return None
-    sums = cast(RunningSums, cache.layers[cache.revpatch_layer])
-    return [CachedHistory(sums, slot * each + index) for index in range(each)]
+        _begin(cache, patch, gates * len(patch.layers), hidden, mask)
+    sums = cast(RunningSums, cache.layers[cache.revpatch_layer]) if kind == "prefix" else None
+    return Past(sums, slot * gates, gates)
 
 
 def _begin(cache: Cache, patch: Owner, gates: int, hidden: Tensor, mask: Tensor | None) -> None:

@@ -83,14 +83,15 @@ class PrefixGate(Gate):
 
     def forward(self, x: Tensor, mask: Tensor | None = None, history: History | None = None) -> Tensor:
         z = self.scores(x)
+        z = z.to(torch.promote_types(z.dtype, torch.float32))  # bfloat16 can't count beyond 256
         if history is not None:
-            mean = history.mean(z).to(z.dtype)
+            mean = history.mean(z)
         elif mask is None:
             mean = z.cumsum(dim=1) / torch.arange(1, z.shape[1] + 1, dtype=z.dtype, device=z.device)
         else:
             z, m = _real(z, mask)
             mean = z.cumsum(dim=1) / m.cumsum(dim=1).clamp(min=1)
-        return torch.sigmoid(mean + self.bias).unsqueeze(-1)
+        return torch.sigmoid(mean.to(x.dtype) + self.bias).unsqueeze(-1)
 
 
 class TokenGate(Gate):

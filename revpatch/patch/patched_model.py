@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import inspect
 from collections.abc import Iterator
 from typing import Any, Literal, Protocol, cast
 
@@ -23,10 +22,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache
 
 from revpatch.config import SidecarConfig
-from revpatch.patch.decoding import gate_histories
+from revpatch.patch.decoding import past_of
 from revpatch.patch.families import blocks_of, body_of, family_of, width_of
+from revpatch.patch.padding import PaddingReader
 from revpatch.patch.sidecar import Sidecar, SidecarOutput
-from revpatch.patch.step import step
+from revpatch.patch.step import can_step, step
 
 GateMode = Literal["learned", "on", "off"]
 
@@ -76,16 +76,23 @@ class Recorder(Protocol):
 class Switchboard:
     """What the patched blocks of one model share."""
 
-    def __init__(self, patch: Patch, trained: dict[str, bool]) -> None:
+    def __init__(self, patch: Patch, trained: dict[str, bool], padding: PaddingReader) -> None:
         self.attached = patch
         self.active: Patch | None = patch
         self.gate_open = False
         # Recompute base blocks in the backward pass; calls with a cache never do, as recomputing would grow the cache.
         self.checkpointing = False
+        self.padding = padding
         self.mask: Tensor | None = None
         self.recorder: Recorder | None = None
         self.required_grad = trained
         self.hook: torch.utils.hooks.RemovableHandle | None = None
+
+
+    def read_padding(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A pre-hook of the body: keeps the padding mask of this call, if a gate averages over tokens."""
+        averages = self.active is not None and not self.gate_open and self.active.config.gate != "token"
+        self.mask = self.padding(args, kwargs) if averages else None
 
 
 class PatchedBlock(nn.Module):
@@ -120,9 +127,10 @@ class PatchedBlock(nn.Module):
             return output
         history = None
         if cache is not None and not board.gate_open:
-            history = gate_histories(cache, patch, self.layer, hidden, board.mask)
-            if hidden.shape[1] == 1 and board.recorder is None and not torch.is_grad_enabled():
-                return _with_hidden(output, step(sidecar, hidden, history))
+            past = past_of(cache, patch, self.layer, hidden, board.mask)
+            if board.recorder is None and can_step(sidecar, hidden, past.sums):
+                return _with_hidden(output, step(sidecar, hidden, past.sums, past.first))
+            history = past.histories
         result: SidecarOutput = sidecar(hidden, board.mask, history, board.gate_open)
         if board.recorder is not None:
             board.recorder.record(self.layer, result)
@@ -151,11 +159,12 @@ def attach(model: nn.Module, patch: Patch | SidecarConfig) -> Patch:
         patch = Patch(width, len(blocks), patch)
     check_fits(model, patch)
     patch.to(next(model.parameters()).device)
-    board = Switchboard(patch, {name: parameter.requires_grad for name, parameter in model.named_parameters()})
+    body = body_of(model)
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    board = Switchboard(patch, trained, PaddingReader(body))
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    body = body_of(model)
-    board.hook = body.register_forward_pre_hook(_MaskReader(board, body), with_kwargs=True)
+    board.hook = body.register_forward_pre_hook(board.read_padding, with_kwargs=True)
     for layer, block in enumerate(blocks):
         blocks[layer] = PatchedBlock(block, layer, board)
     return patch
@@ -307,27 +316,3 @@ def base_sha256(model: nn.Module, rounded: bool = False) -> str:
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
         digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-class _MaskReader:
-    """A pre-hook of the body: keeps the padding mask of the tokens of this call for the gates."""
-
-    def __init__(self, board: Switchboard, body: nn.Module) -> None:
-        self.board = board
-        self.names = list(inspect.signature(body.forward).parameters)
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.board.mask = None
-        if self.board.active is None or self.board.gate_open or self.board.active.config.gate == "token":
-            return  # nothing averages over tokens
-        given = dict(zip(self.names, args, strict=False)) | kwargs
-        mask, inputs = given.get("attention_mask"), given.get("input_ids")
-        inputs = given.get("inputs_embeds") if inputs is None else inputs
-        if mask is None or inputs is None:
-            return
-        if not isinstance(mask, Tensor) or mask.dim() != 2:
-            raise ValueError(
-                f"the gates need a padding mask of shape (batch, time), found {getattr(mask, 'shape', type(mask))}: "
-                "pass a two-dimensional attention_mask, or none for packed blocks"
-            )
-        self.board.mask = mask[:, -inputs.shape[1] :]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache, StaticCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache
 
 from revpatch.config import SidecarConfig
 from revpatch.patch.families import FAMILIES
@@ -50,7 +50,7 @@ def _batch(time: int = 12) -> tuple[Tensor, Tensor]:
 def _in_chunks(model: Any, ids: Tensor, mask: Tensor | None, cuts: list[int], cache: Any = None) -> Tensor:
     cache = DynamicCache(config=model.config) if cache is None else cache
     parts, done = [], 0
-    positions = None if mask is None else (mask.cumsum(1) - 1).clamp(min=0)
+    positions = None if mask is None or mask.dim() > 2 else (mask.cumsum(1) - 1).clamp(min=0)
     for cut in cuts:
         here = slice(done, done + cut)
         with torch.no_grad():
@@ -302,13 +302,48 @@ def test_the_active_patch_decides_what_the_cache_keeps(
         assert _largest(found[mask.bool()], logits(model, ids, mask)[mask.bool()]) <= TOLERANCE
 
 
+class _OtherCache(Cache):
+    """A kind that nobody has heard of."""
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@every_causal_gate
+def test_a_static_cache(patched: Callable[..., Any], logits: Logits, family: str, gate: str) -> None:
+    """By calls and by `generate`, which hands the body a mask of pairs at first; used again after reset."""
+    model = patched(family, gate=gate)
+    ids, mask = _batch()
+    expected = logits(model, ids, mask)
+    cache = StaticCache(config=model.config, max_cache_len=20)
+    for _ in range(2):
+        found = _in_chunks(model, ids, mask, [5, 1, 6], cache)
+        assert _largest(found[mask.bool()], expected[mask.bool()]) <= TOLERANCE
+        cache.reset()
+    for attention in ("eager", "sdpa"):
+        model.set_attn_implementation(attention)
+        for beams in (1, 3):
+            knobs = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "num_beams": beams}
+            plain = model.generate(ids, attention_mask=mask, **knobs, use_cache=False, pad_token_id=0)
+            static = model.generate(
+                ids, attention_mask=mask, **knobs, cache_implementation="static", pad_token_id=0
+            )
+            assert torch.equal(static, plain)
+
+
+def test_a_mask_of_pairs_that_is_not_only_padding_is_refused(patched: Callable[..., Any]) -> None:
+    model, ids = patched("llama"), _batch()[0]
+    mask = torch.zeros(3, 1, 12, 20, dtype=torch.bool)
+    mask[..., :12] = True  # every token sees every other
+    with pytest.raises(ValueError, match=r"\(batch, time\).*two-dimensional"):
+        _in_chunks(model, ids, mask, [12], StaticCache(config=model.config, max_cache_len=20))
+
+
 def test_other_kinds_of_cache_are_refused_for_a_prefix_gate_only(patched: Callable[..., Any], logits: Logits) -> None:
     ids, _ = _batch()
     model = patched("llama")
-    with pytest.raises(ValueError, match="prefix gate keeps its past in a DynamicCache, found StaticCache"):
-        _in_chunks(model, ids, None, [12], StaticCache(config=model.config, max_cache_len=20))
+    with pytest.raises(ValueError, match="prefix gate keeps its past in a DynamicCache or a StaticCache, found _Other"):
+        _in_chunks(model, ids, None, [12], _OtherCache(layer_class_to_replicate=DynamicLayer))
     model = patched("llama", gate="token")
-    found = _in_chunks(model, ids, None, [5, 7], StaticCache(config=model.config, max_cache_len=20))
+    found = _in_chunks(model, ids, None, [5, 7], _OtherCache(layer_class_to_replicate=DynamicLayer))
     assert _largest(found, logits(model, ids)) <= TOLERANCE
 
 
