@@ -27,7 +27,7 @@ class Owner(Protocol):
     blocks: int
 
 
-class RunningSums(DynamicLayer):
+class RunningSums(DynamicLayer):  # type: ignore[misc]
     """The sums of a patch's gates after each token, (rows, gates, time, 1), and the counts, (rows, 1, time, 1)."""
 
     def begin(self, gates: int, mask: Tensor | None, like: Tensor) -> None:
@@ -66,7 +66,10 @@ class RunningSums(DynamicLayer):
     def step_mean(self, gate: int, score: float) -> float:
         """`mean` of a single real token of one sequence, without gradients."""
         if gate == 0:
-            self.stepped = ([0.0] * self.gates if self.past is None else self.past.flatten().tolist(), float(self.count))
+            self.stepped = (
+                [0.0] * self.gates if self.past is None else self.past.flatten().tolist(),
+                float(self.count),
+            )
         past, count = self.stepped
         self._keep(gate, self.count.new_full((1, 1), past[gate] + score))
         return (past[gate] + score) / count

@@ -17,7 +17,6 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-
 NO_CACHE = (
     "a SeqGate depends on the whole sequence, so past positions change with each new token and a KV cache can't hold "
     "them: call the model with use_cache=False, or train with gate: prefix"

@@ -25,7 +25,7 @@ Array = NDArray[Any]
 
 
 def _gelu(x: Array) -> Array:
-    erf = x * x.dtype.type(0.5**0.5)
+    erf: Array = x * x.dtype.type(0.5**0.5)
     torch.erf(torch.from_numpy(erf), out=torch.from_numpy(erf))
     erf += 1
     erf *= x
@@ -74,7 +74,7 @@ _views: WeakKeyDictionary[Sidecar, _Views] = WeakKeyDictionary()
 
 
 def can_step(sidecar: Sidecar, u: Tensor, sums: RunningSums | None) -> bool:
-    """Whether `step` may stand in for `Sidecar.forward`: one real token of one sequence, on a CPU, without gradients."""
+    """Whether `step` may stand in for `Sidecar.forward`: one real token of one sequence, on a CPU, no gradients."""
     return (
         u.shape[:2] == (1, 1)
         and u.device.type == "cpu"

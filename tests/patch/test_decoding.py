@@ -323,9 +323,7 @@ def test_a_static_cache(patched: Callable[..., Any], logits: Logits, family: str
         for beams in (1, 3):
             knobs = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "num_beams": beams}
             plain = model.generate(ids, attention_mask=mask, **knobs, use_cache=False, pad_token_id=0)
-            static = model.generate(
-                ids, attention_mask=mask, **knobs, cache_implementation="static", pad_token_id=0
-            )
+            static = model.generate(ids, attention_mask=mask, **knobs, cache_implementation="static", pad_token_id=0)
             assert torch.equal(static, plain)
 
 

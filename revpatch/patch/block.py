@@ -1,0 +1,100 @@
+"""A block with the active patch's sidecar after it, and the switchboard that says which patch that is."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
+from transformers.cache_utils import Cache
+
+from revpatch.patch.decoding import past_of
+from revpatch.patch.padding import PaddingReader
+from revpatch.patch.sidecar import SidecarOutput
+from revpatch.patch.sidecars import Patch
+from revpatch.patch.step import can_step, step
+
+
+class Recorder(Protocol):
+    """Sees what each sidecar does, in the forward pass."""
+
+    def record(self, layer: int, output: SidecarOutput) -> None: ...
+
+    def record_plain(self, layer: int, hidden: Tensor) -> None:
+        """Sees the output of a block without an active sidecar."""
+        ...
+
+
+class Switchboard:
+    """What the patched blocks of one model share."""
+
+    def __init__(self, name: str, patch: Patch, trained: dict[str, bool], padding: PaddingReader) -> None:
+        self.patches = {name: patch}
+        self.attached = patch
+        """The chosen one of them."""
+        self.active: Patch | None = patch
+        """What the next call runs with."""
+        self.held = 0
+        """How many `active_patch` are in force."""
+        self.gate_open = False
+        # Recompute base blocks in the backward pass; calls with a cache never do, as recomputing would grow the cache.
+        self.checkpointing = False
+        self.padding = padding
+        self.mask: Tensor | None = None
+        self.recorder: Recorder | None = None
+        self.required_grad = trained
+        self.hook: RemovableHandle | None = None
+
+    def read_padding(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A pre-hook of the body: keeps the padding mask of this call, if a gate averages over tokens."""
+        averages = self.active is not None and not self.gate_open and self.active.config.gate != "token"
+        self.mask = self.padding(args, kwargs) if averages else None
+
+
+class PatchedBlock(nn.Module):
+    """A transformer block and, after it, the active patch's sidecar."""
+
+    def __init__(self, block: nn.Module, layer: int, switchboard: Switchboard) -> None:
+        super().__init__()
+        self.block = block
+        self.layer = layer
+        # In a tuple, so that the sidecars are not registered as parameters of the base.
+        self._switchboard = (switchboard,)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("block"), name)  # models read attributes of their blocks
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        board = self._switchboard[0]
+        cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
+        if board.checkpointing and cache is None and torch.is_grad_enabled():
+            output = checkpoint(self.block, *args, use_reentrant=False, **kwargs)
+        else:
+            output = self.block(*args, **kwargs)
+        hidden = output[0] if isinstance(output, tuple) else output
+        patch = board.active
+        sidecar = patch.sidecar(self.layer) if patch is not None else None
+        if patch is None or sidecar is None:
+            if board.recorder is not None:
+                board.recorder.record_plain(self.layer, hidden)
+            return output
+        history = None
+        if cache is not None and not board.gate_open:
+            past = past_of(cache, patch, self.layer, hidden, board.mask)
+            if board.recorder is None and can_step(sidecar, hidden, past.sums):
+                return _with_hidden(output, step(sidecar, hidden, past.sums, past.first))
+            history = past.histories
+        result: SidecarOutput = sidecar(hidden, board.mask, history, board.gate_open)
+        if board.recorder is not None:
+            board.recorder.record(self.layer, result)
+        return _with_hidden(output, result.hidden)
+
+
+def _with_hidden(output: Any, hidden: Tensor) -> Any:
+    """A block's output with other hidden states in it."""
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
