@@ -14,7 +14,7 @@ from revpatch.patch.decoding import past_of
 from revpatch.patch.padding import PaddingReader
 from revpatch.patch.sidecar import SidecarOutput
 from revpatch.patch.sidecars import Patch
-from revpatch.patch.step import can_step, step
+from revpatch.patch.step import step
 
 
 class Recorder(Protocol):
@@ -86,8 +86,8 @@ class PatchedBlock(nn.Module):
         history = None
         if cache is not None and not board.gate_open:
             past = past_of(cache, patch, self.layer, hidden, board.mask)
-            if board.recorder is None and can_step(sidecar, hidden, past.sums):
-                return _with_hidden(output, step(sidecar, hidden, past.sums, past.first))
+            if board.recorder is None and (h := step(sidecar, hidden, past.sums, past.first)) is not None:
+                return _with_hidden(output, h)
             history = past.histories
         result: SidecarOutput = sidecar(hidden, board.mask, history, board.gate_open)
         if board.recorder is not None:

@@ -50,7 +50,7 @@ class RunningSums(DynamicLayer):  # type: ignore[misc]
             self.count = self.count + self.values[:, 0, -1]
         self.padding = None if mask is None else mask == 0
         self.gates = gates
-        self.totals: list[Tensor] = []
+        self.totals: list[Tensor | float] = []
 
     def mean(self, gate: int, scores: Tensor) -> Tensor:
         """See `History.mean`."""
@@ -66,20 +66,22 @@ class RunningSums(DynamicLayer):  # type: ignore[misc]
     def step_mean(self, gate: int, score: float) -> float:
         """`mean` of a single real token of one sequence, without gradients."""
         if gate == 0:
-            self.stepped = (
-                [0.0] * self.gates if self.past is None else self.past.flatten().tolist(),
-                float(self.count),
-            )
+            past = [0.0] * self.gates if self.past is None else self.past.flatten().tolist()
+            self.stepped = (past, float(self.count))
         past, count = self.stepped
-        self._keep(gate, self.count.new_full((1, 1), past[gate] + score))
+        self._keep(gate, past[gate] + score)
         return (past[gate] + score) / count
 
-    def _keep(self, gate: int, total: Tensor) -> None:
+    def _keep(self, gate: int, total: Tensor | float) -> None:
         """Once the last gate has asked, the cache's layer grows by this call's tokens."""
         assert gate == len(self.totals), "the gates ask in their order"
         self.totals.append(total)
         if len(self.totals) == self.gates:
-            self.update(torch.stack(self.totals, 1).unsqueeze(-1), self.count[:, None, :, None])
+            if isinstance(total, Tensor):
+                totals = torch.stack(cast("list[Tensor]", self.totals), 1).unsqueeze(-1)
+            else:
+                totals = self.count.new_tensor(self.totals).view(1, -1, 1, 1)
+            self.update(totals, self.count[:, None, :, None])
 
 
 class CachedHistory:

@@ -26,7 +26,7 @@ Array = NDArray[Any]
 
 def _gelu(x: Array) -> Array:
     erf: Array = x * x.dtype.type(0.5**0.5)
-    torch.erf(torch.from_numpy(erf), out=torch.from_numpy(erf))
+    torch.from_numpy(erf).erf_()
     erf += 1
     erf *= x
     erf *= 0.5
@@ -73,28 +73,24 @@ class _Views:
 _views: WeakKeyDictionary[Sidecar, _Views] = WeakKeyDictionary()
 
 
-def can_step(sidecar: Sidecar, u: Tensor, sums: RunningSums | None) -> bool:
-    """Whether `step` may stand in for `Sidecar.forward`: one real token of one sequence, on a CPU, no gradients."""
-    return (
-        u.shape[:2] == (1, 1)
-        and u.device.type == "cpu"
-        and not torch.is_grad_enabled()
-        and (sums is None or sums.padding is None)
-        and sidecar.dtype in (torch.float32, torch.float64)
-        and not torch.compiler.is_compiling()
-    )
+def step(sidecar: Sidecar, u: Tensor, sums: RunningSums | None, first_gate: int) -> Tensor | None:
+    """h of one position, (1, 1, d) to the same, in the dtype of u; or None where `Sidecar.forward` must be called.
 
-
-def step(sidecar: Sidecar, u: Tensor, sums: RunningSums | None, first_gate: int) -> Tensor:
-    """h of one position, (1, 1, d) to the same, in the dtype of u.
+    That is for more than one real token or sequence, on a GPU, with gradients, or in a dtype that NumPy doesn't know.
 
     Args:
         sums: the past of prefix gates; None for token gates.
         first_gate: the number of the sidecar's first gate in `sums`.
     """
+    if u.shape[:2] != (1, 1) or u.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
     views = _views.get(sidecar)
     if views is None or not views.current():
+        if sidecar.dtype not in (torch.float32, torch.float64):
+            return None
         views = _views[sidecar] = _Views(sidecar)
+    if sums is not None and sums.padding is not None:
+        return None
     x: Array = (u if u.dtype == views.dtype else u.to(views.dtype)).numpy().reshape(-1)
     half = len(x) // 2
     a, b = x[:half], x[half:]
