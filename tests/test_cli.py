@@ -644,6 +644,22 @@ def test_a_text_is_shown_while_it_is_written(run: Run, monkeypatch: pytest.Monke
     assert not seen
 
 
+def test_a_page_shows_what_each_commit_writes(run: Run, text: Callable[..., str], tmp_path: Path) -> None:
+    plain = ["--repetition-penalty", "1.15", "--no-repeat-ngram", "4", "--greedy"]
+    tool, page = Path(__file__).resolve().parent.parent / "tools/sample_outputs.py", tmp_path / "page.md"
+    command = [sys.executable, str(tool), str(run.directory), "--prompt", PROMPT, "--max-new-tokens", "16"]
+    subprocess.run([*command, "--out", str(page)], check=True, capture_output=True)
+    told = page.read_text(encoding="utf-8")
+    parts = re.split(r"\*\*(.+)\*\*\n\n", told)
+    assert parts[1::2] == ["the base, without a patch", "000_first_commit", "001_second_commit"]
+    shown = ["".join(part.split()) for part in parts[2::2]]
+    assert shown[0] == "".join(text(*plain, "--gate", "off").split())
+    assert shown[2] == "".join(text(*plain).split())
+    assert f"## {PROMPT}" in told
+    done = subprocess.run([*command[:2], str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+
+
 def test_mistakes_in_generating_are_told_in_words(run: Run, toy: Toy, tmp_path: Path, revpatch: Call) -> None:
     entry = run.entry("001_second_commit.pt")
 
