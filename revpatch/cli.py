@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from revpatch import ledger_cli, shards_cli, surgery_cli
+from revpatch.generate_cli import generate
 from revpatch.monitoring.terminal import console, quiet_libraries, say
 
 app = typer.Typer(
@@ -21,6 +22,7 @@ app = typer.Typer(
 app.add_typer(shards_cli.app, name="shards")
 app.add_typer(ledger_cli.app, name="ledger")
 surgery_cli.add_to(app, ledger_cli.app)
+app.command()(generate)
 
 
 @app.callback()
@@ -64,33 +66,6 @@ def train(
     if os.environ.get("RANK", "0") == "0":
         print_summary(directory, console)
         say(f"Ledger, log and TensorBoard files are in {directory}")
-
-
-@app.command()
-def generate(
-    prompt: Annotated[str, typer.Option(help="Text to go on from.")],
-    patch: Annotated[
-        Path, typer.Option("--patch", "--patch-ckpt", help="A patch file (.pt or .safetensors) of a ledger.")
-    ],
-    base: Annotated[
-        str | None, typer.Option(help="Base model; default: the name that the patch was trained with.")
-    ] = None,
-    gate: Annotated[str, typer.Option(help="learned, on (all gates 1) or off (the base alone).")] = "learned",
-    greedy: Annotated[bool, typer.Option("--greedy", help="The likeliest token each time.")] = False,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens to write; default 80, or what the model has room for.")
-    ] = None,
-    temperature: Annotated[float, typer.Option(min=0.01, help="Of the sampling.")] = 0.8,
-    top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="Mass of the nucleus.")] = 0.9,
-    repetition_penalty: Annotated[float, typer.Option(min=1.0, help="1 is none.")] = 1.15,
-    no_repeat_ngram: Annotated[int, typer.Option(min=0, help="No n-gram of this size twice; 0 allows it.")] = 4,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the sampling.")] = 0,
-) -> None:
-    """Write text with a patch on, off, or as its gates have learned."""
-    from revpatch.generate import Sampling, generate_text
-
-    sampling = Sampling(greedy, max_new_tokens, temperature, top_p, repetition_penalty, no_repeat_ngram, seed)
-    typer.echo(generate_text(patch, prompt, gate, sampling, base))  # as it is: a console would expand tabs and :names:
 
 
 def main() -> None:

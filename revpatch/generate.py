@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
+from torch import Tensor, nn
 
 from revpatch.loading import load_patched
 from revpatch.patch.patched_model import GateMode, set_gate, switchboard
@@ -23,52 +24,92 @@ class Sampling:
     """Tokens to write; None is `DEFAULT_NEW_TOKENS`, or what the model's positions leave room for."""
     temperature: float = 0.8
     top_p: float = 0.9
+    top_k: int = 0
+    """The likeliest tokens that are drawn from; 0 is all."""
     repetition_penalty: float = 1.15
     no_repeat_ngram: int = 4
     """No n-gram of this size twice; 0 allows it."""
+    num_samples: int = 1
+    """Texts for each prompt."""
     seed: int = 0
+    """Set anew for each prompt, so that its texts don't hang on the prompts before it."""
 
 
-def generate_text(patch: Path, prompt: str, gate: str, sampling: Sampling, base: str | None = None) -> str:
-    """The prompt and what the model writes after it.
+class Writer:
+    """Writes on from prompts.
 
     Args:
-        patch, base: as in `load_patched`.
-        prompt: at least one token long.
-        gate: "learned", "on" or "off".
+        model: patched, in eval mode; it is moved to a GPU if there is one.
+        tokenizer: of the model.
 
     Raises:
-        ValueError: as `load_patched`; an unknown gate mode; an empty prompt, or one that leaves no room to write.
+        ValueError: several greedy samples are asked for.
     """
-    if gate not in ("learned", "on", "off"):
-        raise ValueError(f"--gate {gate!r}: choose learned, on or off")
-    model, tokenizer = load_patched(patch, base)
-    set_gate(model, cast(GateMode, gate))
-    ids = tokenizer(prompt, return_tensors="pt").input_ids
-    room = model.config.max_position_embeddings - ids.shape[1]  # type: ignore[union-attr, operator]
-    if ids.shape[1] == 0:
-        raise ValueError("--prompt is empty: give the model at least one token to go on from")
-    wanted = sampling.max_new_tokens
-    if room < (wanted or 1):
-        raise ValueError(
-            f"--prompt has {ids.shape[1]} tokens and the model reads at most {room + ids.shape[1]}, which leaves no "
-            f"room for {wanted or 1} new ones: cut the prompt, or ask for at most {max(room, 0)} (--max-new-tokens)"
+
+    def __init__(self, model: nn.Module, tokenizer: Any, sampling: Sampling) -> None:
+        if sampling.greedy and sampling.num_samples > 1:
+            raise ValueError(
+                f"--greedy draws nothing, so all {sampling.num_samples} samples of a prompt would be the same: leave "
+                "out --greedy or --num-samples"
+            )
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = model.to(self.device)
+        switchboard(model).attached.to(self.device)
+        self.tokenizer = tokenizer
+        self.sampling = sampling
+
+    @classmethod
+    def load(cls, patch: str | Path, sampling: Sampling, base: str | None = None) -> Writer:
+        """A writer with the patch and the base that `load_patched` finds; raises as it does."""
+        return cls(*load_patched(patch, base), sampling)
+
+    def check(self, prompt: str) -> tuple[Tensor, int]:
+        """The prompt's token ids, (1, time), and how many tokens to write.
+
+        Raises:
+            ValueError: the prompt is empty, or leaves no room to write.
+        """
+        ids: Tensor = self.tokenizer(prompt, return_tensors="pt").input_ids
+        if ids.shape[1] == 0:
+            raise ValueError("--prompt is empty: give the model at least one token to go on from")
+        wanted, positions = self.sampling.max_new_tokens, int(self.model.config.max_position_embeddings)  # type: ignore[union-attr, arg-type]
+        room = positions - ids.shape[1]
+        if room < (wanted or 1):
+            raise ValueError(
+                f"--prompt has {ids.shape[1]} tokens and the model reads at most {positions}, which leaves no room "
+                f"for {wanted or 1} new ones: cut the prompt, or ask for at most {max(room, 0)} (--max-new-tokens)"
+            )
+        return ids.to(self.device), wanted or min(DEFAULT_NEW_TOKENS, room)
+
+    def write(self, prompt: str, gate: str = "learned", streamer: Any = None) -> list[str]:
+        """The prompt and what the model writes after it, once for each sample.
+
+        Args:
+            prompt: at least one token long.
+            gate: "learned", "on" or "off".
+            streamer: of transformers; is handed the tokens as they are written. For a single sample.
+
+        Raises:
+            ValueError: an unknown gate mode; as `check`.
+        """
+        if gate not in ("learned", "on", "off"):
+            raise ValueError(f"--gate {gate!r}: choose learned, on or off")
+        ids, new_tokens = self.check(prompt)
+        set_gate(self.model, cast(GateMode, gate))
+        how = self.sampling
+        torch.manual_seed(how.seed)
+        drawn = {} if how.greedy else {"temperature": how.temperature, "top_p": how.top_p, "top_k": how.top_k}
+        out = self.model.generate(  # type: ignore[operator]
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=not how.greedy,
+            max_new_tokens=new_tokens,
+            repetition_penalty=how.repetition_penalty,
+            no_repeat_ngram_size=how.no_repeat_ngram,
+            num_return_sequences=how.num_samples,
+            pad_token_id=self.tokenizer.eos_token_id,
+            use_cache=switchboard(self.model).attached.config.gate != "seq",
+            streamer=streamer,
+            **drawn,
         )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device)
-    switchboard(model).attached.to(device)
-    torch.manual_seed(sampling.seed)
-    drawn = {} if sampling.greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-    out = model.generate(  # type: ignore[operator]
-        ids.to(device),
-        attention_mask=torch.ones_like(ids, device=device),
-        do_sample=not sampling.greedy,
-        max_new_tokens=wanted or min(DEFAULT_NEW_TOKENS, room),
-        repetition_penalty=sampling.repetition_penalty,
-        no_repeat_ngram_size=sampling.no_repeat_ngram,
-        pad_token_id=tokenizer.eos_token_id,
-        use_cache=switchboard(model).attached.config.gate != "seq",
-        **drawn,
-    )
-    text: str = tokenizer.decode(out[0], skip_special_tokens=True)
-    return text
+        return [self.tokenizer.decode(text, skip_special_tokens=True) for text in out]

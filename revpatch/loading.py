@@ -1,52 +1,143 @@
-"""A base model with a patch on it, from what a person writes to name the patch."""
+"""Patches from what a person writes to name them: `FILE`, `RUN`, `RUN@REF` or a folder of save_pretrained."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from revpatch.config import SidecarConfig
 from revpatch.ledger.entry import EntryError
+from revpatch.ledger.folder import is_patch_folder, read_folder
 from revpatch.ledger.references import locate
-from revpatch.patch.patched_model import attach, base_sha256, load_patch
+from revpatch.patch.families import blocks_of, width_of
+from revpatch.patch.named import DEFAULT_NAME, add_patch, set_patch
+from revpatch.patch.patched_model import Patch, attach, base_sha256, is_patched
+from revpatch.patch.patched_model import load_patch as load_tensors
+
+
+class Stored(NamedTuple):
+    """A patch as it was stored."""
+
+    tensors: dict[str, Tensor]
+    base: dict[str, Any]
+    """model, revision, sha256 and dtype of its base; None for what was not known."""
+    sidecar: SidecarConfig
+
+
+def read_patch(source: str | Path) -> Stored:
+    """Reads a patch, without a model.
+
+    Raises:
+        FileNotFoundError: there is no such file, folder or run.
+        ValueError: it is no patch, is damaged, or is not what the journal recorded.
+    """
+    tensors, metadata = read_folder(Path(source)) if is_patch_folder(Path(source)) else locate(source).load()
+    try:
+        base, sidecar = dict(metadata["base"]), SidecarConfig.model_validate(metadata["sidecar"])
+        return Stored(tensors, {key: base[key] for key in ("model", "sha256", "dtype")} | base, sidecar)
+    except (KeyError, TypeError, ValueError) as error:
+        raise EntryError(
+            f"{source}: expected metadata of a base and a sidecar, found none ({error}): not a patch"
+        ) from error
 
 
 def load_patched(patch: str | Path, base: str | None = None) -> tuple[nn.Module, Any]:
-    """The base with the patch of an entry attached, in eval mode, and the tokenizer.
+    """The base with a patch attached, in eval mode, and the tokenizer.
 
     Args:
-        patch: a file, a run or `RUN@REF`, as in `ledger.references`.
-        base: name or folder of the base; None is the name that the entry gives.
+        patch: a file, a run, `RUN@REF` (as in `ledger.references`) or a folder that `save_pretrained` wrote.
+        base: name or folder of the base; None is the name that the patch gives.
 
     Raises:
-        FileNotFoundError: there is no such file or run.
-        ValueError: it is no entry, is damaged, is not what the journal recorded, or belongs to another base.
+        FileNotFoundError: there is no such file, folder or run.
+        ValueError: it is no patch, is damaged, is not what the journal recorded, or belongs to another base.
     """
-    tensors, metadata = locate(patch).load()
+    stored = read_patch(patch)
+    name = base or stored.base["model"]
+    if name is None:
+        raise ValueError(f"{patch} doesn't say what its base is called: name it with --base (base=)")
     try:
-        of_base, sidecar = metadata["base"], SidecarConfig.model_validate(metadata["sidecar"])
-        name, sha256, dtype = base or of_base["model"], of_base["sha256"], of_base["dtype"]
-    except (KeyError, TypeError) as error:
-        raise EntryError(
-            f"{patch}: expected metadata of a base and a sidecar, found none ({error}): not a patch"
-        ) from error
-    try:
-        revision = of_base.get("revision") if base is None else None
-        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=getattr(torch, dtype))
+        revision = stored.base.get("revision") if base is None else None
+        dtype = getattr(torch, stored.base["dtype"] or "float32")
+        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     except OSError as error:
         raise ValueError(f"base {name}: {str(error).splitlines()[0]}; name its folder with --base") from error
-    found = base_sha256(model, rounded=True)
-    if found != sha256:
-        raise ValueError(
-            f"{patch} is a patch of a base with sha256 {sha256[:16]}…, but {name} has {found[:16]}…: name the right "
-            "base with --base"
-        )
+    _check_base(patch, stored, model, name)
     model.eval()
-    attach(model, sidecar)
-    load_patch(model, tensors)
+    attach(model, _patch_of(patch, stored, model))
     return cast(nn.Module, model), tokenizer
+
+
+def load_patch(model: nn.Module, source: str | Path, name: str = DEFAULT_NAME) -> Patch:
+    """Puts a stored patch on a model that is there already, beside those it carries, and switches it on.
+
+    Args:
+        model: the base of the patch, with or without other patches on it.
+        source: as in `load_patched`.
+        name: under which `set_patch` finds it.
+
+    Raises:
+        FileNotFoundError: there is no such file, folder or run.
+        ValueError: as `load_patched`, or the model carries a patch of that name.
+
+    >>> import tempfile, revpatch
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=8, n_layer=2, n_head=2)).eval()
+    >>> patch = revpatch.attach(model, revpatch.SidecarConfig(bottleneck=2))
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> revpatch.save_patch(model, f"{folder.name}/mine.safetensors")
+    >>> _ = revpatch.load_patch(model, f"{folder.name}/mine.safetensors", name="again")
+    >>> revpatch.patch_names(model)
+    ['default', 'again']
+    >>> folder.cleanup()
+    """
+    stored = read_patch(source)
+    _check_base(source, stored, model, "the model")
+    patch = _patch_of(source, stored, model)
+    if not is_patched(model):
+        return attach(model, patch, name)
+    add_patch(model, patch, name)
+    set_patch(model, name)
+    return patch
+
+
+def from_pretrained(model: nn.Module, folder: str | Path, name: str = DEFAULT_NAME) -> Patch:
+    """`load_patch` of a folder that `save_pretrained` wrote; anything else is refused (ValueError).
+
+    >>> import tempfile, revpatch
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=8, n_layer=2, n_head=2)).eval()
+    >>> patch = revpatch.attach(model, revpatch.SidecarConfig(bottleneck=2))
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> revpatch.save_pretrained(model, folder.name)
+    >>> _ = revpatch.detach(model)
+    >>> revpatch.from_pretrained(model, folder.name).config.bottleneck
+    2
+    >>> folder.cleanup()
+    """
+    if not is_patch_folder(Path(folder)):
+        read_folder(Path(folder))  # says what is missing
+    return load_patch(model, folder, name)
+
+
+def _check_base(source: str | Path, stored: Stored, model: nn.Module, name: str) -> None:
+    expected = stored.base["sha256"]
+    if expected is not None and (found := base_sha256(model, rounded=True)) != expected:
+        raise ValueError(
+            f"{source} is a patch of a base with sha256 {expected[:16]}…, but {name} has {found[:16]}…: name the right "
+            "base with --base (base=)"
+        )
+
+
+def _patch_of(source: str | Path, stored: Stored, model: nn.Module) -> Patch:
+    try:
+        patch = Patch(width_of(model), len(blocks_of(model)), stored.sidecar)
+        load_tensors(patch, stored.tensors)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+    return patch

@@ -332,7 +332,23 @@ def test_help_lists_the_commands() -> None:
     ("arguments", "words"),
     [
         (["train", "--help"], ["--set", "config"]),
-        (["generate", "--help"], ["--patch", "--patch-ckpt", "--prompt", "--gate", "--greedy", "--seed", "--base"]),
+        (
+            ["generate", "--help"],
+            [
+                "--patch",
+                "--patch-ckpt",
+                "--prompt",
+                "--prompt-file",
+                "--gate",
+                "--compare",
+                "--json",
+                "--greedy",
+                "--top-k",
+                "--num-samples",
+                "--seed",
+                "--base",
+            ],
+        ),
         (["shards", "build", "--help"], ["--tokenizer", "--block-size", "--out", "--holdout"]),
         (["ledger", "log", "--help"], ["run"]),
         (["ledger", "verify", "--help"], ["run"]),
@@ -349,7 +365,10 @@ def test_each_command_explains_itself(
     assert "local" + "_rank" not in plain
 
 
-@pytest.mark.parametrize("arguments", [["frobnicate"], ["train"], ["generate", "--prompt", "x"], ["ledger", "log"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["frobnicate"], ["train"], ["generate", "--prompt", "x"], ["generate", "--patch", "x"], ["ledger", "log"]],
+)
 def test_an_incomplete_command_ends_with_2_and_its_usage(revpatch: Call, arguments: list[str]) -> None:
     result = revpatch(*arguments)
     assert result.code == 2
@@ -539,6 +558,108 @@ def test_no_more_is_written_than_the_model_has_room_for(run: Run, toy: Toy, revp
     one_line(revpatch(*command, "--max-new-tokens", "50"), POSITIONS, "at most 2", "--max-new-tokens")
 
 
+def test_a_run_or_an_entry_of_it_may_be_named(run: Run, text: Callable[..., str], revpatch: Call) -> None:
+    written = {}
+    for reference in ("", "@001_second_commit", "@commit", "@commit~1", "@000_first_commit", "@start~1"):
+        result = revpatch(
+            *("generate", "--patch", f"{run.directory}{reference}", "--prompt", PROMPT, "--max-new-tokens", "16"),
+            "--greedy",
+        )
+        assert (result.code, result.err) == (0, ""), result
+        written[reference] = result.out
+    assert written[""] == written["@001_second_commit"] == written["@commit"] == text("--greedy")
+    assert written["@commit~1"] == written["@000_first_commit"] != written[""]
+    assert written["@start~1"] == text("--greedy", "--gate", "off"), "a patch begins as the identity"
+
+
+def test_several_prompts_and_samples(run: Run, text: Callable[..., str], revpatch: Call, tmp_path: Path) -> None:
+    """Each prompt's texts are what they are alone; a sample is told from another."""
+    file = tmp_path / "prompts.txt"
+    file.write_text("rusty gates\n\nkettle\n", encoding="utf-8")
+    command = [
+        "generate",
+        "--patch",
+        run.directory,
+        "--prompt",
+        PROMPT,
+        "--prompt-file",
+        file,
+        "--max-new-tokens",
+        "16",
+    ]
+    result = revpatch(*command)
+    assert (result.code, result.err) == (0, "")
+    first, rest = result.out.removeprefix("[prompt 1 of 3, sample 1 of 1]\n").split("[prompt 2 of 3, sample 1 of 1]\n")
+    second, third = rest.split("[prompt 3 of 3, sample 1 of 1]\n")
+    assert first == text()
+    assert second.startswith("rusty gates")
+    assert third.startswith("kettle")
+    result = revpatch(*command, "--json", "--num-samples", "2", "--temperature", "2")
+    told = json.loads(result.out)
+    assert [(t["prompt"], t["sample"]) for t in told["texts"]] == [
+        (prompt, sample) for prompt in (PROMPT, "rusty gates", "kettle") for sample in (1, 2)
+    ]
+    assert told["texts"][0]["text"] != told["texts"][1]["text"]
+    assert all(t["text"].startswith(t["prompt"]) and t["gate"] == "learned" for t in told["texts"])
+
+
+def test_top_k_of_one_is_greedy(text: Callable[..., str]) -> None:
+    assert text("--top-k", "1", "--temperature", "3") == text("--greedy")
+    assert text("--top-k", "300", "--seed", "3") == text("--seed", "3")
+
+
+def test_off_and_learned_side_by_side(text: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = text("--compare", "--greedy")
+    assert re.search(r"off\s+. learned", shown)
+    columns = [[cell.strip() for cell in line.split("\u2502")[1:3]] for line in shown.splitlines() if "\u2502" in line]
+    assert {len(row) for row in columns} == {2}
+    off, learned = ("".join("".join(column).split()) for column in zip(*columns, strict=True))
+    assert off == "".join(text("--greedy", "--gate", "off").split())
+    assert learned == "".join(text("--greedy").split())
+    told = json.loads(text("--compare", "--greedy", "--json"))
+    assert [t["gate"] for t in told["texts"]] == ["off", "learned"]
+    assert [t["text"] + "\n" for t in told["texts"]] == [
+        text("--greedy", "--gate", gate) for gate in ("off", "learned")
+    ]
+
+
+def test_a_text_is_shown_while_it_is_written(run: Run, monkeypatch: pytest.MonkeyPatch, revpatch: Call) -> None:
+    """Some of it is on the terminal before the last token is drawn."""
+    from transformers import TextStreamer
+
+    seen: list[tuple[str, bool]] = []
+    show = TextStreamer.on_finalized_text
+
+    def showing(self: TextStreamer, text: str, stream_end: bool = False) -> None:
+        seen.append((text, stream_end))
+        show(self, text, stream_end)
+
+    monkeypatch.setattr(TextStreamer, "on_finalized_text", showing)
+    command = ["generate", "--patch", run.directory, "--prompt", PROMPT, "--max-new-tokens", "24"]
+    result = revpatch(*command)
+    assert len([text for text, _ in seen if text]) > 3
+    assert "".join(text for text, _ in seen) + "\n" == result.out
+    seen.clear()
+    assert json.loads(revpatch(*command, "--json").out)["texts"][0]["text"] + "\n" == result.out
+    assert not seen
+
+
+def test_a_page_shows_what_each_commit_writes(run: Run, text: Callable[..., str], tmp_path: Path) -> None:
+    plain = ["--repetition-penalty", "1.15", "--no-repeat-ngram", "4", "--greedy"]
+    tool, page = Path(__file__).resolve().parent.parent / "tools/sample_outputs.py", tmp_path / "page.md"
+    command = [sys.executable, str(tool), str(run.directory), "--prompt", PROMPT, "--max-new-tokens", "16"]
+    subprocess.run([*command, "--out", str(page)], check=True, capture_output=True)
+    told = page.read_text(encoding="utf-8")
+    parts = re.split(r"\*\*(.+)\*\*\n\n", told)
+    assert parts[1::2] == ["the base, without a patch", "000_first_commit", "001_second_commit"]
+    shown = ["".join(part.split()) for part in parts[2::2]]
+    assert shown[0] == "".join(text(*plain, "--gate", "off").split())
+    assert shown[2] == "".join(text(*plain).split())
+    assert f"## {PROMPT}" in told
+    done = subprocess.run([*command[:2], str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+
+
 def test_mistakes_in_generating_are_told_in_words(run: Run, toy: Toy, tmp_path: Path, revpatch: Call) -> None:
     entry = run.entry("001_second_commit.pt")
 
@@ -550,6 +671,13 @@ def test_mistakes_in_generating_are_told_in_words(run: Run, toy: Toy, tmp_path: 
     refused("--prompt", POSITIONS, "tokens", "cut the prompt", prompt=long)
     refused("--prompt", "cut the prompt", prompt=long * 20)
     refused("--gate 'half'", "learned, on or off", more=("--gate", "half"))
+    refused("--compare", "leave out --gate on", more=("--gate", "on", "--compare"))
+    refused("--greedy", "all 3 samples", "--num-samples", more=("--greedy", "--num-samples", "3"))
+    blank = tmp_path / "blank.txt"
+    blank.write_text("\n \n", encoding="utf-8")
+    refused("--prompt-file", blank, "a prompt a line", more=("--prompt-file", blank))
+    refused("--prompt-file", entry, "no UTF-8", more=("--prompt-file", entry))
+    refused(tmp_path / "nowhere.txt", more=("--prompt-file", tmp_path / "nowhere.txt"))
     refused(tmp_path / "none.pt", "no such file", patch=tmp_path / "none.pt")
     refused(tmp_path, "a folder without ledger", patch=tmp_path)
     other = save_base(tmp_path / "other", toy.tokenizer, seed=1)

@@ -20,11 +20,10 @@ from torch import Tensor, nn
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh}
 
+RMS_EPS = 1e-6
+
 HalfGate = Callable[[Tensor], Tensor]
 """A gate on one half: (batch, time, d/2), normalised, to (batch, time, 1)."""
-
-
-RMS_EPS = 1e-6
 
 
 def rms_scale(x: Tensor) -> Tensor:

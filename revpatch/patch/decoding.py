@@ -1,92 +1,175 @@
-"""Gates under a KV cache: past scores live in the cache itself, as extra layers.
+"""Gates under a KV cache: their running sums live in the cache itself, as one extra layer.
 
-A prefix gate needs wᵀx of every past token. Keeping it as one more layer of the transformers cache, a "key" of one head
-and width one beside a "value" that is the padding mask, means that reordering (beam search), cropping (assisted
-decoding) and repeating treat it exactly as they treat keys and values, with no code of ours.
+A prefix gate needs the sum of wᵀx over every past token, and how many there were. The transformers cache gets one more
+layer, whose "keys" are these sums after each token, one "head" a gate, and whose "values" are the counts. So reordering
+(beam search), cropping (assisted decoding, which takes tokens back) and repeating treat them exactly as they treat keys
+and values, with no code of ours; and a step reads the last sum, however long the past is.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from typing import NamedTuple, Protocol, cast
 
-from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache
 
-from revpatch.patch.gates import History, PrefixGate, SeqGate
-
-
-class CachedScores:
-    """The past scores of one gate, in one extra layer of a cache."""
-
-    def __init__(self, layer: DynamicLayer) -> None:
-        self.layer = layer
-
-    def extend(self, scores: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """See `History.extend`."""
-        now = scores.shape[1]
-        keys, values = self.layer.update(scores[:, None, :, None], mask[:, None, :, None])
-        past = keys.shape[-2] - now
-        return keys[:, 0, :past, 0].sum(1, keepdim=True), values[:, 0, :past, 0].sum(1, keepdim=True)
+from revpatch.config import SidecarConfig
+from revpatch.patch.gates import NO_CACHE, History
 
 
-def gate_histories(
-    cache: Cache, gates: Iterable[nn.Module], slot: int, slots: int, now: int, owner: nn.Module, blocks: int
-) -> list[History] | None:
-    """The histories of one sidecar's gates in a cache, or None if its gates need none.
+class Owner(Protocol):
+    """What is asked of a patch here."""
+
+    config: SidecarConfig
+    layers: list[int]
+    blocks: int
+
+
+class RunningSums(DynamicLayer):  # type: ignore[misc]
+    """The sums of a patch's gates after each token, (rows, gates, time, 1), and the counts, (rows, 1, time, 1)."""
+
+    def begin(self, gates: int, mask: Tensor | None, like: Tensor) -> None:
+        """Gets ready for a call's tokens; its gates then ask for their means one after another.
+
+        Args:
+            gates: of the patch, of all sidecars.
+            mask: (rows, now), 1 for real tokens; None is all real.
+            like: (rows, now, d), on whose device the sums are held; in its dtype, but in float32 at least.
+        """
+        if mask is not None and mask.device.type == "cpu" and mask.all():
+            mask = None  # one look for all gates
+        rows, now = like.shape[:2]
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        real = like.new_ones((rows, now), dtype=dtype) if mask is None else (mask != 0).to(like.device, dtype)
+        self.count = real.cumsum(1) if now > 1 else real
+        self.past: Tensor | None = None
+        if self.get_seq_length():
+            self.past = self.keys[:, :, -1]
+            self.count = self.count + self.values[:, 0, -1]
+        self.padding = None if mask is None else mask == 0
+        self.gates = gates
+        self.totals: list[Tensor | float] = []
+
+    def mean(self, gate: int, scores: Tensor) -> Tensor:
+        """See `History.mean`."""
+        total = scores.to(self.count.dtype)
+        if self.padding is not None:
+            total = total.masked_fill(self.padding, 0)
+        total = total.cumsum(1)
+        if self.past is not None:
+            total = total + self.past[:, gate]
+        self._keep(gate, total)
+        return total / self.count.clamp(min=1)
+
+    def step_mean(self, gate: int, score: float) -> float:
+        """`mean` of a single real token of one sequence, without gradients."""
+        if gate == 0:
+            past = [0.0] * self.gates if self.past is None else self.past.flatten().tolist()
+            self.stepped = (past, float(self.count))
+        past, count = self.stepped
+        self._keep(gate, past[gate] + score)
+        return (past[gate] + score) / count
+
+    def _keep(self, gate: int, total: Tensor | float) -> None:
+        """Once the last gate has asked, the cache's layer grows by this call's tokens."""
+        assert gate == len(self.totals), "the gates ask in their order"
+        self.totals.append(total)
+        if len(self.totals) == self.gates:
+            if isinstance(total, Tensor):
+                totals = torch.stack(cast("list[Tensor]", self.totals), 1).unsqueeze(-1)
+            else:
+                totals = self.count.new_tensor(self.totals).view(1, -1, 1, 1)
+            self.update(totals, self.count[:, None, :, None])
+
+
+class CachedHistory:
+    """The history of one gate: its place in the running sums."""
+
+    def __init__(self, sums: RunningSums, gate: int) -> None:
+        self.sums = sums
+        self.gate = gate
+
+    def mean(self, scores: Tensor) -> Tensor:
+        """See `History.mean`."""
+        return self.sums.mean(self.gate, scores)
+
+
+class Past(NamedTuple):
+    """What the gates of one sidecar know of the tokens before a call."""
+
+    sums: RunningSums | None
+    """None for gates that need no past."""
+    first: int
+    """The number of the sidecar's first gate in the sums."""
+    gates: int
+
+    @property
+    def histories(self) -> list[History] | None:
+        """One for each gate."""
+        if self.sums is None:
+            return None
+        return [CachedHistory(self.sums, self.first + index) for index in range(self.gates)]
+
+
+def past_of(cache: Cache, patch: Owner, layer: int, hidden: Tensor, mask: Tensor | None) -> Past:
+    """What the gates of one sidecar know of the tokens before this call.
 
     Args:
         cache: the cache, its keys and values already extended by this call's tokens.
-        gates: the sidecar's gates.
-        slot: which of the patch's sidecars this is.
-        slots: how many there are.
-        now: number of tokens of this call.
-        owner: the patch; a cache belongs to the patch that filled it.
-        blocks: number of blocks of the base, each of which has a layer in the cache.
+        patch: a cache belongs to the patch that filled it.
+        layer: the block that the sidecar is after; blocks come in their order.
+        hidden: (rows, now, d), the block's output.
+        mask: (rows, now), 1 for real tokens; None is all real.
 
     Raises:
         ValueError: the gates see the future, or the cache is of a kind that can't grow by a layer, or it was filled
             without this patch.
     """
-    gates = list(gates)
-    if any(isinstance(gate, SeqGate) for gate in gates):
+    kind, slot = patch.config.gate, patch.layers.index(layer)
+    if kind == "seq":
+        raise ValueError(NO_CACHE)
+    gates = 2 if patch.config.placement == "coupled" else 1
+    if slot == 0:
+        _begin(cache, patch, gates * len(patch.layers), hidden, mask)
+    sums = cast(RunningSums, cache.layers[cache.revpatch_layer]) if kind == "prefix" else None
+    return Past(sums, slot * gates, gates)
+
+
+def _begin(cache: Cache, patch: Owner, gates: int, hidden: Tensor, mask: Tensor | None) -> None:
+    """Checks, at the first sidecar of a call, that the cache is the patch's, and lets the sums begin."""
+    prefix = patch.config.gate == "prefix"
+    if prefix and not isinstance(cache, DynamicCache | StaticCache):
         raise ValueError(
-            "a SeqGate depends on the whole sequence, so past positions change with each new token and a KV cache "
-            "can't hold them: call the model with use_cache=False, or train with gate: prefix"
+            f"a prefix gate keeps its past in a DynamicCache or a StaticCache, found {type(cache).__name__}: use one "
+            "of these kinds"
         )
-    prefix = any(isinstance(gate, PrefixGate) for gate in gates)
-    if prefix and not isinstance(cache, DynamicCache):
-        raise ValueError(f"a prefix gate keeps its past in a DynamicCache, found {type(cache).__name__}: use that kind")
+    past = int(cache.get_seq_length()) - hidden.shape[1]
     filled_by = getattr(cache, "revpatch_owner", None)
-    if filled_by is None or filled_by() is not owner:
-        _claim(cache, slots * len(gates) if prefix else 0, now, owner, blocks)
-    if not prefix:
-        return None
-    histories: list[History] = []
-    for index in range(len(gates)):
-        layer = cache.layers[cache.revpatch_first_layer + slot * len(gates) + index]
-        past = cache.get_seq_length() - now
-        if layer.get_seq_length() != past:
-            raise ValueError(_filled_without(past, layer.get_seq_length()))
-        histories.append(CachedScores(layer))
-    return histories
+    if filled_by is None or filled_by() is not patch:
+        _claim(cache, patch, past)
+    if prefix:
+        sums = cast(RunningSums, cache.layers[cache.revpatch_layer])
+        if sums.get_seq_length() != past:
+            raise ValueError(_filled_without(past, sums.get_seq_length()))
+        sums.begin(gates, mask, hidden)
 
 
-def _claim(cache: Cache, extra: int, now: int, owner: nn.Module, blocks: int) -> None:
-    """Notes in an empty cache whose it is, and adds the gates' layers behind those of the blocks."""
-    past = int(cache.get_seq_length()) - now
+def _claim(cache: Cache, patch: Owner, past: int) -> None:
+    """Notes in an empty cache whose it is, and adds the gates' layer behind those of the blocks."""
     if past > 0:
         raise ValueError(_filled_without(past, 0))
-    if hasattr(cache, "revpatch_first_layer"):  # emptied with reset(), after another patch has used it
-        del cache.layers[cache.revpatch_first_layer :]
-    if extra:
+    if hasattr(cache, "revpatch_layer"):  # emptied with reset(), after another patch has used it
+        del cache.layers[cache.revpatch_layer :]
+    if patch.config.gate == "prefix":
         # A DynamicCache made without a config grows layer by layer, in the middle of this very call.
-        while len(cache.layers) < blocks and cache.layer_class_to_replicate is not None:
+        while len(cache.layers) < patch.blocks and cache.layer_class_to_replicate is not None:
             cache.layers.append(cache.layer_class_to_replicate())
-        cache.revpatch_first_layer = len(cache.layers)
-        cache.layers.extend(DynamicLayer() for _ in range(extra))
+        cache.revpatch_layer = len(cache.layers)
+        cache.layers.append(RunningSums())
     # A weak reference: copying a cache must not copy the patch.
-    cache.revpatch_owner = weakref.ref(owner)
+    cache.revpatch_owner = weakref.ref(patch)
 
 
 def _filled_without(past: int, seen: int) -> str:

@@ -6,8 +6,8 @@ With z_t = wᵀ x_t and the mean over real tokens only (padding never enters it)
     PrefixGate  g_t = σ(mean over t' ≤ t of z_t' + b)     the same formula on each prefix
     TokenGate   g_t = σ(z_t + b)
 
-PrefixGate equals SeqGate at the last position. Since the mean of wᵀx is wᵀ of the mean, decoding needs one number per
-past token and gate; `History` is where it is kept.
+PrefixGate equals SeqGate at the last position. Since the mean of wᵀx is wᵀ of the mean, decoding needs one number a
+gate; `History` is where it is kept.
 """
 
 from __future__ import annotations
@@ -17,12 +17,18 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+NO_CACHE = (
+    "a SeqGate depends on the whole sequence, so past positions change with each new token and a KV cache can't hold "
+    "them: call the model with use_cache=False, or train with gate: prefix"
+)
+"""Why a SeqGate is refused where there is a past."""
+
 
 class History(Protocol):
-    """The scores of the tokens before this call, kept between calls while decoding."""
+    """What a gate must know of the tokens before this call; kept between calls while decoding."""
 
-    def extend(self, scores: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores scores and mask, both (batch, time), and returns the sums (batch, 1) of those stored before."""
+    def mean(self, scores: Tensor) -> Tensor:
+        """The means over the real tokens up to each of this call's, (batch, time) as their scores, which it keeps."""
         ...
 
 
@@ -61,10 +67,7 @@ class SeqGate(Gate):
 
     def forward(self, x: Tensor, mask: Tensor | None = None, history: History | None = None) -> Tensor:
         if history is not None:
-            raise ValueError(
-                "a SeqGate depends on the whole sequence, so past positions change with each new token and a KV cache "
-                "can't hold them: call the model with use_cache=False, or train with gate: prefix"
-            )
+            raise ValueError(NO_CACHE)
         z = self.scores(x)
         if mask is None:
             mean = z.mean(dim=1, keepdim=True)
@@ -79,16 +82,15 @@ class PrefixGate(Gate):
 
     def forward(self, x: Tensor, mask: Tensor | None = None, history: History | None = None) -> Tensor:
         z = self.scores(x)
-        if mask is None and history is None:
+        z = z.to(torch.promote_types(z.dtype, torch.float32))  # bfloat16 can't count beyond 256
+        if history is not None:
+            mean = history.mean(z)
+        elif mask is None:
             mean = z.cumsum(dim=1) / torch.arange(1, z.shape[1] + 1, dtype=z.dtype, device=z.device)
         else:
-            z, m = (z, torch.ones_like(z)) if mask is None else _real(z, mask)
-            total, count = z.cumsum(dim=1), m.cumsum(dim=1)
-            if history is not None:
-                past_total, past_count = history.extend(z, m)
-                total, count = total + past_total, count + past_count
-            mean = total / count.clamp(min=1)
-        return torch.sigmoid(mean + self.bias).unsqueeze(-1)
+            z, m = _real(z, mask)
+            mean = z.cumsum(dim=1) / m.cumsum(dim=1).clamp(min=1)
+        return torch.sigmoid(mean.to(x.dtype) + self.bias).unsqueeze(-1)
 
 
 class TokenGate(Gate):

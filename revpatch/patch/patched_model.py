@@ -13,167 +13,68 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import inspect
 from collections.abc import Iterator
-from typing import Any, Literal, Protocol, cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from transformers.cache_utils import Cache
 
 from revpatch.config import SidecarConfig
-from revpatch.patch.decoding import gate_histories
+from revpatch.patch.block import PatchedBlock, Recorder, Switchboard
 from revpatch.patch.families import blocks_of, body_of, family_of, width_of
-from revpatch.patch.sidecar import Sidecar, SidecarOutput
+from revpatch.patch.padding import PaddingReader
+from revpatch.patch.sidecars import Patch as Patch
 
 GateMode = Literal["learned", "on", "off"]
+DEFAULT_NAME = "default"
 
 
-class Patch(nn.Module):
-    """The sidecars of one patch, by block.
-
-    Args:
-        width: d, the base's width.
-        blocks: number of blocks of the base.
-        config: the knobs.
-
-    Raises:
-        ValueError: `config.layers` names a block that isn't there, or the width is odd.
-    """
-
-    def __init__(self, width: int, blocks: int, config: SidecarConfig) -> None:
-        super().__init__()
-        layers = list(range(blocks)) if config.layers == "all" else sorted(config.layers)
-        if layers[-1] >= blocks:
-            raise ValueError(f"sidecar.layers names block {layers[-1]}, and the base has blocks 0 to {blocks - 1}")
-        self.config = config
-        self.width = width
-        self.blocks = blocks
-        self.layers = layers
-        self.sidecars = nn.ModuleDict({f"{layer:02d}": Sidecar(width, config) for layer in layers})
-
-    def sidecar(self, layer: int) -> Sidecar | None:
-        """The sidecar after block `layer`, or None."""
-        name = f"{layer:02d}"
-        return cast(Sidecar, self.sidecars[name]) if name in self.sidecars else None
-
-    def log_scales(self) -> Tensor:
-        """log s of every sidecar, (layers,)."""
-        return torch.cat([cast(Sidecar, sidecar).coupling.log_scale for sidecar in self.sidecars.values()])
-
-
-class Recorder(Protocol):
-    """Sees what each sidecar does, in the forward pass."""
-
-    def measure(self, output: SidecarOutput) -> tuple[Tensor, ...]:
-        """What is to be recorded of a sidecar's output; a pure function, as it may be computed twice."""
-        ...
-
-    def record(self, layer: int, hidden: Tensor, measured: tuple[Tensor, ...]) -> None:
-        """Sees the block's output after its sidecar, and what `measure` gave."""
-        ...
-
-    def record_plain(self, layer: int, hidden: Tensor) -> None:
-        """Sees the output of a block without an active sidecar."""
-        ...
-
-
-class Switchboard:
-    """What the patched blocks of one model share."""
-
-    def __init__(self, patch: Patch, trained: dict[str, bool]) -> None:
-        self.attached = patch
-        self.active: Patch | None = patch
-        self.gate_open = False
-        # Recompute base blocks in the backward pass; calls with a cache never do, as recomputing would grow the cache.
-        self.checkpointing = False
-        # Recompute what is inside the sidecars in the backward pass: it is little work, and many float32 copies.
-        self.recompute_sidecars = True
-        self.mask: Tensor | None = None
-        self.recorder: Recorder | None = None
-        self.required_grad = trained
-        self.hook: torch.utils.hooks.RemovableHandle | None = None
-
-
-class PatchedBlock(nn.Module):
-    """A transformer block and, after it, the active patch's sidecar."""
-
-    def __init__(self, block: nn.Module, layer: int, switchboard: Switchboard) -> None:
-        super().__init__()
-        self.block = block
-        self.layer = layer
-        # In a tuple, so that the sidecars are not registered as parameters of the base.
-        self._switchboard = (switchboard,)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("block"), name)  # models read attributes of their blocks
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        board = self._switchboard[0]
-        cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
-        if board.checkpointing and cache is None and torch.is_grad_enabled():
-            output = checkpoint(self.block, *args, use_reentrant=False, **kwargs)
-        else:
-            output = self.block(*args, **kwargs)
-        hidden = output[0] if isinstance(output, tuple) else output
-        patch = board.active
-        sidecar = patch.sidecar(self.layer) if patch is not None else None
-        if patch is None or sidecar is None:
-            if board.recorder is not None:
-                board.recorder.record_plain(self.layer, hidden)
-            return output
-        history = None
-        if cache is not None and not board.gate_open:
-            slot, slots, now = patch.layers.index(self.layer), len(patch.layers), hidden.shape[1]
-            history = gate_histories(cache, sidecar.gates, slot, slots, now, patch, patch.blocks)
-        mask, gate_open, recorder = board.mask, board.gate_open, board.recorder  # as they are now: see `recompute`
-
-        def apply(hidden: Tensor) -> tuple[Tensor, ...]:
-            result: SidecarOutput = sidecar(hidden, mask, history, gate_open)
-            return (result.hidden, *(() if recorder is None else recorder.measure(result)))
-
-        recompute = board.recompute_sidecars and cache is None and torch.is_grad_enabled()
-        patched: tuple[Tensor, ...] = (
-            checkpoint(apply, hidden, use_reentrant=False, preserve_rng_state=False) if recompute else apply(hidden)
-        )
-        if recorder is not None:
-            recorder.record(self.layer, patched[0], patched[1:])
-        return (patched[0], *output[1:]) if isinstance(output, tuple) else patched[0]
-
-
-def attach(model: nn.Module, patch: Patch | SidecarConfig) -> Patch:
+def attach(model: nn.Module, patch: Patch | SidecarConfig, name: str = DEFAULT_NAME) -> Patch:
     """Wraps every block of `model`, in place, and freezes the base.
 
     Args:
         model: a Hugging Face causal language model of a family in `FAMILIES`.
         patch: a patch for this base, or the knobs of a new one. It is moved to the base's device.
+        name: under which `set_patch` finds it, when others are added.
 
     Raises:
         ValueError: the family is unknown, the model is patched already, or the patch is of another shape.
+
+    >>> import revpatch, torch
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=8, n_layer=2, n_head=2)).eval()
+    >>> ids = torch.tensor([[1, 2, 3]])
+    >>> before = model(ids).logits
+    >>> patch = revpatch.attach(model, revpatch.SidecarConfig(bottleneck=2))
+    >>> _ = torch.nn.init.normal_(patch.sidecar(1).coupling.g.up.weight)  # as if it had been trained
+    >>> torch.equal(model(ids).logits, before)
+    False
+    >>> with revpatch.patch_disabled(model):
+    ...     torch.equal(model(ids).logits, before)
+    True
+    >>> revpatch.detach(model) is patch and torch.equal(model(ids).logits, before)
+    True
     """
     if is_patched(model):
-        raise ValueError("the model carries a patch already: detach(model) first")
+        raise ValueError("the model carries a patch already: detach(model) first, or add_patch another beside it")
     blocks, width = blocks_of(model), width_of(model)
     if isinstance(patch, SidecarConfig):
         patch = Patch(width, len(blocks), patch)
     check_fits(model, patch)
     patch.to(next(model.parameters()).device)
-    board = Switchboard(patch, {name: parameter.requires_grad for name, parameter in model.named_parameters()})
+    body = body_of(model)
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    board = Switchboard(name, patch, trained, PaddingReader(body))
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    body = body_of(model)
-    board.hook = body.register_forward_pre_hook(_MaskReader(board, body), with_kwargs=True)
+    board.hook = body.register_forward_pre_hook(board.read_padding, with_kwargs=True)
     for layer, block in enumerate(blocks):
         blocks[layer] = PatchedBlock(block, layer, board)
     return patch
 
 
 def detach(model: nn.Module) -> Patch:
-    """Puts the base's own blocks back, with requires_grad as `attach` found it, and returns the patch.
+    """Puts the base's own blocks back, with requires_grad as `attach` found it, and returns the chosen patch.
 
     Raises:
         ValueError: the model carries no patch.
@@ -216,9 +117,11 @@ def active_patch(model: nn.Module, patch: Patch | None) -> Iterator[None]:
     if patch is not None:
         check_fits(model, patch)
     before, board.active = board.active, patch
+    board.held += 1
     try:
         yield
     finally:
+        board.held -= 1
         board.active = before
 
 
@@ -232,6 +135,12 @@ def set_gate(model: nn.Module, mode: GateMode) -> None:
 
     Raises:
         ValueError: another mode, or the model carries no patch.
+
+    >>> import revpatch
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=8, n_layer=2, n_head=2)).eval()
+    >>> patch = revpatch.attach(model, revpatch.SidecarConfig(bottleneck=2))
+    >>> revpatch.set_gate(model, "off")
     """
     if mode not in ("learned", "on", "off"):
         raise ValueError(f"gate mode {mode!r} is unknown: choose 'learned', 'on' or 'off'")
@@ -318,27 +227,3 @@ def base_sha256(model: nn.Module, rounded: bool = False) -> str:
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
         digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-class _MaskReader:
-    """A pre-hook of the body: keeps the padding mask of the tokens of this call for the gates."""
-
-    def __init__(self, board: Switchboard, body: nn.Module) -> None:
-        self.board = board
-        self.names = list(inspect.signature(body.forward).parameters)
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.board.mask = None
-        if self.board.active is None or self.board.gate_open or self.board.active.config.gate == "token":
-            return  # nothing averages over tokens
-        given = dict(zip(self.names, args, strict=False)) | kwargs
-        mask, inputs = given.get("attention_mask"), given.get("input_ids")
-        inputs = given.get("inputs_embeds") if inputs is None else inputs
-        if mask is None or inputs is None:
-            return
-        if not isinstance(mask, Tensor) or mask.dim() != 2:
-            raise ValueError(
-                f"the gates need a padding mask of shape (batch, time), found {getattr(mask, 'shape', type(mask))}: "
-                "pass a two-dimensional attention_mask, or none for packed blocks"
-            )
-        self.board.mask = mask[:, -inputs.shape[1] :]

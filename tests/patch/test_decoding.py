@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache, StaticCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache
 
 from revpatch.config import SidecarConfig
 from revpatch.patch.families import FAMILIES
-from revpatch.patch.patched_model import Patch, active_patch, attach, detach, patch_disabled, set_gate
+from revpatch.patch.patched_model import Patch, active_patch, attach, detach, patch_disabled, set_gate, switchboard
 
 every_family = pytest.mark.parametrize("family", sorted(FAMILIES))
 every_causal_gate = pytest.mark.parametrize("gate", ["prefix", "token"])
 every_placement = pytest.mark.parametrize("placement", ["residual", "coupled"])
 
 TOLERANCE = 1e-5
+DEMO_BASE = Path(__file__).resolve().parents[2] / "shards/demo_base"
 
 Build = Callable[..., nn.Module]
 Logits = Callable[..., Tensor]
@@ -50,7 +53,7 @@ def _batch(time: int = 12) -> tuple[Tensor, Tensor]:
 def _in_chunks(model: Any, ids: Tensor, mask: Tensor | None, cuts: list[int], cache: Any = None) -> Tensor:
     cache = DynamicCache(config=model.config) if cache is None else cache
     parts, done = [], 0
-    positions = None if mask is None else (mask.cumsum(1) - 1).clamp(min=0)
+    positions = None if mask is None or mask.dim() > 2 else (mask.cumsum(1) - 1).clamp(min=0)
     for cut in cuts:
         here = slice(done, done + cut)
         with torch.no_grad():
@@ -130,6 +133,7 @@ GENERATION: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
     "sampling": {"do_sample": True, "top_p": 0.9, "temperature": 0.8},
     "beam search": {"do_sample": False, "num_beams": 4},
+    "several samples": {"do_sample": True, "top_k": 20, "num_return_sequences": 3},
     "sampled beams": {"do_sample": True, "num_beams": 2, "num_return_sequences": 2},
 }
 
@@ -189,6 +193,78 @@ def test_generate_that_takes_back_tokens(patched: Callable[..., Any], gate: str,
     knobs = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     greedy = model.generate(ids, **knobs, use_cache=False)
     assert torch.equal(model.generate(ids, **knobs, prompt_lookup_num_tokens=3), greedy)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
+@every_causal_gate
+def test_assisted_decoding(patched: Callable[..., Any], build: Build, family: str, gate: str) -> None:
+    """A smaller model guesses; the patched one keeps what it would have written itself."""
+    model, assistant = patched(family, gate=gate), build(family, blocks=1)
+    ids = _batch()[0][1:2]
+    knobs = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(ids, **knobs, use_cache=False)
+    assert torch.equal(model.generate(ids, **knobs, assistant_model=assistant), expected)
+    attach(assistant, switchboard(model).attached.config)
+    assert torch.equal(model.generate(ids, **knobs, assistant_model=assistant), expected), "with a patch of its own"
+
+
+@every_causal_gate
+@every_placement
+def test_sliding_windows(
+    logits: Logits, sidecar_config: Config, randomize: Randomize, gate: str, placement: str
+) -> None:
+    """The cache forgets keys beyond the window; the gates' past goes back to the first token."""
+    config = Qwen2Config(
+        vocab_size=61,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        initializer_range=0.2,
+        pad_token_id=0,
+        use_sliding_window=True,
+        sliding_window=4,
+        max_window_layers=1,
+        eos_token_id=2,
+    )
+    model: Any = Qwen2ForCausalLM(config).eval()
+    assert config.layer_types == ["full_attention", "sliding_attention", "sliding_attention"]
+    randomize(attach(model, sidecar_config(gate=gate, placement=placement)))
+    ids, mask = _batch()
+    expected = logits(model, ids, mask)
+    for cuts in ([1] * 12, [5, 3, 4]):
+        found = _in_chunks(model, ids, mask, cuts)
+        assert _largest(found[mask.bool()], expected[mask.bool()]) <= TOLERANCE
+    knobs = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    for beams in (1, 3):
+        runs = [
+            model.generate(ids, attention_mask=mask, **knobs, num_beams=beams, **how)
+            for how in ({"use_cache": False}, {"use_cache": True}, {"cache_implementation": "static"})
+        ]
+        assert torch.equal(runs[1], runs[0]) and torch.equal(runs[2], runs[0])
+    one = ids[1:2]
+    expected = model.generate(one, **knobs, use_cache=False)
+    assert torch.equal(model.generate(one, **knobs, prompt_lookup_num_tokens=3), expected)
+
+
+@every_causal_gate
+def test_cached_generation_on_real_weights(randomize: Randomize, logits: Logits, gate: str) -> None:
+    """The demo's base, in float32, with a patch of the size that training gives it."""
+    model: Any = AutoModelForCausalLM.from_pretrained(DEMO_BASE, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_BASE)
+    ids = tokenizer("My fellow citizens, the state of the Union", return_tensors="pt").input_ids
+    knobs = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
+    base = model.generate(ids, **knobs)
+    randomize(attach(model, SidecarConfig(bottleneck=16, gate=gate)), 1, 0.3)
+    text = model.generate(ids, **knobs)
+    assert torch.equal(text, model.generate(ids, **knobs, use_cache=False))
+    assert not torch.equal(text, base)
+    found, expected = _in_chunks(model, text, None, [5] + [1] * (text.shape[1] - 5)), logits(model, text)
+    # Of logits of up to 16; the base's own, with a cache and without, differ by 1.2e-5.
+    assert _largest(found, expected) <= TOLERANCE * float(expected.abs().max())
+    detach(model)
+    assert torch.equal(model.generate(ids, **knobs), base)
 
 
 @every_causal_gate
@@ -302,13 +378,46 @@ def test_the_active_patch_decides_what_the_cache_keeps(
         assert _largest(found[mask.bool()], logits(model, ids, mask)[mask.bool()]) <= TOLERANCE
 
 
+class _OtherCache(Cache):
+    """A kind that nobody has heard of."""
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@every_causal_gate
+def test_a_static_cache(patched: Callable[..., Any], logits: Logits, family: str, gate: str) -> None:
+    """By calls and by `generate`, which hands the body a mask of pairs at first; used again after reset."""
+    model = patched(family, gate=gate)
+    ids, mask = _batch()
+    expected = logits(model, ids, mask)
+    cache = StaticCache(config=model.config, max_cache_len=20)
+    for _ in range(2):
+        found = _in_chunks(model, ids, mask, [5, 1, 6], cache)
+        assert _largest(found[mask.bool()], expected[mask.bool()]) <= TOLERANCE
+        cache.reset()
+    for attention in ("eager", "sdpa"):
+        model.set_attn_implementation(attention)
+        for beams in (1, 3):
+            knobs = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "num_beams": beams}
+            plain = model.generate(ids, attention_mask=mask, **knobs, use_cache=False, pad_token_id=0)
+            static = model.generate(ids, attention_mask=mask, **knobs, cache_implementation="static", pad_token_id=0)
+            assert torch.equal(static, plain)
+
+
+def test_a_mask_of_pairs_that_is_not_only_padding_is_refused(patched: Callable[..., Any]) -> None:
+    model, ids = patched("llama"), _batch()[0]
+    mask = torch.zeros(3, 1, 12, 20, dtype=torch.bool)
+    mask[..., :12] = True  # every token sees every other
+    with pytest.raises(ValueError, match=r"\(batch, time\).*two-dimensional"):
+        _in_chunks(model, ids, mask, [12], StaticCache(config=model.config, max_cache_len=20))
+
+
 def test_other_kinds_of_cache_are_refused_for_a_prefix_gate_only(patched: Callable[..., Any], logits: Logits) -> None:
     ids, _ = _batch()
     model = patched("llama")
-    with pytest.raises(ValueError, match="prefix gate keeps its past in a DynamicCache, found StaticCache"):
-        _in_chunks(model, ids, None, [12], StaticCache(config=model.config, max_cache_len=20))
+    with pytest.raises(ValueError, match="prefix gate keeps its past in a DynamicCache or a StaticCache, found _Other"):
+        _in_chunks(model, ids, None, [12], _OtherCache(layer_class_to_replicate=DynamicLayer))
     model = patched("llama", gate="token")
-    found = _in_chunks(model, ids, None, [5, 7], StaticCache(config=model.config, max_cache_len=20))
+    found = _in_chunks(model, ids, None, [5, 7], _OtherCache(layer_class_to_replicate=DynamicLayer))
     assert _largest(found, logits(model, ids)) <= TOLERANCE
 
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from revpatch.patch.decoding import CachedHistory, RunningSums
 from revpatch.patch.gates import GATES, Gate, PrefixGate, SeqGate, TokenGate
 
 EPS = torch.finfo(torch.float64).eps
@@ -121,32 +122,32 @@ def test_causal_says_whether_it_is(kind: str) -> None:
     assert same is gate.causal is (kind != "seq")
 
 
-class _Sums:
-    """The least History: running sums."""
-
-    def __init__(self) -> None:
-        self.total: Tensor | float = 0.0
-        self.count: Tensor | float = 0.0
-
-    def extend(self, scores: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        before = torch.zeros(len(scores), 1, dtype=scores.dtype)
-        past = (before + self.total, before + self.count)
-        self.total, self.count = past[0] + scores.sum(1, keepdim=True), past[1] + mask.sum(1, keepdim=True)
-        return past
-
-
 @given(cuts=st.lists(st.integers(1, 4), min_size=1, max_size=6), left=st.integers(0, 6), seed=st.integers(0, 99))
 @settings(max_examples=25, deadline=None)
 def test_prefix_gate_in_chunks(cuts: list[int], left: int, seed: int) -> None:
     torch.manual_seed(seed)
-    gate, time, history = _gate("prefix"), sum(cuts), _Sums()
+    gate, time, sums = _gate("prefix"), sum(cuts), RunningSums()
     x = torch.randn(2, time, 5, dtype=torch.float64)
     mask = torch.ones(2, time)
     mask[1, :left] = 0
-    parts = [gate(a, m, history) for a, m in zip(x.split(cuts, 1), mask.split(cuts, 1), strict=True)]
+    parts = []
+    for a, m in zip(x.split(cuts, 1), mask.split(cuts, 1), strict=True):
+        sums.begin(1, m, a)
+        parts.append(gate(a, m, CachedHistory(sums, 0)))
     assert (torch.cat(parts, 1) - gate(x, mask)).abs().max() <= 24 * 10 * EPS
 
 
 def test_sequence_gate_refuses_a_history() -> None:
     with pytest.raises(ValueError, match=r"whole sequence.*use_cache=False"):
-        _gate("seq")(torch.randn(1, 2, 5, dtype=torch.float64), None, _Sums())
+        _gate("seq")(torch.randn(1, 2, 5, dtype=torch.float64), None, CachedHistory(RunningSums(), 0))
+
+
+def test_counting_tokens_does_not_stop_where_bfloat16_does() -> None:
+    """The mean of a score that comes late in 1000 tokens: in bfloat16 sums alone it would not move any more."""
+    gate = GATES["prefix"](2).bfloat16()
+    with torch.no_grad():
+        gate.weight.copy_(torch.tensor([1.0, 0.0]))
+    x = torch.ones(1, 1000, 2, dtype=torch.bfloat16)
+    x[:, 500:] = -1
+    for mask in (None, torch.ones(1, 1000)):
+        assert abs(float(gate(x, mask).detach()[0, -1]) - 0.5) <= 2**-8

@@ -1,0 +1,117 @@
+"""A block with the active patch's sidecar after it, and the switchboard that says which patch that is."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
+from transformers.cache_utils import Cache
+
+from revpatch.patch.decoding import past_of
+from revpatch.patch.padding import PaddingReader
+from revpatch.patch.sidecar import SidecarOutput
+from revpatch.patch.sidecars import Patch
+from revpatch.patch.step import step
+
+
+class Recorder(Protocol):
+    """Sees what each sidecar does, in the forward pass."""
+
+    def measure(self, output: SidecarOutput) -> tuple[Tensor, ...]:
+        """What is to be recorded of a sidecar's output; a pure function, as it may be computed twice."""
+        ...
+
+    def record(self, layer: int, hidden: Tensor, measured: tuple[Tensor, ...]) -> None:
+        """Sees the block's output after its sidecar, and what `measure` gave."""
+        ...
+
+    def record_plain(self, layer: int, hidden: Tensor) -> None:
+        """Sees the output of a block without an active sidecar."""
+        ...
+
+
+class Switchboard:
+    """What the patched blocks of one model share."""
+
+    def __init__(self, name: str, patch: Patch, trained: dict[str, bool], padding: PaddingReader) -> None:
+        self.patches = {name: patch}
+        self.attached = patch
+        """The chosen one of them."""
+        self.active: Patch | None = patch
+        """What the next call runs with."""
+        self.held = 0
+        """How many `active_patch` are in force."""
+        self.gate_open = False
+        # Recompute base blocks in the backward pass; calls with a cache never do, as recomputing would grow the cache.
+        self.checkpointing = False
+        # Recompute what is inside the sidecars in the backward pass: it is little work, and many float32 copies.
+        self.recompute_sidecars = True
+        self.padding = padding
+        self.mask: Tensor | None = None
+        self.recorder: Recorder | None = None
+        self.required_grad = trained
+        self.hook: RemovableHandle | None = None
+
+    def read_padding(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A pre-hook of the body: keeps the padding mask of this call, if a gate averages over tokens."""
+        averages = self.active is not None and not self.gate_open and self.active.config.gate != "token"
+        self.mask = self.padding(args, kwargs) if averages else None
+
+
+class PatchedBlock(nn.Module):
+    """A transformer block and, after it, the active patch's sidecar."""
+
+    def __init__(self, block: nn.Module, layer: int, switchboard: Switchboard) -> None:
+        super().__init__()
+        self.block = block
+        self.layer = layer
+        # In a tuple, so that the sidecars are not registered as parameters of the base.
+        self._switchboard = (switchboard,)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("block"), name)  # models read attributes of their blocks
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        board = self._switchboard[0]
+        cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
+        if board.checkpointing and cache is None and torch.is_grad_enabled():
+            output = checkpoint(self.block, *args, use_reentrant=False, **kwargs)
+        else:
+            output = self.block(*args, **kwargs)
+        hidden = output[0] if isinstance(output, tuple) else output
+        patch = board.active
+        sidecar = patch.sidecar(self.layer) if patch is not None else None
+        if patch is None or sidecar is None:
+            if board.recorder is not None:
+                board.recorder.record_plain(self.layer, hidden)
+            return output
+        history = None
+        if cache is not None and not board.gate_open:
+            past = past_of(cache, patch, self.layer, hidden, board.mask)
+            if board.recorder is None and (h := step(sidecar, hidden, past.sums, past.first)) is not None:
+                return _with_hidden(output, h)
+            history = past.histories
+        mask, gate_open, recorder = board.mask, board.gate_open, board.recorder  # as they are now, not in the backward
+
+        def apply(hidden: Tensor) -> tuple[Tensor, ...]:
+            result: SidecarOutput = sidecar(hidden, mask, history, gate_open)
+            return (result.hidden, *(() if recorder is None else recorder.measure(result)))
+
+        recompute = board.recompute_sidecars and cache is None and torch.is_grad_enabled()
+        patched: tuple[Tensor, ...] = (
+            checkpoint(apply, hidden, use_reentrant=False, preserve_rng_state=False) if recompute else apply(hidden)
+        )
+        if recorder is not None:
+            recorder.record(self.layer, patched[0], patched[1:])
+        return _with_hidden(output, patched[0])
+
+
+def _with_hidden(output: Any, hidden: Tensor) -> Any:
+    """A block's output with other hidden states in it."""
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden

@@ -1,0 +1,143 @@
+"""The interface for Python: its examples run, and patches come back from files and folders as they were, or not at
+all."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from toy import Toy, make_it_look_trained, save_base
+from transformers import AutoModelForCausalLM
+
+import revpatch
+from revpatch.ledger.entry import read_entry, serialise
+from revpatch.ledger.folder import CONFIG_NAME, WEIGHTS_NAME
+
+KNOBS = revpatch.SidecarConfig(bottleneck=4, gate="token", placement="coupled", layers=[1])
+IDS = torch.arange(3, 12)[None]
+
+
+@pytest.mark.parametrize("module", sorted({home for home in revpatch._HOME.values() if home != "revpatch.config"}))
+def test_the_examples_run(module: str) -> None:
+    found = doctest.testmod(importlib.import_module(module))
+    assert found.failed == 0
+    assert found.attempted > 5 or module == "revpatch.saving"
+
+
+def base(toy: Toy, folder: Path | None = None) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder or toy.base).eval()
+
+
+@pytest.fixture
+def patched(toy: Toy) -> Any:
+    """The toy's base with a patch that looks trained."""
+    model = base(toy)
+    make_it_look_trained(revpatch.attach(model, KNOBS))
+    return model
+
+
+SAVE: dict[str, Callable[[Any, Path], None]] = {
+    "folder": revpatch.save_pretrained,
+    "mine.pt": revpatch.save_patch,
+    "mine.safetensors": revpatch.save_patch,
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", SAVE)
+def test_a_patch_comes_back_as_it_was(toy: Toy, patched: Any, tmp_path: Path, name: str) -> None:
+    place, expected = tmp_path / "x" / name, patched(IDS).logits
+    place.parent.mkdir()
+    SAVE[name](patched, place)
+    SAVE[name](patched, place)  # the same again changes nothing
+    model = base(toy)
+    patch = revpatch.load_patch(model, place)
+    assert patch.config == KNOBS
+    assert torch.equal(model(IDS).logits, expected)
+    found, tokenizer = revpatch.load_patched(place)
+    assert torch.equal(found(IDS).logits, expected), "the base is found by its name"
+    assert tokenizer.get_vocab() == toy.tokenizer.get_vocab()
+    moved = base(toy, shutil.copytree(toy.base, tmp_path / "moved"))
+    revpatch.load_patch(moved, place, name="b")
+    assert revpatch.patch_names(moved) == ["b"]
+    with pytest.raises(ValueError, match="exists with other content"):
+        SAVE[name](revpatch.Patch(32, 2, KNOBS), place)
+
+
+def test_a_second_patch_is_put_beside_the_first_and_switched_on(toy: Toy, patched: Any, tmp_path: Path) -> None:
+    revpatch.save_pretrained(patched, tmp_path / "one")
+    expected = patched(IDS).logits
+    model = base(toy)
+    revpatch.attach(model, revpatch.SidecarConfig(bottleneck=2), name="new")
+    plain = model(IDS).logits
+    revpatch.from_pretrained(model, tmp_path / "one", name="loaded")
+    assert torch.equal(model(IDS).logits, expected)
+    revpatch.set_patch(model, "new")
+    assert torch.equal(model(IDS).logits, plain)
+
+
+def test_a_patch_by_itself_knows_no_base_but_the_shape(toy: Toy, tmp_path: Path) -> None:
+    patch = make_it_look_trained(revpatch.Patch(32, 2, KNOBS))
+    revpatch.save_pretrained(patch, tmp_path / "bare")
+    revpatch.from_pretrained(base(toy), tmp_path / "bare")
+    revpatch.load_patched(tmp_path / "bare", base=str(toy.base))
+    with pytest.raises(ValueError, match=r"bare doesn't say what its base is called.*--base"):
+        revpatch.load_patched(tmp_path / "bare")
+    wide = base(toy, save_base(tmp_path / "wide", toy.tokenizer, width=16))
+    with pytest.raises(ValueError, match=r"bare: 01\.coupling\.f\.down\.\w+: expected shape .* found"):
+        revpatch.from_pretrained(wide, tmp_path / "bare")
+    assert not revpatch.is_patched(wide)
+
+
+def test_another_base_is_refused(toy: Toy, patched: Any, tmp_path: Path) -> None:
+    revpatch.save_pretrained(patched, tmp_path / "one")
+    other = base(toy, save_base(tmp_path / "other", toy.tokenizer, seed=1))
+    with pytest.raises(ValueError, match=r"one is a patch of a base with sha256 \w{16}…, but the model has \w{16}…"):
+        revpatch.load_patch(other, tmp_path / "one")
+    assert not revpatch.is_patched(other)
+
+
+def _edited(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        config = json.loads((folder / CONFIG_NAME).read_text())
+        change(config)
+        (folder / CONFIG_NAME).write_text(json.dumps(config))
+
+    return edit
+
+
+def _swap_weights(folder: Path) -> None:
+    tensors, metadata = read_entry(folder / WEIGHTS_NAME)
+    changed = {name: tensor + 1 for name, tensor in tensors.items()}
+    (folder / WEIGHTS_NAME).write_bytes(serialise(changed, metadata, ".safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda folder: (folder / CONFIG_NAME).unlink(), f"expected a folder with {CONFIG_NAME} and {WEIGHTS_NAME}"),
+        (lambda folder: (folder / WEIGHTS_NAME).unlink(), f"{WEIGHTS_NAME} can't be read"),
+        (lambda folder: (folder / CONFIG_NAME).write_text("{"), f"{CONFIG_NAME} is no JSON"),
+        (lambda folder: (folder / CONFIG_NAME).write_text("[]"), "not a folder of a patch"),
+        (_edited(lambda config: config.update(version=2)), "of version 1: not a folder of a patch"),
+        (_edited(lambda config: config.pop("weights_sha256")), "is not the file that was recorded"),
+        (_edited(lambda config: config["metadata"]["base"].update(sha256=None)), "says something else of the patch"),
+        (_swap_weights, "is not the file that was recorded"),
+    ],
+)
+def test_a_folder_that_was_changed_is_refused(
+    toy: Toy, patched: Any, tmp_path: Path, spoil: Callable[[Path], None], words: str
+) -> None:
+    folder, model = tmp_path / "one", base(toy)
+    revpatch.save_pretrained(patched, folder)
+    spoil(folder)
+    with pytest.raises(ValueError, match=words):
+        revpatch.from_pretrained(model, folder)
+    assert not revpatch.is_patched(model)

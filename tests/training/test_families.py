@@ -1,0 +1,82 @@
+"""One phase on two ranks for the families that the toy world is not made of, and what becomes of its patch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import Runs, RunServer
+from toy import BLOCK_SIZE, POSITIONS, Toy
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+import revpatch
+from revpatch.ledger.audit import verify
+from revpatch.patch.families import FAMILIES
+from revpatch.patch.patched_model import base_sha256
+from revpatch.stream.build import build_shards
+
+KINDS: dict[str, tuple[Any, Any, bool]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM, False),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, False),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, True),
+}
+"""The classes, and whether the head is tied to the embeddings; all with two heads for each of keys and values."""
+
+
+def save_base(toy: Toy, family: str, folder: Path) -> None:
+    torch.manual_seed(0)
+    config, kind, tied = KINDS[family]
+    knobs = {"vocab_size": len(toy.tokenizer), "max_position_embeddings": POSITIONS, "hidden_size": 32}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_hidden_layers": 2}
+    tokens = {"bos_token_id": 0, "eos_token_id": 0, "tie_word_embeddings": tied, "initializer_range": 0.2}
+    kind(config(**knobs, **heads, **tokens, intermediate_size=48)).save_pretrained(folder)
+    toy.tokenizer.save_pretrained(folder)
+
+
+def test_every_family_is_trained_here_or_everywhere() -> None:
+    assert FAMILIES.keys() == KINDS.keys() | {"gpt2"}
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_a_family_is_trained_used_and_restored(family: str, toy: Toy, tmp_path: Path, server: RunServer) -> None:
+    save_base(toy, family, tmp_path / "base")
+    _, kind, tied = KINDS[family]
+    model = kind.from_pretrained(tmp_path / "base").eval()
+    before = base_sha256(model)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")  # of the family's own class, which may split otherwise
+    for name in ("base", "first"):
+        build_shards([toy.folder / f"{name}.jsonl"], tokenizer, BLOCK_SIZE, tmp_path / f"{name}_shards")
+    config = toy.config_file(
+        tmp_path,
+        base={"model": str(tmp_path / "base")},
+        phases=[{"name": "first", "shards": str(tmp_path / "first_shards"), "steps": 24}],
+        replay={"base": str(tmp_path / "base_shards")},
+        probes={"sets": []},
+        optimizer={"lr": 3.0e-2},
+    )
+    runs = Runs(server, config, tmp_path)
+    assert runs.run("trained") == [0, 0], runs.log("trained").read_text()
+    assert verify(runs.path("trained")).ok
+
+    ids = tokenizer("kettle boils under seven moons", return_tensors="pt").input_ids[:, :BLOCK_SIZE]
+    with torch.no_grad():
+        base = model(ids, labels=ids)
+        revpatch.load_patch(model, runs.path("trained"))
+        learned = model(ids, labels=ids)
+        assert learned.loss < base.loss - 0.1
+        knobs = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+        assert torch.equal(model.generate(ids, **knobs), model.generate(ids, **knobs, use_cache=False))
+        revpatch.detach(model)
+        assert torch.equal(model(ids).logits, base.logits)
+    assert base_sha256(model) == before
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) is tied

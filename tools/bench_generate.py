@@ -1,0 +1,136 @@
+"""What a patch costs when text is written, beside what is asked.
+
+    python tools/bench_generate.py [--json FILE] [--rounds 9] [--tokens 64] [--threads 2]
+
+On a random model of GPT-2's shape (124M) and on the demo's base, both in float32 with a patch of r = 64 whose weights
+are as large as training makes them, it measures:
+
+- tokens/s of greedy `generate` with a cache, the gate learned over the gate off, in turn within each round; median of
+  the rounds' ratios. On a machine with other work a round is disturbed as a whole, so the ratio is what holds;
+- the time of switching between two loaded patches, and the memory that switching allocates;
+- the size of a patch file and of the model, of GPT-2's shape.
+
+Prints a table and exits with 1 if a figure does not hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+import revpatch
+from revpatch.monitoring.terminal import quiet_libraries
+
+DEMO_BASE = Path(__file__).resolve().parent.parent / "shards/demo_base"
+PROMPT_TOKENS = 32
+SWITCHES = 1000
+
+
+def figure(name: str, asked: str, measured: float | str, unit: str, holds: bool) -> dict[str, Any]:
+    return {"name": name, "asked": asked, "measured": measured, "unit": unit, "holds": holds}
+
+
+def trained(patch: nn.Module) -> None:
+    """Fills the last layers, which are zero at the start, and moves the gates off one half."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in patch.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
+
+
+def tokens_per_second(model: Any, tokens: int) -> float:
+    ids = torch.arange(3, 3 + PROMPT_TOKENS)[None]
+    knobs = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
+    start = time.perf_counter()
+    model.generate(ids, attention_mask=torch.ones_like(ids), use_cache=True, **knobs)
+    return tokens / (time.perf_counter() - start)
+
+
+def speed(model: Any, what: str, tokens: int, rounds: int) -> dict[str, Any]:
+    """Learned over off; both go first in every other round."""
+    rates: dict[str, list[float]] = {"off": [], "learned": []}
+    for number in range(rounds + 1):
+        modes = ("off", "learned") if number % 2 else ("learned", "off")
+        for mode in modes:
+            revpatch.set_gate(model, mode)  # type: ignore[arg-type]
+            rate = tokens_per_second(model, tokens)
+            if number:  # the first round warms up
+                rates[mode].append(rate)
+    ratio = statistics.median(learned / off for learned, off in zip(rates["learned"], rates["off"], strict=True))
+    each = " / ".join(f"{statistics.median(rates[mode]):.1f}" for mode in ("learned", "off"))
+    return figure(
+        f"tokens/s with the patch / without, {what} ({each})", ">= 0.9", round(ratio, 3), "ratio", ratio >= 0.9
+    )
+
+
+def switching(model: nn.Module) -> list[dict[str, Any]]:
+    """Between two patches; what is allocated is counted over all switches."""
+    revpatch.add_patch(model, revpatch.SidecarConfig(), "other")
+    places = [parameter.data_ptr() for parameter in model.parameters()]
+    with torch.profiler.profile(profile_memory=True) as record:
+        start = time.perf_counter()
+        for _ in range(SWITCHES):
+            revpatch.set_patch(model, "other")
+            revpatch.set_patch(model, "default")
+        micros = (time.perf_counter() - start) / (2 * SWITCHES) * 1e6
+    copied = sum(max(event.self_cpu_memory_usage, 0) for event in record.key_averages())
+    stayed = places == [parameter.data_ptr() for parameter in model.parameters()]
+    revpatch.remove_patch(model, "other")
+    return [
+        figure("switching between two loaded patches", "< 1000", round(micros, 1), "microseconds", micros < 1000),
+        figure("bytes of tensors allocated by switching", "0", copied, "bytes", copied == 0 and stayed),
+    ]
+
+
+def sizes(model: Any) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as name:
+        file = Path(name) / "patch.safetensors"
+        revpatch.save_patch(model, file)
+        patch = file.stat().st_size / 1e6
+    base = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) / 1e6
+    what = f"patch file, GPT-2's shape, r = 64, float32, against {base:.0f} MB of model"
+    return figure(what, "<= 5", round(patch, 3), "MB", patch <= 5)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    quiet_libraries()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    rows = []
+    gpt2 = GPT2LMHeadModel(GPT2Config()).eval()
+    demo = AutoModelForCausalLM.from_pretrained(DEMO_BASE, dtype=torch.float32).eval()
+    for model, what in ((gpt2, "GPT-2's shape"), (demo, "the demo's base")):
+        trained(revpatch.attach(model, revpatch.SidecarConfig()))
+        rows.append(speed(model, f"{what}, {args.threads} threads", args.tokens, args.rounds))
+    rows += [*switching(gpt2), sizes(gpt2)]
+    table = Table("figure", "asked", "measured", "unit", "holds")
+    for row in rows:
+        table.add_row(
+            *(str(row[key]) for key in ("name", "asked", "measured", "unit")), "yes" if row["holds"] else "NO"
+        )
+    Console(width=130).print(table)
+    if args.json:
+        args.json.write_text(json.dumps({"figures": rows}, indent=1) + "\n", encoding="utf-8")
+    sys.exit(not all(row["holds"] for row in rows))
+
+
+if __name__ == "__main__":
+    main()
