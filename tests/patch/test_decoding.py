@@ -117,6 +117,19 @@ def test_cache_agrees_with_sidecars_on_some_blocks(
         assert _largest(found[mask.bool()], logits(model, ids, mask)[mask.bool()]) <= TOLERANCE
 
 
+@every_causal_gate
+@every_placement
+def test_padding_of_one_sequence_token_by_token(
+    patched: Callable[..., Any], logits: Logits, gate: str, placement: str
+) -> None:
+    """A single sequence is stepped through, but not its padding, which no gate may count."""
+    model = patched("llama", gate=gate, placement=placement)
+    ids, mask = (tensor[:1] for tensor in _batch())
+    found = _in_chunks(model, ids, mask, [1] * 12)[:, 4:]
+    assert _largest(found, logits(model, ids, mask)[:, 4:]) <= TOLERANCE
+    assert _largest(found, logits(model, ids[:, 4:])) <= TOLERANCE
+
+
 def test_cache_agrees_in_bfloat16(build: Build, sidecar_config: Config, randomize: Randomize, logits: Logits) -> None:
     """Past scores stay in float32, so that a long prefix does not lose its last tokens."""
     model: Any = build("llama", dtype=torch.bfloat16)
