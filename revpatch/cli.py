@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from revpatch import ledger_cli, shards_cli, surgery_cli
+from revpatch import doctor_cli, ledger_cli, shards_cli, surgery_cli
 from revpatch.monitoring.terminal import console, quiet_libraries, say
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app = typer.Typer(
 app.add_typer(shards_cli.app, name="shards")
 app.add_typer(ledger_cli.app, name="ledger")
 surgery_cli.add_to(app, ledger_cli.app)
+doctor_cli.add_to(app)
 
 
 @app.callback()

@@ -91,9 +91,7 @@ class Slurm:
         program = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin")
         assert program is not None, f"no {name}: run bash tests/packages.sh"
         with (self.logs / name).open("ab") as log:
-            self.daemons.append(
-                subprocess.Popen([program, *arguments], env=self.environment, stdout=log, stderr=log)
-            )
+            self.daemons.append(subprocess.Popen([program, *arguments], env=self.environment, stdout=log, stderr=log))
 
     def _until(self, holds: object, within: float, what: str) -> None:
         until = time.monotonic() + within
