@@ -85,7 +85,7 @@ class TwoHosts:
         listed = subprocess.run(["ip", "netns", "pids", self.names[node]], capture_output=True, text=True, check=False)
         return [int(pid) for pid in listed.stdout.split()]
 
-    def rank(self, rank: int, within: float = 60) -> int:
+    def rank(self, rank: int, within: float = 300) -> int:
         """The process of a rank, on whichever node; waits for it."""
         end = time.monotonic() + within
         while time.monotonic() < end:

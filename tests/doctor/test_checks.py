@@ -32,9 +32,7 @@ Legend:
 
 
 def disk_of(monkeypatch: pytest.MonkeyPatch, total: float, free: float) -> None:
-    monkeypatch.setattr(
-        shutil, "disk_usage", lambda _: Usage(int(total * 1e9), int((total - free) * 1e9), int(free * 1e9))
-    )
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(total * 1e9, (total - free) * 1e9, free * 1e9))
 
 
 def test_advice_goes_with_what_is_not_green() -> None:

@@ -22,13 +22,13 @@ def test_a_job_that_is_told_to_stop_is_queued_again_and_goes_on(launched: Runs, 
         job = slurm.call("sbatch", "--parsable", *HERE, str(SBATCH), *train, cwd=tmp_path)
         assert job.isdigit(), job
         log = tmp_path / f"revpatch-{job}.log"
-        until = time.monotonic() + 90
+        until = time.monotonic() + 300
         while not (run / "snapshot").is_dir() or not any((run / "snapshot").iterdir()):
             assert time.monotonic() < until, log.read_text() + slurm.said()
             time.sleep(0.05)
         # As `--signal=USR1@300` does it near the end of the job's time: to the ranks, not to the script.
         slurm.call("scancel", "--signal=USR1", job)
-        slurm.wait(job, "COMPLETED", within=90)
+        slurm.wait(job, "COMPLETED", within=300)
     said = log.read_text()
     assert f"job {job}, start 1" in said
     assert "interrupted; queued again" in said

@@ -39,7 +39,7 @@ def options(runs: Runs, name: str) -> list[str]:
     return [str(runs.config), "--set", f"output_dir='{runs.path(name)}'"]
 
 
-def end(processes: list[subprocess.Popen[bytes]], log: Path, timeout: float = 120) -> list[int]:
+def end(processes: list[subprocess.Popen[bytes]], log: Path, timeout: float = 300) -> list[int]:
     until = time.monotonic() + timeout
     try:
         return [process.wait(max(until - time.monotonic(), 1)) for process in processes]
@@ -78,7 +78,7 @@ def test_deepspeed_without_ssh(hosts: TwoHosts, launched: Runs, log: Path, tmp_p
 
 
 def wait_for(folder: Path, processes: list[subprocess.Popen[bytes]], log: Path) -> None:
-    until = time.monotonic() + 90
+    until = time.monotonic() + 300
     while not (folder.is_dir() and any(folder.iterdir())):
         assert time.monotonic() < until and all(process.poll() is None for process in processes), log.read_text()
         time.sleep(0.05)
