@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from revpatch import ledger_cli, shards_cli, surgery_cli
+from revpatch import doctor_cli, ledger_cli, shards_cli, surgery_cli
 from revpatch.generate_cli import generate
 from revpatch.monitoring.terminal import console, quiet_libraries, say
 
@@ -23,6 +23,7 @@ app.add_typer(shards_cli.app, name="shards")
 app.add_typer(ledger_cli.app, name="ledger")
 surgery_cli.add_to(app, ledger_cli.app)
 app.command()(generate)
+doctor_cli.add_to(app)
 
 
 @app.callback()

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Linter, type checker and tests, with all set-up.  Use: bash tests/run.sh [--slow] [PYTEST ARGUMENTS]
-# --slow adds the tests that take minutes, as CI does. The exit code is that of the first thing that failed.
+# --slow adds the tests that take minutes, as CI does, and first installs what they need of Debian's packages. The exit
+# code is that of the first thing that failed.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../launch/setup.sh"
 cd "$ROOT"
@@ -9,6 +10,7 @@ MARK=(-m "not slow")
 if [ "${1:-}" = --slow ]; then
     MARK=()
     shift
+    bash tests/packages.sh
 fi
 SCRATCH="$(mktemp -d)"
 trap 'rm -rf "$SCRATCH"' EXIT

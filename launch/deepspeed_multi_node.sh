@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# All nodes of a hostfile, by ssh and pdsh.  Use, on one node: bash launch/deepspeed_multi_node.sh HOSTFILE CONFIG [OPTIONS OF train]
+# Without ssh, on every node:  NODE_RANK=N bash launch/deepspeed_multi_node.sh --no_ssh HOSTFILE CONFIG [OPTIONS OF train]
+# HOSTFILE has a line `HOST slots=GPUS` a node; NODE_RANK is the line's number, from 0. The checkout, its .venv, the
+# working directory and the run's folder must be at the same place on all nodes. MASTER_ADDR (default: the first host),
+# MASTER_PORT (29500), SSH_PORT (22). DeepSpeed passes few variables on to the nodes: the ones below are added.
+set -euo pipefail
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+[ ! -d "$ROOT/.venv/bin" ] || export PATH="$ROOT/.venv/bin:$PATH"
+LAUNCH=()
+if [ "${1:-}" = --no_ssh ]; then
+    LAUNCH=(--no_ssh --node_rank "${NODE_RANK:?is not set: the line number of this node in the hostfile, from 0}")
+    shift
+elif [ -n "${SSH_PORT:-}" ]; then
+    LAUNCH=(--ssh_port "$SSH_PORT")
+fi
+[ $# -gt 1 ] || { echo "${BASH_SOURCE[0]}: needs a hostfile and a config; its use is in its second line" >&2; exit 2; }
+HOSTFILE="$1"
+shift
+[ -f "$HOSTFILE" ] || { echo "${BASH_SOURCE[0]}: hostfile $HOSTFILE: no such file" >&2; exit 2; }
+FIRST="$(awk '!/^[[:space:]]*(#|$)/ { print $1; exit }' "$HOSTFILE")"
+LAUNCH+=(--hostfile "$HOSTFILE" --master_addr "${MASTER_ADDR:-$FIRST}" --master_port "${MASTER_PORT:-29500}")
+
+OPTIONS=("$@")
+if [[ " ${LAUNCH[*]} " != *" --no_ssh "* ]]; then
+    # No token among them: they are seen in the nodes' lists of processes. The hub's lies in ~/.cache/huggingface.
+    DS_ENV_FILE="$(mktemp)"
+    export DS_ENV_FILE
+    trap 'rm -f "$DS_ENV_FILE"' EXIT
+    cat ~/.deepspeed_env .deepspeed_env 2>/dev/null >"$DS_ENV_FILE" || true
+    env | grep -E '^(NCCL|GLOO|TORCH|OMP|DS|HF|REVPATCH|PYTORCH)_[A-Z0-9_]+=' | grep -vE '^(HF_TOKEN|DS_ENV_FILE)' \
+        >>"$DS_ENV_FILE" || true
+    # pdsh hands words to a shell there; deepspeed quotes only those with a space.
+    for i in "${!OPTIONS[@]}"; do
+        [[ "${OPTIONS[i]}" == *" "* ]] || printf -v "OPTIONS[$i]" %q "${OPTIONS[i]}"
+    done
+fi
+deepspeed "${LAUNCH[@]}" --module revpatch train "${OPTIONS[@]}"

@@ -1,0 +1,1 @@
+"""What is looked at before a run: this machine, its packages, its peers."""

@@ -1,0 +1,222 @@
+"""Each check of the doctor, with conditions made for it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import sys
+from collections import namedtuple
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+
+from revpatch.doctor import bandwidth, gpus, machine
+from revpatch.doctor.finding import Finding, worst
+from revpatch.doctor.launcher import NAMES, launcher
+from revpatch.doctor.packages import versions
+
+Usage = namedtuple("Usage", "total used free")
+WHOLE = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+TOPOLOGY = """\t\x1b[4mGPU0\tGPU1\tGPU2\tNIC0\tCPU Affinity\x1b[0m
+GPU0\t X \tNV12\t{far}\tPXB\t0-31
+GPU1\tNV12\t X \t{far}\tSYS\t0-31
+GPU2\t{far}\t{far}\t X \tSYS\t32-63
+NIC0\tPXB\tSYS\tSYS\t X
+
+Legend:
+  SYS  = Connection traversing PCIe as well as the SMP interconnect
+"""
+
+
+def disk_of(monkeypatch: pytest.MonkeyPatch, total: float, free: float) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(total * 1e9, (total - free) * 1e9, free * 1e9))
+
+
+def test_advice_goes_with_what_is_not_green() -> None:
+    assert worst([]) == "green"
+    assert worst([Finding("a", "green", "x"), Finding("b", "yellow", "x", "y")]) == "yellow"
+    assert worst([Finding("a", "red", "x", "y"), Finding("b", "yellow", "x", "y")]) == "red"
+    with pytest.raises(AssertionError):
+        Finding("a", "red", "x")
+
+
+@pytest.mark.parametrize(
+    ("total", "free", "colour"), [(0.0671, 0.0671, "red"), (8.0, 0.2, "yellow"), (8.0, 7.0, "green")]
+)
+def test_shared_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, total: float, free: float, colour: str) -> None:
+    disk_of(monkeypatch, total, free)
+    found = machine.shared_memory(tmp_path)
+    assert found.colour == colour
+    assert colour == "green" or "--shm-size" in found.advice
+
+
+def test_no_shared_memory(tmp_path: Path) -> None:
+    assert machine.shared_memory(tmp_path / "shm").colour == "red"
+
+
+@pytest.mark.parametrize(("free", "colour"), [(0.5, "red"), (5.0, "yellow"), (50.0, "green")])
+def test_room_on_a_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, free: float, colour: str) -> None:
+    disk_of(monkeypatch, 100.0, free)
+    assert machine.disk("output", tmp_path / "not/there/yet", 10.0).colour == colour
+    assert not (tmp_path / "not").exists(), "looking makes nothing"
+
+
+def test_a_folder_that_refuses_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    found = machine.disk("output", tmp_path / "file", 1.0)
+    assert (found.colour, "can't be written" in found.found) == ("red", True)
+    found = machine.hub_cache(tmp_path / "file", offline=False)
+    assert found.colour == "red"
+    assert "chown" in found.advice
+    assert "HF_HOME" in found.advice
+
+
+def test_the_hub_s_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    disk_of(monkeypatch, 100.0, 50.0)
+    assert machine.hub_cache(tmp_path, offline=False).colour == "green"
+    assert machine.hub_cache(tmp_path, offline=True).colour == "yellow"
+
+
+@pytest.mark.parametrize(("age", "colour"), [(3600.0, "red"), (30.0, "yellow")])
+def test_locks_of_extensions(tmp_path: Path, age: float, colour: str) -> None:
+    assert machine.extension_locks(tmp_path / "none").colour == "green"
+    assert machine.extension_locks(tmp_path).colour == "green"
+    lock = tmp_path / "py311_cpu/cpu_adam/lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    found = machine.extension_locks(tmp_path, now=lock.stat().st_mtime + age)
+    assert found.colour == colour
+    assert f"rm {lock}" in found.advice
+
+
+@pytest.mark.parametrize(("limit", "colour"), [(100, "red"), (512, "yellow"), (65536, "green"), (-1, "green")])
+def test_open_files(limit: int, colour: str) -> None:
+    assert machine.open_files(limit).colour == colour
+
+
+def test_bfloat16() -> None:
+    found = machine.bfloat16(slow=True, on_gpu=False)
+    assert (found.colour, found.advice) == ("yellow", "--set base.dtype=float32")
+    assert machine.bfloat16(slow=False, on_gpu=True).colour == "green"
+
+
+# Packages
+
+
+def installed(**versions: str) -> object:
+    def version(name: str) -> str:
+        if name not in versions:
+            raise metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    return version
+
+
+def test_versions() -> None:
+    have = {"torch": "2.13.0+cpu", "transformers": "5.1", "deepspeed": "1", "accelerate": "1"}
+    asked = lambda: ["torch>=2.10", "transformers>=5.0"]  # noqa: E731
+    assert versions(asked, installed(**have)).colour == "green"  # type: ignore[arg-type]
+    older = versions(asked, installed(**{**have, "torch": "2.9.0a0"}))  # type: ignore[arg-type]
+    assert (older.colour, older.found) == ("yellow", "torch 2.9.0a0, not >=2.10")
+    missing = versions(lambda: ["torch>=2.10", "lost>=1"], installed(**have))  # type: ignore[arg-type]
+    assert (missing.colour, missing.advice) == ("red", "pip install lost")
+
+
+def test_the_versions_of_this_environment_are_what_is_asked() -> None:
+    found = versions()
+    assert found.colour == "green", found
+    assert f"torch {torch.__version__}" in found.found
+
+
+# GPUs
+
+
+def test_gpus() -> None:
+    two = "GPU 0: NVIDIA H100 (UUID: GPU-1)\nGPU 1: NVIDIA H100 (UUID: GPU-2)\n"
+    assert gpus.gpus(two, ["NVIDIA H100"] * 2).colour == "green"
+    assert gpus.gpus(two, ["NVIDIA H100"]).found == "torch sees 1 of 2"
+    assert gpus.gpus(two, []).colour == "red"
+    assert gpus.gpus(None, []).colour == "yellow"
+
+
+def test_links() -> None:
+    near = gpus.links(TOPOLOGY.format(far="NV12"))
+    assert (near.colour, near.found) == ("green", "3 x NV12")
+    far = gpus.links(TOPOLOGY.format(far="SYS"))
+    assert (far.colour, far.found) == ("yellow", "1 x NV12, 2 x SYS; through the CPU: GPU0-GPU2, GPU1-GPU2")
+    assert gpus.links(None).colour == "green"
+
+
+# The launcher's variables
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in (*NAMES, "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_PROCID", "SLURM_NTASKS"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    return monkeypatch
+
+
+def resolves(*_: object) -> list[object]:
+    return []
+
+
+def resolves_nothing(*_: object) -> list[object]:
+    raise socket.gaierror("Name or service not known")
+
+
+def test_no_launcher(environment: pytest.MonkeyPatch) -> None:
+    assert launcher(os.environ).colour == "green"
+    assert "RANK" not in os.environ
+    environment.setenv("MASTER_ADDR", "node0")
+    assert launcher(os.environ).colour == "yellow"
+
+
+@pytest.mark.parametrize(
+    ("changed", "colour", "words"),
+    [
+        ({}, "green", ""),
+        ({"RANK": "4"}, "red", "RANK=4"),
+        ({"MASTER_PORT": "99999"}, "red", "no port"),
+        ({"MASTER_ADDR": "localhost", "LOCAL_WORLD_SIZE": "2"}, "red", "2 ranks are on other machines"),
+        ({"MASTER_ADDR": "127.0.0.1", "LOCAL_WORLD_SIZE": "4"}, "green", ""),
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, "yellow", "one task a rank"),
+    ],
+)
+def test_a_launcher(environment: pytest.MonkeyPatch, changed: dict[str, str], colour: str, words: str) -> None:
+    for name, value in {**WHOLE, **changed}.items():
+        environment.setenv(name, value)
+    found = launcher(os.environ, resolves)
+    assert found.colour == colour
+    assert words in found.advice
+
+
+def test_half_a_launcher_and_a_host_that_is_not_found(environment: pytest.MonkeyPatch) -> None:
+    for name, value in WHOLE.items():
+        environment.setenv(name, value)
+    found = launcher(os.environ, resolves_nothing)
+    assert (found.colour, "can't find 10.0.0.1" in found.advice) == ("red", True)
+    environment.delenv("MASTER_ADDR")
+    assert launcher(os.environ, resolves).colour == "red"
+
+
+# All-reduce
+
+
+def test_a_bandwidth_is_judged_by_its_backend() -> None:
+    assert bandwidth.judge(0.7, "gloo", 2).colour == "green"
+    assert bandwidth.judge(0.05, "gloo", 2).colour == "yellow"
+    assert bandwidth.judge(0.7, "nccl", 2).colour == "yellow"
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [("import sys; sys.exit('no route to host')", "no route to host"), ("import time; time.sleep(60)", "did not meet")],
+)
+def test_ranks_that_do_not_meet(code: str, words: str) -> None:
+    found = bandwidth.between_local_ranks(2, [sys.executable, "-S", "-c", code], timeout=1.0)
+    assert (found.colour, words in found.found) == ("red", True), found
