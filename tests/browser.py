@@ -22,6 +22,13 @@ import aiohttp
 SECONDS_TO_START = 60.0
 
 
+def install_browser() -> None:
+    """Sees to it that there is a Chromium, or fails with the reason why there is none."""
+    script = Path(__file__).with_name("install_browser.sh")
+    done = subprocess.run(["bash", str(script)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"no browser: {done.stderr or done.stdout}"
+
+
 class Browser:
     """A process with a profile of its own; closed with the block."""
 
@@ -45,7 +52,8 @@ class Browser:
     def open(self, url: str, width: int, height: int) -> Page:
         """A page of this size in CSS pixels; a phone's, with its own viewport rules, below 600."""
         page = self.loop.run_until_complete(Page.connect(self, width, height))
-        page.go(url)
+        if url != "about:blank":
+            page.go(url)
         return page
 
     def __exit__(self, *_: object) -> None:
@@ -81,6 +89,16 @@ class Page:
         """Goes to an address, and waits until it is loaded."""
         self.call("Page.navigate", url=url)
         self.wait_for("document.readyState === 'complete' && location.href !== 'about:blank'")
+
+    def go_until(self, url: str, expression: str, seconds: float = 60.0) -> None:
+        """Tries an address again and again until the page there is what is asked, as a server needs time to start."""
+        since = time.monotonic()
+        while True:
+            self.call("Page.navigate", url=url)
+            time.sleep(1)
+            if self.evaluate(expression):
+                return
+            assert time.monotonic() - since < seconds, f"{url} is not there after {seconds} s"
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
         """A call of the protocol."""

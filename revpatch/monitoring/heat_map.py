@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 MAX_COLUMNS = 256
 _ANCHORS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], dtype=np.float64)
-_WIDTH, _HEIGHT, _TITLE = 768, 256, 16
+_WIDTH, _HEIGHT, TITLE_HEIGHT = 384, 192, 28
 
 
 def colours(shares: NDArray[np.floating]) -> NDArray[np.uint8]:
@@ -63,8 +63,8 @@ class HeatMap:
         cells = colours((grid - low) / max(high - low, 1e-12))
         height, width = (max(1, whole // count) for whole, count in zip((_HEIGHT, _WIDTH), grid.shape, strict=True))
         body = cells.repeat(height, axis=0).repeat(width, axis=1)
-        whole = Image.new("RGB", (max(body.shape[1], _WIDTH), body.shape[0] + _TITLE), "white")
-        whole.paste(Image.fromarray(body), (0, _TITLE))
-        title = f"{name}: {low:.3g} dark to {high:.3g} light; first layer above; steps {self._steps[0]} to "
-        ImageDraw.Draw(whole).text((2, 2), f"{title}{self._steps[-1]}", fill="black")
+        whole = Image.new("RGB", (max(body.shape[1], _WIDTH), body.shape[0] + TITLE_HEIGHT), "white")
+        whole.paste(Image.fromarray(body), (0, TITLE_HEIGHT))
+        title = f"{name}: {low:.3g} (dark) to {high:.3g} (light)\nlayers downwards, steps {self._steps[0]} to "
+        ImageDraw.Draw(whole).text((2, 0), f"{title}{self._steps[-1]}", fill="black")
         return np.asarray(whole)

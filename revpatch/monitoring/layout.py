@@ -22,7 +22,7 @@ def layout_of(config: Config) -> Layout:
     probes = [probe.name for probe in config.probes.sets]
     taught = [probe.name for probe in config.probes.sets if probe.guard_after is not None]
     forgetting = {
-        f"{name}: held-out loss, its phase's start, its limits, and what happened": _lines(
+        f"{name}: loss, phase start, limits, marks": _lines(
             *(f"probe/{name}/{line}" for line in ("loss", "phase_start", "limit", "commit_limit")),
             *(f"mark/{name}/{mark}" for mark in MARKS),
         )
@@ -62,9 +62,10 @@ def layout_of(config: Config) -> Layout:
 def hyperparameters(config: Config, facts: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
     """What tells one run from another: the knobs of the config by dotted name, and on what it runs."""
     found: dict[str, bool | int | float | str] = {"seed": config.seed}
-    for section in ("base", "sidecar", "objective", "optimizer", "batch", "replay", "rollback", "engine"):
+    for section in ("sidecar", "objective", "optimizer", "batch", "replay", "rollback", "engine"):
         for key, value in config.model_dump(mode="json")[section].items():
             found[f"{section}.{key}"] = value if isinstance(value, bool | int | float | str) else str(value)
+    found |= {"base.model": config.base.model, "base.dtype": config.base.dtype}
     found["phases"] = ", ".join(f"{phase.name} {phase.steps}" for phase in config.phases)
     return {**found, "ranks": facts["ranks"], "device": facts["device"]}
 

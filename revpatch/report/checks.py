@@ -94,7 +94,7 @@ def _locality(run: RunHistory) -> Check:
             if sets[name].get("sparsity") is not None:
                 figure += f"; below 0.1 on {sets[name]['sparsity']:.0%} and {sets[old]['sparsity']:.0%} of tokens"
             check.rows.append(Row(f"phase {phase.name}", figure, new_gate - old_gate >= MIN_GATE_GAP))
-    check.figure = check.rows[0].figure if check.rows else "no set of the base's own text, or no phase that has learned"
+    check.figure = _first_figure(check)
     return check
 
 
@@ -107,7 +107,7 @@ def _magnitude(run: RunHistory) -> Check:
             new_norm, old_norm = sets[name]["patch_norm"], sets[old]["patch_norm"]
             figure = f"{new_norm:.3g} on {name}, {old_norm:.3g} on {old}"
             check.rows.append(Row(f"phase {phase.name}", figure, old_norm <= MAX_NORM_SHARE * new_norm < math.inf))
-    check.figure = check.rows[0].figure if check.rows else "no set of the base's own text, or no phase that has learned"
+    check.figure = _first_figure(check)
     return check
 
 
@@ -134,6 +134,12 @@ def _restored(rollback: RolledBack) -> tuple[str, bool]:
     name = max(restored, key=lambda n: _or_infinite(rejected[n]["loss"] - restored[n]["loss"]))
     lower = _or_infinite(rejected[name]["loss"]) >= restored[name]["loss"]
     return f"{name} {rejected[name]['loss']:.4f} back to {restored[name]['loss']:.4f}", within and lower
+
+
+def _first_figure(check: Check) -> str:
+    """Of what fails, if anything does."""
+    rows = [row for row in check.rows if row.passed is False] or check.rows
+    return rows[0].figure if rows else "no set of the base's own text, or no phase that has learned"
 
 
 def _or_infinite(value: float) -> float:

@@ -170,6 +170,7 @@ class Record:
             return
         self.event("probe", phase=phase, step=step, sets=sets, training=self._training)
         self.show_probes(global_step, sets, spreads)
+        self.board.heat_maps(global_step)
         shown = []
         for name, values in sets.items():
             shown.append(f"{name} {values['loss']:.4f} ({values['drift']:+.4f})")
@@ -211,11 +212,6 @@ class Record:
             self.board.text(global_step, f"event/{kind}", words)
             if kind in MARKS:
                 self.board.mark(global_step, kind)
-
-    def committed(self, global_step: int) -> None:
-        """Draws the layers' pictures up to here."""
-        if self.enabled:
-            self.board.heat_maps(global_step)
 
     def end(self) -> None:
         """Every phase is committed."""

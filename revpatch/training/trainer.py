@@ -241,7 +241,6 @@ class Trainer(RunState):
         )
         words = "  ".join(f"{key} {values['loss']:.4f} ({values['drift']:+.4f})" for key, values in sets.items())
         self.record.happened(phase.global_step(phase.config.steps), "commit", f"{name} committed: {words}")
-        self.record.committed(phase.global_step(phase.config.steps))
         self.write_samples(name, phase.global_step(phase.config.steps))
         self.take_snapshot(phase, committed=True)
         self.snapshots.finish()

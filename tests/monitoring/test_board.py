@@ -15,7 +15,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
 
 from revpatch.monitoring.board import Board
-from revpatch.monitoring.heat_map import MAX_COLUMNS, HeatMap, colours
+from revpatch.monitoring.heat_map import MAX_COLUMNS, TITLE_HEIGHT, HeatMap, colours
 from revpatch.monitoring.layout import hyperparameters, layout_of
 
 
@@ -86,7 +86,7 @@ def test_layers_are_drawn_over_steps(tmp_path):
         board.heat_maps(30)
     read = read_back(tmp_path)
     (image,) = read.Images("gate/layer_by_step")
-    pixels = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)))[16:]
+    pixels = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)))[TITLE_HEIGHT:]
     row, column = pixels.shape[0] // 2, pixels.shape[1] // 3
     assert (pixels[:row] == colours(np.array(0.0))).all(), "the first layer, above"
     for number, step in enumerate((10, 20, 30)):
