@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -76,10 +77,24 @@ class Trackers:
                 self._trackers.remove(tracker)
 
 
-def _tracker(name: str, run: Path) -> Any:
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+class _PlainLogger(logging.LoggerAdapter):  # type: ignore[type-arg]  # takes no argument in Python 3.10
+    """In place of accelerate's own, which refuses every word in a process that it has not set up, as with DeepSpeed."""
 
-    options = {"wandb": {"run_name": PROJECT, "name": run.name, "dir": str(run)}}
-    tracker = LOGGER_TYPE_TO_CLASS[name](**options.get(name, {"experiment_name": PROJECT, "run_name": run.name}))
+    def process(self, msg: Any, kwargs: Any) -> Any:
+        kept = {key: value for key, value in kwargs.items() if key not in ("main_process_only", "in_order")}
+        return msg, kept
+
+    def warning_once(self, msg: str) -> None:
+        self.warning(msg)
+
+
+def _tracker(name: str, run: Path) -> Any:
+    tracking: Any = import_module("accelerate.tracking")
+    tracking.logger = _PlainLogger(logging.getLogger(tracking.__name__), {})
+    options = {
+        "wandb": {"run_name": PROJECT, "name": run.name, "dir": str(run)},
+        "mlflow": {"experiment_name": PROJECT, "run_name": run.name},
+    }
+    tracker = tracking.LOGGER_TYPE_TO_CLASS[name](**options[name])
     tracker.main_process_only = False  # only rank 0 has trackers, and it needs none of accelerate's process state
     return tracker

@@ -128,10 +128,10 @@ def _restored(rollback: RolledBack) -> tuple[str, bool]:
     """The guarded probe that had risen most, before and after, and whether all are within their tolerances now."""
     restored = _guarded(rollback.restored)
     within = all(values["drift"] <= values["tolerance"] for values in restored.values())
-    rejected = _guarded(rollback.rejected)
-    if not rejected or not restored:
+    rejected = {name: values for name, values in _guarded(rollback.rejected).items() if name in restored}
+    if not rejected:
         return f"back to {rollback.to_file}; no probe was measured of what was given up", within
-    name = max(restored, key=lambda n: _or_infinite(rejected[n]["loss"] - restored[n]["loss"]))
+    name = max(rejected, key=lambda n: _or_infinite(rejected[n]["loss"] - restored[n]["loss"]))
     lower = _or_infinite(rejected[name]["loss"]) >= restored[name]["loss"]
     return f"{name} {rejected[name]['loss']:.4f} back to {restored[name]['loss']:.4f}", within and lower
 
