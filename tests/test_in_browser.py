@@ -92,10 +92,10 @@ def test_the_first_page_answers_with_the_numbers_of_the_log(browser: Browser, te
     chart = charts["base: loss, phase start, limits, marks"]
     series = {s["tag"]: s["points"] for s in chart["series"] if s["run"] == "one/tensorboard"}
     before = first[0]["sets"]["base"]["before"]
-    losses = [before, *(p["sets"]["base"]["loss"] for p in first)]
-    committed = events(runs / "one", "commit")[0]["sets"]["base"]["loss"]
-    losses += [committed, *(p["sets"]["base"]["loss"] for p in second)]
-    steps = [0, 6, 12, 12, 18, 24]
+    committed = [event["sets"]["base"]["loss"] for event in events(runs / "one", "commit")]
+    losses = [before, *(p["sets"]["base"]["loss"] for p in first), committed[0], committed[0]]
+    losses += [*(p["sets"]["base"]["loss"] for p in second), committed[1]]
+    steps = [0, 6, 12, 12, 12, 18, 24, 24]
     assert [step for step, _ in series["probe/base/loss"]] == steps
     assert [float(loss) for _, loss in series["probe/base/loss"]] == pytest.approx(losses)
     assert float(series["probe/base/commit_limit"][0][1]) == pytest.approx(before + 0.5)

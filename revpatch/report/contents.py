@@ -69,6 +69,7 @@ class Report:
                 start = phase.start[name]
                 losses.append((phase.first_step, start["loss"]))
                 losses += ((point.step, point.sets[name]["loss"]) for point in phase.probes)
+                losses += [] if phase.commit is None else [(phase.end, phase.commit[name]["loss"])]
                 if start["guarded"]:
                     limit = start["loss"] + self.run.tolerances[name]
                     limits += ((phase.first_step, limit), (phase.end, limit), (phase.end, float("nan")))

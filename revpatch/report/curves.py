@@ -81,12 +81,16 @@ def _axes(left: float, right: float, low: float, high: float) -> str:
         y = _TOP + (1 - share) * (bottom - _TOP)
         value = low + share * (high - low)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{_LEFT - 4}" y="{y + 4:.1f}" text-anchor="end">{value:.4g}</text>')
+        parts.append(f'<text x="{_LEFT - 4}" y="{y + 4:.1f}" text-anchor="end">{_label(value)}</text>')
     for share, anchor in ((0.0, "start"), (0.5, "middle"), (1.0, "end")):
         x = _LEFT + share * (_WIDTH - _LEFT - _RIGHT)
         step = left + share * (right - left)
         parts.append(f'<text x="{x:.1f}" y="{_HEIGHT - 6}" text-anchor="{anchor}">{step:,.0f}</text>')
     return "".join(parts)
+
+
+def _label(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 100 else f"{value:,.0f}"
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:

@@ -239,6 +239,7 @@ class Trainer(RunState):
             inverse_error=inverse,
             sets=self.watch.with_blocks(sets, good.measurements),
         )
+        self.record.show_probes(phase.global_step(phase.config.steps), sets, {})
         words = "  ".join(f"{key} {values['loss']:.4f} ({values['drift']:+.4f})" for key, values in sets.items())
         self.record.happened(phase.global_step(phase.config.steps), "commit", f"{name} committed: {words}")
         self.write_samples(name, phase.global_step(phase.config.steps))
