@@ -1,4 +1,4 @@
-"""The command line: `revpatch train | generate | probe | shards ... | ledger ...`."""
+"""The command line: `revpatch train | generate | probe | report | shards ... | ledger ...`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from revpatch import doctor_cli, ledger_cli, shards_cli, surgery_cli
+from revpatch import doctor_cli, ledger_cli, report_cli, shards_cli, surgery_cli
 from revpatch.generate_cli import generate
 from revpatch.monitoring.terminal import console, quiet_libraries, say
 
@@ -24,6 +24,7 @@ app.add_typer(ledger_cli.app, name="ledger")
 surgery_cli.add_to(app, ledger_cli.app)
 app.command()(generate)
 doctor_cli.add_to(app)
+app.command()(report_cli.report)
 
 
 @app.callback()

@@ -295,6 +295,15 @@ class EngineConfig(Section):
     """Ranks that wait longer than this for one another stop the run."""
 
 
+class SamplesConfig(Section):
+    """Short texts that are written greedily at the run's start and at each commit, for people to read."""
+
+    prompts: Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=8)] = []
+    """Texts to go on from; none takes a few tokens of each held-out set."""
+    max_new_tokens: NonNegative = 40
+    """Tokens to write after each; 0 writes no samples."""
+
+
 class MonitoringConfig(Section):
     """What people see."""
 
@@ -302,6 +311,11 @@ class MonitoringConfig(Section):
     """Optimizer steps between log lines; also how often the loss is checked to be finite."""
     tensorboard: bool = True
     """Write TensorBoard event files."""
+    trackers: list[Literal["wandb", "mlflow"]] = []
+    """Services that get the same numbers; their packages must be installed."""
+    samples: SamplesConfig = SamplesConfig()
+    peak_tflops: PositiveFloat | None = None
+    """Peak of one device in the base's dtype, 10¹² operations a second, from its data sheet; null shows no share."""
 
 
 class Config(Section):

@@ -14,6 +14,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 from collections.abc import Iterator
 
 import pytest
+from browser import Browser, install_browser
 from hypothesis import settings
 from ranks import RunServer
 from toy import Toy, build_toy
@@ -27,6 +28,14 @@ settings.load_profile("revpatch")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
     """The base, the tokenizer and the shards of tests/toy.py; read only."""
     return build_toy(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """A headless Chromium; installed first where there is none, and a failure where that can't be done."""
+    install_browser()
+    with Browser() as browser:
+        yield browser
 
 
 @pytest.fixture(scope="session")

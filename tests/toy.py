@@ -138,7 +138,7 @@ class Toy:
             },
             "rollback": {"max_drift": 1.0},
             "engine": {"kind": "accelerate"},
-            "monitoring": {"every": 4, "tensorboard": False},
+            "monitoring": {"every": 4, "tensorboard": False, "samples": {"max_new_tokens": 0}},
         }
         return _merged(plain, overrides)
 

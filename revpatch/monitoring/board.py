@@ -1,21 +1,22 @@
-"""TensorBoard: the run's numbers as charts, its rollbacks and commits as text.
+"""TensorBoard: the run's numbers as charts and pictures, what happened as text and marks; docs/RUNS.md lists the tags.
 
-    objective/...                          whatever `scalars` is given, by tag
-    probe/NAME/loss, reference, limit      a held-out loss, what it is compared with, and that plus its tolerance
-    probe/NAME/rise                        loss minus reference
-    gate/layer_00, scale/layer_00, ...     one chart a layer
-    event/...                              text
-
-Only the rank that writes has an enabled board; the others hold one that does nothing.
+The first page to look at is `#custom_scalars`: see `layout`. Only the rank that writes has an enabled board; the
+others hold one that does nothing.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType, TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from revpatch.monitoring.heat_map import HeatMap
+from revpatch.monitoring.layout import Layout
+from revpatch.monitoring.trackers import Trackers
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -24,41 +25,120 @@ _FLUSH_SECONDS = 10
 
 
 class Board:
-    """Writes event files into `directory` (created with its parents) if `enabled`, else nothing at all.
+    """Writes event files into `directory` (created with its parents) if `enabled`, else nothing at all; every number
+    also goes to the `trackers`, if there are any.
 
     `purge_step`: after a resume, the first step that will be written again; TensorBoard then hides what an earlier
     process wrote from there on. Raises ImportError if tensorboard is not installed, OSError if the folder can't be
     made. Numbers are floats or what `float()` takes (one synchronisation each, for a tensor on a GPU); NaN is kept.
     """
 
-    def __init__(self, directory: Path, enabled: bool = True, purge_step: int | None = None) -> None:
+    def __init__(
+        self, directory: Path, enabled: bool = True, purge_step: int | None = None, trackers: Trackers | None = None
+    ) -> None:
         self._writer = _open_writer(directory, purge_step) if enabled else None
+        self._trackers = trackers
+        self._heat: dict[str, HeatMap] = {}
+        self._ranges: dict[str, tuple[float, float]] = {}
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """One point on the chart of each tag."""
         if self._writer is not None:
             for tag, value in values.items():
                 self._writer.add_scalar(tag, float(value), step)
+        if self._trackers is not None:
+            self._trackers.log(step, {tag: float(value) for tag, value in values.items()})
 
-    def probe(self, step: int, name: str, loss: float, reference: float, tolerance: float) -> None:
-        """A probe's loss against its reference, in nats per token, and the limit that its tolerance sets."""
-        values = {"loss": loss, "reference": reference, "limit": reference + tolerance, "rise": loss - reference}
-        self.scalars(step, {f"probe/{name}/{key}": value for key, value in values.items()})
+    def probe(self, step: int, name: str, values: Mapping[str, Any]) -> None:
+        """A probe as the journal has it, losses in nats per token: `limit` is its tolerance above the last good state
+        (`reference`), `commit_limit` above its phase's start; a set that is not guarded yet has neither."""
+        lines = {"loss": values["loss"], "phase_start": values["before"]}
+        if values["guarded"]:
+            lines["reference"], lines["rise"] = values["reference"], values["loss"] - values["reference"]
+            lines["limit"] = values["reference"] + values["tolerance"]
+            lines["commit_limit"] = values["before"] + values["tolerance"]
+        others = {key: values[key] for key in ("gate", "sparsity", "patch_norm") if values.get(key) is not None}
+        self.scalars(step, {f"probe/{name}/{key}": value for key, value in {**lines, **others}.items()})
+        shown = [float(value) for key, value in lines.items() if key != "rise" and np.isfinite(float(value))]
+        low, high = self._ranges.get(name, (np.inf, -np.inf))
+        self._ranges[name] = min([low, *shown]), max([high, *shown])
 
     def layers(self, step: int, values: Mapping[str, Mapping[int, float]]) -> None:
-        """For each key ("gate", "scale", "patch_norm") a number by layer: `gate/layer_00`, ..."""
+        """For each key ("gate", "scale", "patch_norm") a number by layer: `gate/layer_00`, ...; their histogram over
+        the layers; and a column of the picture that `heat_maps` draws."""
         for key, numbers in values.items():
             self.scalars(step, {f"{key}/layer_{layer:02d}": number for layer, number in numbers.items()})
+            self.scalars(step, {f"{key}/mean": sum(numbers.values()) / len(numbers)})
+            if self._writer is not None:
+                column = list(numbers.values())
+                self._heat.setdefault(key, HeatMap()).add(step, column)
+                if np.isfinite(column).all():
+                    self._writer.add_histogram(f"{key}/over_layers", np.asarray(column), step)
+
+    def heat_maps(self, step: int) -> None:
+        """The pictures layer × step of all that `layers` was given so far, by this process."""
+        for key, heat in self._heat.items():
+            picture = heat.picture(key)
+            if self._writer is not None and picture is not None:
+                self._writer.add_image(f"{key}/layer_by_step", picture, step, dataformats="HWC")
+
+    def gates(self, step: int, name: str, layers: Mapping[int, Sequence[float]]) -> None:
+        """How the gates are spread over the tokens of a held-out set: for each layer, the share of tokens in each of
+        equal bins from 0 to 1."""
+        if self._writer is None:
+            return
+        for layer, shares in layers.items():
+            counts = np.asarray(shares, dtype=np.float64)
+            edges = np.linspace(0.0, 1.0, len(counts) + 1)
+            centres = (edges[:-1] + edges[1:]) / 2
+            self._writer.add_histogram_raw(
+                f"gates_on_{name}/layer_{layer:02d}",
+                min=0.0,
+                max=1.0,
+                num=float(counts.sum()),
+                sum=float(counts @ centres),
+                sum_squares=float(counts @ centres**2),
+                bucket_limits=edges[1:].tolist(),
+                bucket_counts=counts.tolist(),
+                global_step=step,
+            )
 
     def text(self, step: int, tag: str, markdown: str) -> None:
         """A note, such as why the patch was rolled back."""
         if self._writer is not None:
             self._writer.add_text(tag, markdown, step)
 
+    def mark(self, step: int, kind: str) -> None:
+        """A vertical line in the chart of every probe that has been measured; `kind` is one of `layout.MARKS`."""
+        for name, (low, high) in self._ranges.items():
+            if self._writer is not None and low <= high:
+                for end in (low, high, np.nan):  # the NaN ends the line: it isn't joined with the next mark
+                    self._writer.add_scalar(f"mark/{name}/{kind}", end, step)
+
+    def introduce(self, layout: Layout, hyperparameters: Mapping[str, Any], metrics: Sequence[str]) -> None:
+        """The page of charts; the run's row in the HParams tab, with the tags that are its results."""
+        if self._trackers is not None:
+            self._trackers.configure(hyperparameters)
+        if self._writer is None:
+            return
+        from torch.utils.tensorboard.summary import hparams
+
+        self._writer.add_custom_scalars(layout)
+        experiment, start, self._end = hparams(dict(hyperparameters), dict.fromkeys(metrics, 0.0))
+        for summary in (experiment, start):
+            self._writer.file_writer.add_summary(summary)
+
+    def finished(self) -> None:
+        """Every phase is committed: says so in the HParams tab."""
+        if self._writer is not None:
+            self._writer.file_writer.add_summary(self._end)
+
     def close(self) -> None:
         """Writes what is still in memory, and closes the file; closing twice is fine."""
         if self._writer is not None:
             self._writer.close()
+        if self._trackers is not None:
+            self._trackers.close()
 
     def __enter__(self) -> Board:
         return self

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer
 
 from revpatch.config import BaseConfig, Config, ConfigError, PhaseConfig, StreamConfig
+from revpatch.monitoring.trackers import check_trackers
 from revpatch.patch.families import FAMILIES
 from revpatch.stream.corpus import Corpus
 from revpatch.stream.manifest import Manifest, tokenizer_fingerprint
@@ -85,6 +86,7 @@ def check_base(config: Config, world: int) -> tuple[Any, str]:
     Raises:
         ConfigError, FileNotFoundError: as `check`.
     """
+    check_trackers(config.monitoring.trackers)
     config.batch.accumulation(world)
     read_deepspeed_config(config.engine.deepspeed)
     architecture = _architecture(config.base)

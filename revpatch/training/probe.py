@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -15,7 +15,9 @@ from revpatch.patch.patched_model import recording
 from revpatch.stream.shard_set import ShardSet
 from revpatch.training.head_loss import token_nll
 from revpatch.training.packed import last_hidden_states
-from revpatch.training.recorder import LayerRecorder
+from revpatch.training.recorder import GateRecorder
+
+NEARLY_SHUT = 0.1
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class Measurement:
     """Mean gate of each sidecar, first block first; empty for the base alone."""
     changes: list[float]
     """Root mean square over tokens of ‖h − u‖, for each sidecar."""
+    spreads: list[list[float]] = field(default_factory=list)
+    """For each sidecar, the share of tokens whose gate lies in each of equal bins from 0 to 1."""
 
     @property
     def loss(self) -> float:
@@ -43,6 +47,14 @@ class Measurement:
     def patch_norm(self) -> float:
         """Mean over sidecars of the root mean square of ‖h − u‖."""
         return float(np.mean(self.changes))
+
+    @property
+    def sparsity(self) -> float | None:
+        """Share of tokens whose gate is below `NEARLY_SHUT`, over sidecars; None if it was not measured."""
+        if not self.spreads:
+            return None
+        shares = np.asarray(self.spreads)
+        return float(shares[:, : round(NEARLY_SHUT * shares.shape[1])].sum(1).mean())
 
 
 class Prober:
@@ -74,10 +86,10 @@ class Prober:
     @torch.no_grad()
     def _measure(self, blocks: NDArray[np.int64]) -> Measurement:
         device, head = next(self.base.parameters()).device, head_of(self.base).weight
-        losses, gates, changes = [], [], []
+        losses, gates, changes, spreads = [], [], [], []
         for rows in torch.from_numpy(blocks).split(self.rows):
             tokens = rows.to(device)
-            recorder = LayerRecorder()
+            recorder = GateRecorder()
             with recording(self.base, recorder):
                 hidden = last_hidden_states(self.base, tokens)
             nll = token_nll(hidden[:, :-1].reshape(-1, hidden.shape[-1]), tokens[:, 1:].reshape(-1), head)
@@ -85,10 +97,12 @@ class Prober:
             if recorder.gates:
                 gates.append(recorder.gate_mean().double() * len(tokens))
                 changes.append(recorder.change_mean().double() * len(tokens))
+                spreads.append(recorder.spread().double() * len(tokens))
         if not gates:
             return Measurement(torch.cat(losses).cpu().numpy(), [], [])
-        mean_gates, mean_changes = (torch.stack(parts).sum(0) / len(blocks) for parts in (gates, changes))
-        return Measurement(torch.cat(losses).cpu().numpy(), mean_gates.tolist(), mean_changes.sqrt().tolist())
+        means = (torch.stack(parts).sum(0) / len(blocks) for parts in (gates, changes, spreads))
+        gate, change, spread = means
+        return Measurement(torch.cat(losses).cpu().numpy(), gate.tolist(), change.sqrt().tolist(), spread.tolist())
 
 
 def put_together(parts: list[dict[str, Measurement]], counts: dict[str, int]) -> dict[str, Measurement]:

@@ -1,4 +1,4 @@
-"""What rank 0 writes and shows: ledger, journal, TensorBoard, log lines and the progress bar.
+"""What rank 0 writes and shows: ledger, journal, TensorBoard, trackers, log lines and the progress bar.
 
 Every rank holds a `Record`; on the others it does nothing, so the trainer reads the same on all.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,12 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from revpatch.config import Config
 from revpatch.ledger.history import Ledger
 from revpatch.monitoring.board import Board
+from revpatch.monitoring.layout import MARKS, hyperparameters, layout_of
 from revpatch.monitoring.terminal import console
+from revpatch.monitoring.trackers import Trackers
 from revpatch.training.objective import TERMS
 
 log = logging.getLogger("revpatch")
@@ -31,19 +34,37 @@ class Record:
         enabled: whether this is rank 0.
         tensorboard: whether to write event files.
         purge_step: of a run that goes on, the first step that TensorBoard is told anew.
+        trackers: names of the services that get the same numbers.
     """
 
-    def __init__(self, directory: Path, enabled: bool, tensorboard: bool, purge_step: int | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        enabled: bool,
+        tensorboard: bool,
+        purge_step: int | None = None,
+        trackers: Sequence[str] = (),
+    ) -> None:
         self.enabled = enabled
-        self.board = Board(directory / "tensorboard", enabled and tensorboard, purge_step)
+        services = Trackers(trackers, directory) if enabled and trackers else None
+        self.board = Board(directory / "tensorboard", enabled and tensorboard, purge_step, services)
         self.ledger = Ledger(directory / "ledger") if enabled else None
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self._progress = Progress(*columns, console=console) if enabled and console.is_terminal else None
         self._task: Any = None
         self.parent: str | None = None
         """sha256 of the entry from which the next one descends."""
+        self.costs: Callable[[float], dict[str, float]] = lambda tokens_per_second: {}
+        """What a step costs besides time, by tag."""
+        self._training: dict[str, float] = {}
         self._waited = 0.0
         self.restart_clock()
+
+    def introduce(self, config: Config, facts: Mapping[str, Any]) -> None:
+        """Makes TensorBoard's page of charts, and the run's row among others with its hyperparameters."""
+        if self.enabled:
+            metrics = ["loss/lm", *(f"probe/{probe.name}/loss" for probe in config.probes.sets)]
+            self.board.introduce(layout_of(config), hyperparameters(config, facts), metrics)
 
     def event(self, name: str, **fields: Any) -> None:
         """A line in the journal."""
@@ -123,8 +144,10 @@ class Record:
         self.time(global_step, {name: part / steps for name, part in whole.items()})
         self.restart_clock()
         values = dict(zip(TERMS, terms.tolist(), strict=True))
+        self._training = {**values, "tokens_per_second": speed}
         self.board.scalars(global_step, {f"loss/{name}": value for name, value in values.items()})
-        self.board.scalars(global_step, {"optimizer/lr": rate, "speed/tokens_per_second": speed})
+        costs = {"speed/tokens_per_second": speed, **self.costs(speed)}
+        self.board.scalars(global_step, {"optimizer/lr": rate, **costs})
         if norm is not None:
             self.board.scalars(global_step, {"optimizer/grad_norm": float(norm)})
         numbered = {name: dict(zip(indices, numbers.tolist(), strict=True)) for name, numbers in layers.items()}
@@ -133,20 +156,46 @@ class Record:
         losses = "  ".join(f"{name} {values[name]:.4g}" for name in TERMS if values[name])
         log.info("%s %d/%d  %s  gate %.2f  lr %.2g  %.0f tokens/s", phase, step, of, losses, gate, rate, speed)
 
-    def probed(self, phase: str, step: int, global_step: int, sets: dict[str, dict[str, Any]]) -> None:
-        """The probes' losses against their references, as journalled."""
+    def probed(
+        self,
+        phase: str,
+        step: int,
+        global_step: int,
+        sets: dict[str, dict[str, Any]],
+        spreads: Mapping[str, Mapping[int, Sequence[float]]],
+    ) -> None:
+        """The probes' losses against their references, as journalled, with the means of training since the last log
+        line; `spreads`: by set and block, how the gates are spread."""
         if not self.enabled:
             return
-        self.event("probe", phase=phase, step=step, sets=sets)
+        self.event("probe", phase=phase, step=step, sets=sets, training=self._training)
+        self.show_probes(global_step, sets, spreads)
+        self.board.heat_maps(global_step)
         shown = []
         for name, values in sets.items():
-            if values["guarded"]:
-                self.board.probe(global_step, name, values["loss"], values["reference"], values["tolerance"])
-            else:
-                self.board.scalars(global_step, {f"probe/{name}/loss": values["loss"]})
-            self.board.scalars(global_step, {f"probe/{name}/gate": values["gate"]})
             shown.append(f"{name} {values['loss']:.4f} ({values['drift']:+.4f})")
         log.info("%s probe at %d  %s", phase, step, "  ".join(shown))
+
+    def show_probes(
+        self,
+        global_step: int,
+        sets: dict[str, dict[str, Any]],
+        spreads: Mapping[str, Mapping[int, Sequence[float]]],
+    ) -> None:
+        """The probes in TensorBoard alone."""
+        for name, values in sets.items():
+            self.board.probe(global_step, name, values)
+        for name, layers in spreads.items():
+            self.board.gates(global_step, name, layers)
+
+    def samples(self, phase: str, global_step: int, written: Sequence[Mapping[str, str]]) -> None:
+        """Texts that were written from the same prompts as ever: in the journal and, as text, in TensorBoard."""
+        if not written:
+            return
+        self.event("samples", phase=phase, global_step=global_step, texts=[dict(sample) for sample in written])
+        for number, sample in enumerate(written):
+            both = f"{sample['prompt']} ▸ {sample['text']}".replace("\n", "\n    ")
+            self.board.text(global_step, f"samples/{number}", f"{phase}:\n\n    {both}")
 
     def time(self, global_step: int, seconds: Mapping[str, float]) -> None:
         """How long something took, by its name."""
@@ -156,11 +205,18 @@ class Record:
         """A number in TensorBoard."""
         self.board.scalars(global_step, {tag: value})
 
-    def text(self, global_step: int, tag: str, words: str) -> None:
-        """A line in the log and a text in TensorBoard."""
+    def happened(self, global_step: int, kind: str, words: str) -> None:
+        """A line in the log, a text in TensorBoard and, for what `layout.MARKS` names, a mark on the probes' charts."""
         if self.enabled:
             log.info(words)
-            self.board.text(global_step, tag, words)
+            self.board.text(global_step, f"event/{kind}", words)
+            if kind in MARKS:
+                self.board.mark(global_step, kind)
+
+    def end(self) -> None:
+        """Every phase is committed."""
+        self.event("run_end")
+        self.board.finished()
 
     def close(self) -> None:
         """Flushes TensorBoard and takes the bar down."""

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from revpatch.patch.sidecar import SidecarOutput
 
+GATE_BINS = 20
+
 
 class LayerRecorder:
     """Collects, block by block, the gate, the size of the change and, if asked, the output's statistics.
@@ -21,7 +23,7 @@ class LayerRecorder:
         self.changes: list[Tensor] = []
         self.stats: list[Tensor] = []
 
-    def measure(self, output: SidecarOutput) -> tuple[Tensor, Tensor]:
+    def measure(self, output: SidecarOutput) -> tuple[Tensor, ...]:
         """Mean gate, and mean over tokens of ‖h − u‖²: () and ()."""
         return output.gate.mean(), output.update.square().sum(-1).mean()
 
@@ -46,6 +48,29 @@ class LayerRecorder:
     def change_mean(self) -> Tensor:
         """(layers,): mean over tokens of ‖h − u‖²."""
         return torch.stack(self.changes)
+
+
+class GateRecorder(LayerRecorder):
+    """Keeps besides how each layer's gates are spread over the tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spreads: list[Tensor] = []
+
+    def measure(self, output: SidecarOutput) -> tuple[Tensor, ...]:
+        """Of `LayerRecorder`, and the share of gates in each of `GATE_BINS` equal bins from 0 to 1: (GATE_BINS,)."""
+        counts = torch.histc(output.gate.float(), GATE_BINS, 0.0, 1.0)
+        return *super().measure(output), counts / output.gate.numel()
+
+    def record(self, layer: int, hidden: Tensor, measured: tuple[Tensor, ...]) -> None:
+        """See `Recorder.record`."""
+        *others, spread = measured
+        self.spreads.append(spread)
+        super().record(layer, hidden, tuple(others))
+
+    def spread(self) -> Tensor:
+        """(layers, GATE_BINS): each layer's shares."""
+        return torch.stack(self.spreads)
 
 
 def stats_drift(student: list[Tensor], teacher: list[Tensor]) -> Tensor:

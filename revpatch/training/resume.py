@@ -21,7 +21,7 @@ from revpatch.monitoring.terminal import log_to
 from revpatch.training.snapshot import Snapshot, newest_snapshot
 
 CONFIG_NAME = "config.yaml"
-OUTPUTS = ("train.log", "ledger", "replay", "snapshot", "tensorboard", CONFIG_NAME)
+OUTPUTS = ("train.log", "ledger", "replay", "snapshot", "tensorboard", "report.html", CONFIG_NAME)
 """What a run writes into its folder. The config comes first and goes last: it is what makes the folder a run's."""
 
 MAY_CHANGE = (

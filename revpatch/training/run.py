@@ -61,7 +61,8 @@ def train(config: Config, fresh: bool = False, overwrite: bool = False) -> Outco
                 log.info("the run in %s is over: every phase is committed; add a phase to train on", standing.directory)
             return Outcome(standing.directory)
         again = None if standing.snapshot is None else standing.snapshot.step + 1
-        record = Record(standing.directory, peers.rank == 0, config.monitoring.tensorboard, purge_step=again)
+        watched = config.monitoring
+        record = Record(standing.directory, peers.rank == 0, watched.tensorboard, again, watched.trackers)
         try:
             trainer = Trainer(config, plan, base, peers, record, standing.directory, interruption)
             trainer.take_up(standing)

@@ -22,6 +22,7 @@ from revpatch.stream.shard_set import ShardSet
 from revpatch.stream.tars import ShardError
 from revpatch.training import startup
 from revpatch.training.batches import Batches
+from revpatch.training.cost import flops_a_token, memory_in_use
 from revpatch.training.engine import make_engine
 from revpatch.training.invertibility import Invertibility, measure_invertibility
 from revpatch.training.launch import Peers, bfloat16_is_slow
@@ -33,6 +34,7 @@ from revpatch.training.probe import Measurement
 from revpatch.training.record import Meter, Record
 from revpatch.training.resume import Standing, check_identity, check_origin, check_shards, go_back
 from revpatch.training.rollback import restore
+from revpatch.training.samples import Sampler
 from revpatch.training.snapshot import Snapshot, SnapshotWriter, random_state, set_random_state
 from revpatch.training.teacher import Teacher
 from revpatch.training.watch import Watch
@@ -76,6 +78,9 @@ class RunState:
         objective = PatchObjective(self.base, self.patch, self.teacher, config.objective)
         self.engine = make_engine(config, objective, peers)
         self.watch = Watch(config, self.base, plan.probes, peers)
+        samples = config.monitoring.samples
+        writes = peers.rank == 0 and samples.max_new_tokens > 0
+        self.sampler = Sampler(self.base, config.base, samples, self.watch.prober.blocks) if writes else None
         self.meter = Meter()
         self.quarantine = Quarantine(config.seed)
         self.samples: list[str] = []
@@ -93,6 +98,8 @@ class RunState:
             facts["inverse error, weights ± 0.02"] = str(self.invertibility(self.plan.phases[0], noise=0.02))
         if self.peers.rank == 0:
             startup.show(facts)
+            self.record.introduce(self.config, facts)
+            self.record.costs = self._costs()
             if self.config.base.dtype == "bfloat16" and self.peers.device.type == "cpu" and bfloat16_is_slow():
                 log.warning("this CPU is slower in bfloat16 than in float32: --set base.dtype=float32 is faster here")
         if standing.begun:
@@ -150,6 +157,13 @@ class RunState:
             self.interrupted,
         )
 
+    def write_samples(self, phase: str, global_step: int) -> None:
+        """Rank 0 writes a few texts with the patch that is on the model."""
+        if self.sampler is not None:
+            began = time.perf_counter()
+            self.record.samples(phase, global_step, self.sampler.write())
+            self.record.time(global_step, {"samples": time.perf_counter() - began})
+
     def add_sample(self, name: str) -> None:
         """Rehearses the sample of a phase, in replay/`name`, from here on."""
         self.samples.append(name)
@@ -159,6 +173,20 @@ class RunState:
         """How well the map in use can be undone on a block of the corpus, with weights moved by so much noise."""
         tokens = torch.from_numpy(self._some_block(corpus)).to(self.peers.device)
         return measure_invertibility(self.base, self.patch, tokens, noise)
+
+    def _costs(self) -> Callable[[float], dict[str, float]]:
+        """What a step costs besides time, by TensorBoard's tags, at so many tokens a second over all ranks."""
+        accumulation = self.config.batch.accumulation(self.peers.world)
+        wire, peak = startup.gradient_bytes(self.patch, self.engine, accumulation), self.config.monitoring.peak_tflops
+        flops = flops_a_token(self.base, self.patch)
+
+        def costs(tokens_per_second: float) -> dict[str, float]:
+            found = {"memory/peak_gb": memory_in_use(self.peers.device) / 1e9, "wire/bytes_a_step": float(wire)}
+            if peak is not None:
+                found["speed/share_of_peak"] = tokens_per_second * flops / (peak * 1e12 * self.peers.world)
+            return found
+
+        return costs
 
     def _some_block(self, corpus: Corpus) -> NDArray[np.int64]:
         """(1, block_size): the first block; or, where broken shards are let pass, of the first shard that is whole."""

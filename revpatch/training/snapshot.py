@@ -169,11 +169,16 @@ class _Tensors:
     def put_measurements(self, name: str, measured: Measurements) -> dict[str, Any]:
         for key, of in measured.items():
             self.found[f"{name}/losses/{key}"] = torch.from_numpy(np.asarray(of.losses, dtype=np.float64))
-        return {key: {"gates": of.gates, "changes": of.changes} for key, of in measured.items()}
+        return {key: {"gates": of.gates, "changes": of.changes, "spreads": of.spreads} for key, of in measured.items()}
 
     def measurements(self, name: str, plain: dict[str, Any]) -> Measurements:
         return {
-            key: Measurement(self.found[f"{name}/losses/{key}"].numpy(), _floats(of["gates"]), _floats(of["changes"]))
+            key: Measurement(
+                self.found[f"{name}/losses/{key}"].numpy(),
+                _floats(of["gates"]),
+                _floats(of["changes"]),
+                [_floats(shares) for shares in of.get("spreads", [])],
+            )
             for key, of in plain.items()
         }
 

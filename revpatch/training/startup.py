@@ -107,7 +107,6 @@ def facts(config: Config, base: nn.Module, patch: Patch, engine: Engine, peers: 
     trainable = sum(p.numel() for p in patch.parameters())
     frozen = sum(p.numel() for p in base.parameters())
     accumulation = config.batch.accumulation(peers.world)
-    reductions = accumulation if engine.zero_stage == 2 else 1  # ZeRO 2 reduces in every micro-batch
     device = torch.cuda.get_device_name(peers.device) if peers.device.type == "cuda" else "cpu"
     zero = f", ZeRO {engine.zero_stage}" if engine.kind == "deepspeed" else ""
     return {
@@ -118,13 +117,19 @@ def facts(config: Config, base: nn.Module, patch: Patch, engine: Engine, peers: 
         "base": f"{config.base.model}, {config.base.dtype}",
         "trainable parameters": trainable,
         "frozen parameters": frozen,
-        "gradient bytes reduced a step": 4 * trainable * reductions if peers.world > 1 else 0,
+        "gradient bytes reduced a step": gradient_bytes(patch, engine, accumulation),
         "lanes": config.batch.new_blocks,
         "batch": f"{config.batch.new_blocks} new + {config.batch.replay_blocks} replayed blocks of "
         f"{config.base.block_size} tokens, in {accumulation} micro-batches a rank",
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, python "
         f"{platform.python_version()}",
     }
+
+
+def gradient_bytes(patch: Patch, engine: Engine, accumulation: int) -> int:
+    """Bytes of gradient that a rank hands to the others in an optimizer step."""
+    reductions = accumulation if engine.zero_stage == 2 else 1  # ZeRO 2 reduces in every micro-batch
+    return 4 * sum(p.numel() for p in patch.parameters()) * reductions if engine.world > 1 else 0
 
 
 def show(table_of: dict[str, Any]) -> None:

@@ -42,7 +42,7 @@ class Trainer(RunState):
                     return False
                 self._commit(phase)
             first_step += config.steps
-        self.record.event("run_end")
+        self.record.end()
         return True
 
     def _train(self, phase: Phase) -> bool:
@@ -92,7 +92,12 @@ class Trainer(RunState):
         start = GoodState(0, state, measured)
         phase = Phase(index, config, batches, start, start)
         start.comparisons = self.watch.compare(phase, measured)
-        start.entry, start.sha256 = self._enter("start", phase, 0, self.watch.sets(phase, measured, start.comparisons))
+        sets = self.watch.sets(phase, measured, start.comparisons)
+        if index == 0:
+            sets = self.watch.with_blocks(sets, measured)
+            self.write_samples("base", first_step)
+        start.entry, start.sha256 = self._enter("start", phase, 0, sets)
+        self.record.show_probes(first_step, sets, self.watch.spreads(measured, self.patch.layers))
         self.record.begin_phase(config.name, config.steps)
         return phase
 
@@ -101,7 +106,7 @@ class Trainer(RunState):
         for broken in ready.quarantined:
             self.record.event("quarantine", phase=phase.config.name, step=ready.step, **broken.as_fields())
             words = f"{phase.config.name}: from step {ready.step} on without {broken.location}: {broken.reason}"
-            self.record.text(phase.global_step(ready.step), "event/quarantine", words)
+            self.record.happened(phase.global_step(ready.step), "quarantine", words)
         parts, epochs = phase.batches.mixture.parts, phase.batches.mixture.epochs(ready.step - 1)
         if phase.epochs and epochs != phase.epochs:
             left = ", ".join(str(part.carried(epoch)) for part, epoch in zip(parts, epochs, strict=True))
@@ -159,7 +164,8 @@ class Trainer(RunState):
         if self.peers.rank == 0:
             comparisons = self.watch.compare(phase, measured)
             sets = self.watch.sets(phase, measured, comparisons)
-            self.record.probed(phase.config.name, step, phase.global_step(step), sets)
+            spreads = self.watch.spreads(measured, self.patch.layers)
+            self.record.probed(phase.config.name, step, phase.global_step(step), sets, spreads)
             finite = self.watch.finite(measured) and all(bool(p.isfinite().all()) for p in self.patch.parameters())
             verdict = decide(comparisons, phase.rollbacks, self.config.rollback.max_rollbacks, nonfinite=not finite)
         phase.probed = (step, sets)
@@ -206,7 +212,7 @@ class Trainer(RunState):
             new_lr_factor=phase.lr_factor,
         )
         words = f"{phase.config.name} rolled back at {step} to {target.entry}: {reason}"
-        self.record.text(phase.global_step(step), "event/rollback", words)
+        self.record.happened(phase.global_step(step), "rollback", words)
 
     def _commit(self, phase: Phase) -> None:
         """The phase's last good state becomes the teacher, and a sample of what it learned is kept for replay."""
@@ -231,10 +237,12 @@ class Trainer(RunState):
             file=entry,
             rollbacks=phase.rollbacks,
             inverse_error=inverse,
-            sets=sets,
+            sets=self.watch.with_blocks(sets, good.measurements),
         )
+        self.record.show_probes(phase.global_step(phase.config.steps), sets, {})
         words = "  ".join(f"{key} {values['loss']:.4f} ({values['drift']:+.4f})" for key, values in sets.items())
-        self.record.text(phase.global_step(phase.config.steps), "event/commit", f"{name} committed: {words}")
+        self.record.happened(phase.global_step(phase.config.steps), "commit", f"{name} committed: {words}")
+        self.write_samples(name, phase.global_step(phase.config.steps))
         self.take_snapshot(phase, committed=True)
         self.snapshots.finish()
 
@@ -270,7 +278,7 @@ class Trainer(RunState):
         words = (
             f"stopped by a signal after step {phase.done} of {phase.config.name}; the same command goes on from here"
         )
-        self.record.text(phase.global_step(phase.done), "event/interrupted", words)
+        self.record.happened(phase.global_step(phase.done), "interrupted", words)
 
     def _enter(self, kind: str, phase: Phase, step: int, sets: Sets) -> tuple[str, str | None]:
         if self.peers.rank != 0:

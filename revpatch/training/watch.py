@@ -64,7 +64,7 @@ class Watch:
         return compare_all(guarded, losses, good, start, rollback.max_drift, rollback.confidence)
 
     def sets(self, phase: Phase, measured: dict[str, Measurement], comparisons: list[Comparison]) -> Sets:
-        """Loss, reference (the last good state), rise, drift (since the phase's start), gate and patch norm of all."""
+        """Loss, reference (the last good state), rise, drift (since the phase's start), gates and patch norm of all."""
         compared = {comparison.name: comparison.as_fields() for comparison in comparisons}
         sets: Sets = {}
         for config in self.config.probes.sets if measured else []:
@@ -81,9 +81,21 @@ class Watch:
                 "before": start,
                 "base": self.first[name].loss,
                 "gate": now.gate,
+                "sparsity": now.sparsity,
                 "patch_norm": now.patch_norm,
             }
         return sets
+
+    def spreads(self, measured: dict[str, Measurement], layers: list[int]) -> dict[str, dict[int, list[float]]]:
+        """How the gates are spread, by set and by the block that a sidecar follows."""
+        return {name: dict(zip(layers, of.spreads, strict=True)) for name, of in measured.items() if of.spreads}
+
+    def with_blocks(self, sets: Sets, measured: dict[str, Measurement]) -> Sets:
+        """The same, with the loss of every block: what intervals between any two commits are made of."""
+        return {
+            name: {**values, "block_losses": [round(float(loss), 5) for loss in measured[name].losses]}
+            for name, values in sets.items()
+        }
 
     def _guards(self, phase: Phase, probe: ProbeSetConfig) -> bool:
         names = [config.name for config in self.config.phases]

@@ -1,14 +1,22 @@
 """The board: what TensorBoard reads back is what was written, and nothing else shows."""
 
+import io
 import math
 import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
 
 from revpatch.monitoring.board import Board
+from revpatch.monitoring.heat_map import MAX_COLUMNS, TITLE_HEIGHT, HeatMap, colours
+from revpatch.monitoring.layout import hyperparameters, layout_of
 
 
 def read_back(directory):
@@ -34,17 +42,86 @@ def test_scalars_are_read_back_at_their_steps(tmp_path):
     assert [value for _, value in points(read, "optimizer/lr")] == pytest.approx([0.0, 2e-3, 4e-3])
 
 
-def test_a_probe_is_shown_against_its_reference_and_its_limit(tmp_path):
+PROBED = {"loss": 3.42, "reference": 3.40, "before": 3.41, "tolerance": 0.03, "gate": 0.1, "patch_norm": 2.0}
+
+
+def test_a_probe_is_shown_against_its_reference_its_phase_and_its_limits(tmp_path):
     with Board(tmp_path) as board:
-        board.probe(500, "base", loss=3.42, reference=3.40, tolerance=0.03)
+        board.probe(500, "base", {**PROBED, "guarded": True, "sparsity": 0.9})
+        board.probe(500, "new", {**PROBED, "guarded": False, "sparsity": None})
     read = read_back(tmp_path)
-    values = {key: points(read, f"probe/base/{key}") for key in ("loss", "reference", "limit", "rise")}
-    assert values == {
-        "loss": [(500, pytest.approx(3.42))],
-        "reference": [(500, pytest.approx(3.40))],
-        "limit": [(500, pytest.approx(3.43))],
-        "rise": [(500, pytest.approx(0.02))],
-    }
+    expected = {"loss": 3.42, "phase_start": 3.41, "gate": 0.1, "patch_norm": 2.0}
+    limits = {"reference": 3.40, "rise": 0.02, "limit": 3.43, "commit_limit": 3.44, "sparsity": 0.9}
+    tags = {f"probe/base/{key}": value for key, value in {**expected, **limits}.items()}
+    tags |= {f"probe/new/{key}": value for key, value in expected.items()}
+    assert sorted(read.Tags()["scalars"]) == sorted(tags)
+    assert all(points(read, tag) == [(500, pytest.approx(value))] for tag, value in tags.items())
+
+
+def test_a_mark_is_a_vertical_line_over_what_the_chart_shows(tmp_path):
+    with Board(tmp_path) as board:
+        board.mark(10, "commit")
+        board.probe(20, "new", {**PROBED, "loss": 5.0, "guarded": False})
+        board.probe(40, "new", {**PROBED, "loss": 3.0, "guarded": False})
+        board.mark(40, "rollback")
+    read = read_back(tmp_path)
+    assert [tag for tag in read.Tags()["scalars"] if tag.startswith("mark/")] == ["mark/new/rollback"]
+    (low, high, end) = points(read, "mark/new/rollback")
+    assert (low, high) == ((40, 3.0), (40, 5.0))
+    assert math.isnan(end[1])
+
+
+def test_gates_are_histograms_whose_buckets_hold_the_shares(tmp_path):
+    with Board(tmp_path) as board:
+        board.gates(30, "new", {3: [0.75, 0.0, 0.0, 0.25]})
+    (event,) = read_back(tmp_path).Histograms("gates_on_new/layer_03")
+    assert (event.step, event.histogram_value.bucket) == (30, [0.75, 0.0, 0.0, 0.25])
+    assert event.histogram_value.bucket_limit == [0.25, 0.5, 0.75, 1.0]
+
+
+def test_layers_are_drawn_over_steps(tmp_path):
+    with Board(tmp_path) as board:
+        for step in (10, 20, 30):
+            board.layers(step, {"gate": {0: 0.0, 1: step / 30}})
+        board.heat_maps(30)
+    read = read_back(tmp_path)
+    (image,) = read.Images("gate/layer_by_step")
+    pixels = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)))[TITLE_HEIGHT:]
+    row, column = pixels.shape[0] // 2, pixels.shape[1] // 3
+    assert (pixels[:row] == colours(np.array(0.0))).all(), "the first layer, above"
+    for number, step in enumerate((10, 20, 30)):
+        assert (pixels[row:, number * column : (number + 1) * column] == colours(np.array(step / 30))).all()
+
+
+def test_a_long_run_has_a_picture_of_bounded_width():
+    heat = HeatMap()
+    for step in range(10 * MAX_COLUMNS):
+        heat.add(step, [0.0, step])
+    assert MAX_COLUMNS / 2 <= heat.grid().shape[1] <= MAX_COLUMNS
+    assert np.isclose(heat.grid()[1].mean(), 5 * MAX_COLUMNS, rtol=0.02)
+
+
+def test_the_page_of_charts_and_the_hyperparameters_are_kept(tmp_path, toy):
+    config = toy.config(tmp_path, monitoring={"peak_tflops": 1.0})
+    with Board(tmp_path / "board") as board:
+        board.introduce(layout_of(config), hyperparameters(config, {"ranks": 2, "device": "cpu"}), ["loss/lm"])
+        board.finished()
+    read = read_back(tmp_path / "board")
+    (event,) = read.Tensors("custom_scalars__config__")
+    page = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    charts = {chart.title: list(chart.multiline.tag) for category in page.category for chart in category.chart}
+    assert [category.title[:2] for category in page.category] == ["1.", "2.", "3.", "4."]
+    assert "^mark/first/rollback$" in next(tags for title, tags in charts.items() if title.startswith("first:"))
+    assert charts["share of peak"] == ["^speed/share_of_peak$"]
+    found = {}
+    for event in EventFileLoader(next(str(path) for path in (tmp_path / "board").iterdir())).Load():
+        for value in event.summary.value:
+            if value.metadata.plugin_data.plugin_name == "hparams":
+                found[value.tag] = plugin_data_pb2.HParamsPluginData.FromString(value.metadata.plugin_data.content)
+    given = found["_hparams_/session_start_info"].session_start_info.hparams
+    assert (given["optimizer.lr"].number_value, given["ranks"].number_value) == (0.01, 2)
+    assert given["phases"].string_value == "first 12, second 12"
+    assert found["_hparams_/session_end_info"].session_end_info.status == api_pb2.STATUS_SUCCESS
 
 
 def test_every_layer_has_its_own_chart(tmp_path):
@@ -52,7 +129,8 @@ def test_every_layer_has_its_own_chart(tmp_path):
         board.layers(7, {"gate": {layer: 0.1 * layer for layer in range(11)}, "patch_norm": {7: 2.5}})
     read = read_back(tmp_path)
     tags = [f"gate/layer_{layer:02d}" for layer in range(11)]
-    assert sorted(read.Tags()["scalars"]) == [*tags, "patch_norm/layer_07"]
+    assert sorted(read.Tags()["scalars"]) == [*tags, "gate/mean", "patch_norm/layer_07", "patch_norm/mean"]
+    assert points(read, "gate/mean") == [(7, pytest.approx(0.5))]
     assert [points(read, tag) for tag in tags] == [[(7, pytest.approx(0.1 * layer))] for layer in range(11)]
 
 
@@ -79,7 +157,12 @@ def test_after_a_resume_the_lost_steps_are_hidden(tmp_path):
 def test_a_disabled_board_does_nothing(tmp_path):
     with Board(tmp_path / "tensorboard", enabled=False) as board:
         board.scalars(0, {"loss": 1.0})
-        board.probe(0, "base", 1.0, 1.0, 0.1)
+        board.probe(0, "base", {**PROBED, "guarded": True})
+        board.gates(0, "base", {0: [1.0]})
+        board.mark(0, "commit")
+        board.heat_maps(0)
+        board.introduce({}, {}, [])
+        board.finished()
         board.layers(0, {"gate": {0: 1.0}})
         board.text(0, "event/commit", "done")
         board.close()

@@ -22,6 +22,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,6 @@ def arm(target: str, call: int, when: str, act: Callable[[], None]) -> None:
 
 
 def make_worse(harm: list[list[int]]) -> None:
-    from revpatch.training.probe import Measurement
     from revpatch.training.trainer import Trainer
     from revpatch.training.watch import Watch
 
@@ -88,7 +88,7 @@ def make_worse(harm: list[list[int]]) -> None:
 
     def measuring(self: Any) -> Any:
         rise = 1.0 if now[0] in harm else 0.0
-        return {key: Measurement(m.losses + rise, m.gates, m.changes) for key, m in measure(self).items()}
+        return {key: replace(m, losses=m.losses + rise) for key, m in measure(self).items()}
 
     Trainer._probe = probing  # type: ignore[method-assign]
     Watch.measure = measuring  # type: ignore[method-assign]

@@ -1,0 +1,79 @@
+"""What TensorBoard is told of a run before it begins: the page of its Custom Scalars tab, and its hyperparameters.
+
+A mark is a series beside a probe's losses: at a commit, a rollback or a shard that is taken out it goes from the lowest
+to the highest that the chart has shown and ends there, which draws a vertical line, in the chart and at its step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from revpatch.config import Config
+
+MARKS = ("commit", "rollback", "quarantine")
+
+Layout = dict[str, dict[str, tuple[str, list[str]]]]
+"""Category, chart, and its kind with the patterns of its tags, as `SummaryWriter.add_custom_scalars` takes it."""
+
+
+def layout_of(config: Config) -> Layout:
+    """The page for the probes and parts that this config has."""
+    probes = [probe.name for probe in config.probes.sets]
+    taught = [probe.name for probe in config.probes.sets if probe.guard_after is not None]
+    forgetting = {
+        f"{name}: loss, phase start, limits, marks": _lines(
+            *(f"probe/{name}/{line}" for line in ("loss", "phase_start", "limit", "commit_limit")),
+            *(f"mark/{name}/{mark}" for mark in MARKS),
+        )
+        for name in probes
+    }
+    costs = {
+        "tokens a second": _lines("speed/tokens_per_second"),
+        "seconds of each part of a step": _lines(
+            "time/(step|waiting_for_data|forward|backward|all_reduce|optimizer|logging)"
+        ),
+        "seconds of probes, snapshots and samples": _lines("time/(probe|snapshot|samples)"),
+        "memory of rank 0, 10⁹ bytes": _lines("memory/peak_gb"),
+        "gradient bytes reduced a step": _lines("wire/bytes_a_step"),
+        "share of the teacher's states found in its cache": _lines("teacher/cache_hit_rate"),
+    }
+    if config.monitoring.peak_tflops is not None:
+        costs["share of peak"] = _lines("speed/share_of_peak")
+    return {
+        "1. Is it learning?": {
+            "training loss on new text, nats per token": _lines("loss/lm"),
+            **({"held-out loss of the new corpora": _of_probes(taught, "loss")} if taught else {}),
+            "the whole objective": _lines("loss/loss"),
+        },
+        **({"2. Is it forgetting?": forgetting} if forgetting else {}),
+        "3. Is the patch small and local?": {
+            **({"mean gate on each held-out set": _of_probes(probes, "gate")} if probes else {}),
+            **({"share of tokens whose gate is below 0.1": _of_probes(probes, "sparsity")} if probes else {}),
+            **({"patch norm on each held-out set": _of_probes(probes, "patch_norm")} if probes else {}),
+            "mean gate of each layer": _lines(r"gate/layer_\d+"),
+            "patch norm of each layer": _lines(r"patch_norm/layer_\d+"),
+            "scale of each layer": _lines(r"scale/layer_\d+"),
+        },
+        "4. What does it cost?": costs,
+    }
+
+
+def hyperparameters(config: Config, facts: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
+    """What tells one run from another: the knobs of the config by dotted name, and on what it runs."""
+    found: dict[str, bool | int | float | str] = {"seed": config.seed}
+    for section in ("sidecar", "objective", "optimizer", "batch", "replay", "rollback", "engine"):
+        for key, value in config.model_dump(mode="json")[section].items():
+            found[f"{section}.{key}"] = value if isinstance(value, bool | int | float | str) else str(value)
+    found |= {"base.model": config.base.model, "base.dtype": config.base.dtype}
+    found["phases"] = ", ".join(f"{phase.name} {phase.steps}" for phase in config.phases)
+    return {**found, "ranks": facts["ranks"], "device": facts["device"]}
+
+
+def _of_probes(names: Sequence[str], line: str) -> tuple[str, list[str]]:
+    return _lines(*(f"probe/{name}/{line}" for name in names))
+
+
+def _lines(*patterns: str) -> tuple[str, list[str]]:
+    """A chart; TensorBoard matches its patterns from the start of a tag only."""
+    return "Multiline", [f"^{pattern}$" for pattern in patterns]

@@ -1,0 +1,139 @@
+"""The report as one HTML file: no script, nothing from elsewhere, from a phone's width up."""
+
+from __future__ import annotations
+
+from html import escape
+
+import numpy as np
+
+from revpatch.monitoring.heat_map import colours
+from revpatch.report.checks import Check
+from revpatch.report.contents import MEASURES, Report
+from revpatch.report.matrix import Matrix
+
+VERDICTS = {True: "pass", False: "fail", None: "not judged"}
+
+_STYLE = """
+:root{color-scheme:light dark;--fg:#1c1f23;--bg:#fff;--soft:#667;--line:#d8dce2;--card:#f6f7f9}
+@media(prefers-color-scheme:dark){:root{--fg:#e6e8eb;--bg:#15181c;--soft:#9aa4b0;--line:#343a42;--card:#1d2127}}
+*{box-sizing:border-box}
+body{margin:0 auto;max-width:75rem;padding:1rem;font:16px/1.5 system-ui,sans-serif;color:var(--fg);background:var(--bg)}
+h1{font-size:1.5rem;margin:.2rem 0}h2{font-size:1.2rem;margin:2rem 0 .5rem}p{margin:.3rem 0}
+small,.soft{color:var(--soft)}body,td,th,dd,pre{overflow-wrap:anywhere}
+.wide{overflow-x:auto}table{border-collapse:collapse}td,th{padding:.3rem .6rem;text-align:left;vertical-align:top}
+.matrix td{text-align:right;font-variant-numeric:tabular-nums;overflow-wrap:normal}.matrix th{overflow-wrap:normal}
+@media(max-width:32rem){.matrix{font-size:.8rem}.matrix td,.matrix th{padding:.25rem .3rem}}
+.own{outline:2px solid var(--fg);outline-offset:-3px}
+details{border:1px solid var(--line);border-radius:.5rem;padding:.5rem .8rem;margin:.4rem 0;background:var(--card)}
+summary{cursor:pointer}.v{display:inline-block;min-width:5.5rem;font-weight:600}
+.pass{color:#16803c}.fail{color:#c62828}.none{color:var(--soft)}
+@media(prefers-color-scheme:dark){.pass{color:#5fd38a}.fail{color:#ff7b72}}
+.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,22rem),1fr));gap:1rem}
+figure{margin:0;padding:.6rem;border:1px solid var(--line);border-radius:.5rem;background:var(--card);min-width:0}
+figcaption{font-weight:600;font-size:.95rem}svg{display:block;width:100%;height:auto}
+svg text{fill:var(--soft);font-size:11px}svg .grid{stroke:var(--line)}.mark{stroke-width:1.5;opacity:.75}
+.mark.commit{stroke:#16803c}.mark.rollback{stroke:#c62828}.mark.quarantine{stroke:#b8860b}
+.legend{font-size:.85rem;display:flex;flex-wrap:wrap;gap:.2rem .9rem}
+.legend i{display:inline-block;width:.9rem;height:.2rem;vertical-align:middle;margin-right:.3rem}
+i.commit{background:#16803c}i.rollback{background:#c62828}i.quarantine{background:#b8860b}
+dl{display:grid;grid-template-columns:minmax(7rem,auto) 1fr;gap:.2rem 1rem}dt{color:var(--soft)}dd{margin:0}
+.text{white-space:pre-wrap;margin:.2rem 0}ol{padding-left:1.2rem}
+"""
+
+
+def page_of(report: Report) -> str:
+    """The whole document. Every text of the journal is escaped."""
+    title = f"revpatch: {report.run.directory.name}"
+    body = [
+        f"<h1>{escape(title)}</h1>",
+        f'<p class="soft">{escape(report.run.environment["state"])}; losses in nats per token, intervals of '
+        f"{report.run.confidence:.0%}</p>",
+        "<h2>Checklist</h2>",
+        *([_check(check) for check in report.checks] or ["<p>No phase is committed yet.</p>"]),
+    ]
+    if report.matrix is not None:
+        body += ["<h2>Every corpus after every phase</h2>", _matrix(report.matrix), _measures(report)]
+    if charts := report.charts():
+        body += ["<h2>Curves</h2>", f'<div class="charts">{"".join(charts)}</div>']
+    body += [_happenings(report), _samples(report), "<h2>Environment</h2>", _environment(report)]
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<link rel="icon" href="data:,"><title>{escape(title)}</title><style>{_STYLE}</style></head>'
+        f"<body>{''.join(body)}</body></html>\n"
+    )
+
+
+def _verdict(passed: bool | None) -> str:
+    word = VERDICTS[passed]
+    return f'<span class="v {"none" if passed is None else word}">{word}</span>'
+
+
+def _check(check: Check) -> str:
+    rows = "".join(
+        f"<tr><td>{_verdict(row.passed)}</td><td>{escape(row.what)}<br><small>{escape(row.figure)}</small></td></tr>"
+        for row in check.rows
+    )
+    # What fails is open from the start.
+    return (
+        f"<details{' open' if check.passed is False else ''}><summary>{_verdict(check.passed)} "
+        f"<strong>{escape(check.name)}</strong><br><small>{escape(check.figure)}</small></summary>"
+        f'<p>{escape(check.question)}</p><div class="wide"><table>{rows}</table></div></details>'
+    )
+
+
+def _matrix(matrix: Matrix) -> str:
+    values = matrix.values
+    low, high = np.nanmin(values, axis=0), np.nanmax(values, axis=0)
+    shares = (values - low) / np.maximum(high - low, 1e-9)
+    head = "".join(f"<th>{escape(name)}</th>" for name in matrix.sets)
+    rows = []
+    for i, row in enumerate(matrix.rows):
+        cells = []
+        for j, value in enumerate(values[i]):
+            red, green, blue = (int(channel) for channel in colours(shares[i, j]))
+            ink = "#000" if red * 0.3 + green * 0.6 + blue * 0.1 > 120 else "#fff"
+            own = ' class="own"' if matrix.taught_by[j] == i and i else ""
+            style = f"background:rgb({red},{green},{blue});color:{ink}"
+            cells.append(f'<td{own} style="{style}">{value:.3f}</td>')
+        rows.append(f"<tr><th>{escape(row)}</th>{''.join(cells)}</tr>")
+    return (
+        f'<div class="wide"><table class="matrix"><tr><th>after</th>{head}</tr>{"".join(rows)}</table></div>'
+        "<p><small>R = −loss; each column from its worst (dark) to its best (light); framed: the phase that teaches "
+        "it.</small></p>"
+    )
+
+
+def _measures(report: Report) -> str:
+    rows = []
+    for name, meaning in MEASURES.items():
+        found = report.measures.get(name)
+        figure = "no corpus to take it from" if found is None else str(found)
+        rows.append(f"<tr><th>{escape(name)}</th><td>{escape(figure)}<br><small>{escape(meaning)}</small></td></tr>")
+    return f'<div class="wide"><table>{"".join(rows)}</table></div>'
+
+
+def _happenings(report: Report) -> str:
+    items = "".join(
+        f"<li><small>{escape(h.time)}, step {h.step}</small><br>{escape(h.words)}</li>" for h in report.run.happenings
+    )
+    return f"<h2>What happened</h2><ol>{items}</ol>" if items else ""
+
+
+def _samples(report: Report) -> str:
+    if not report.run.samples:
+        return ""
+    parts = ["<h2>Samples, before and after</h2>"]
+    count = max(len(texts) for _, texts in report.run.samples)
+    for number in range(count):
+        of_prompt = [(after, texts[number]) for after, texts in report.run.samples if number < len(texts)]
+        prompt = of_prompt[0][1]["prompt"]
+        versions = "".join(
+            f'<dt>{escape(after)}</dt><dd class="text">{escape(sample["text"])}</dd>' for after, sample in of_prompt
+        )
+        parts.append(f'<details open><summary class="text">{escape(prompt)}</summary><dl>{versions}</dl></details>')
+    return "".join(parts)
+
+
+def _environment(report: Report) -> str:
+    return f"<dl>{''.join(f'<dt>{escape(k)}</dt><dd>{escape(v)}</dd>' for k, v in report.run.environment.items())}</dl>"

@@ -1,0 +1,33 @@
+"""What training costs, as far as it can be counted: memory, and arithmetic against the device's peak."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from revpatch.patch.families import head_of
+from revpatch.patch.patched_model import Patch
+
+
+def memory_in_use(device: torch.device) -> float:
+    """Bytes: on a GPU the most that tensors have taken since the last call, on a CPU what the process has resident."""
+    if device.type == "cuda":
+        most = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return float(most)
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return 1024.0 * int(status.split("VmRSS:")[1].split()[0])
+
+
+def flops_a_token(base: nn.Module, patch: Patch) -> int:
+    """Floating-point operations of the student's matrix products for a token that is trained on.
+
+    2 a base weight forward and 2 backward, as no gradient of a base weight is taken; 2 and 4 a sidecar weight. What
+    attention takes over the context, the teacher and recomputation are not counted: a share of peak is a lower bound.
+    """
+    head = head_of(base).weight
+    embeddings = {m.weight for m in base.modules() if isinstance(m, nn.Embedding)} - {head}
+    products = sum(p.numel() for p in base.parameters() if p.dim() == 2 and p not in embeddings)
+    return 4 * products + 6 * sum(p.numel() for p in patch.parameters() if p.dim() == 2)

@@ -1,0 +1,113 @@
+"""Trackers: what a service's client is told through accelerate, by a client that only writes it down."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import Runs, RunServer
+from toy import Toy
+
+from revpatch.config import ConfigError
+from revpatch.config_file import load_config
+from revpatch.ledger.journal import Journal
+from revpatch.monitoring.board import Board
+from revpatch.monitoring.trackers import Trackers, check_trackers
+from revpatch.training.run import train
+
+WANDB = """
+import json, pathlib
+__version__ = "0.30.0"
+class Config:
+    def update(self, values, **options): tell("config", values)
+class Run:
+    def log(self, values, step=None, **options): tell("log", {"step": step, **values})
+    def finish(self): tell("finish", {})
+config = Config()
+def tell(what, values):
+    with open(pathlib.Path(__file__).with_name("told.jsonl"), "a") as file:
+        file.write(json.dumps([what, values]) + "\\n")
+def init(**options):
+    tell("init", options)
+    return Run()
+"""
+
+
+@pytest.fixture
+def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A wandb that writes down what it is told; gives what it has been told."""
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "wandb.py").write_text(WANDB)
+    monkeypatch.syspath_prepend(str(site))
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    yield lambda: [json.loads(line) for line in (site / "told.jsonl").read_text().splitlines()]
+    sys.modules.pop("wandb", None)
+
+
+def test_a_tracker_is_told_what_the_board_is_told_a_step_at_a_time(told: Any, tmp_path: Path) -> None:
+    check_trackers(["wandb"])
+    with Board(tmp_path, enabled=False, trackers=Trackers(["wandb"], Path("runs/mine"))) as board:
+        board.introduce({}, {"optimizer.lr": 0.1}, [])
+        board.scalars(10, {"loss/lm": 2.0})
+        board.layers(10, {"gate": {0: 0.5, 3: 0.7}})
+        board.scalars(20, {"loss/lm": 1.0})
+    assert told() == [
+        ["init", {"project": "revpatch", "name": "mine", "dir": "runs/mine"}],
+        ["config", {"optimizer.lr": 0.1}],
+        ["log", {"step": 10, "loss/lm": 2.0, "gate/layer_00": 0.5, "gate/layer_03": 0.7, "gate/mean": 0.6}],
+        ["log", {"step": 20, "loss/lm": 1.0}],
+        ["finish", {}],
+    ]
+
+
+def test_a_service_that_fails_does_not_stop_the_run(told: Any, caplog: Any, monkeypatch: Any) -> None:
+    trackers = Trackers(["wandb"], Path("runs/mine"))
+    monkeypatch.setattr(sys.modules["wandb"].Run, "log", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(logging.getLogger("revpatch"), "propagate", True)
+    with caplog.at_level(logging.WARNING, "revpatch"):
+        trackers.log(1, {"a": 1.0})
+        trackers.flush()
+        trackers.log(2, {"a": 1.0})
+        trackers.close()
+    assert [r.getMessage() for r in caplog.records] == [
+        "tracker wandb failed and is left out from here on: division by zero"
+    ]
+
+
+def test_a_run_without_its_tracker_is_refused_before_anything_starts(
+    toy: Toy, tmp_path: Path, server: RunServer
+) -> None:
+    with pytest.raises(ConfigError, match="names mlflow, and that package is not installed: pip install mlflow"):
+        check_trackers(["mlflow"])
+    runs = Runs(server, toy.config_file(tmp_path, monitoring={"trackers": ["mlflow"]}), tmp_path)
+    assert runs.run("refused", world=1) == [2]
+    assert "pip install mlflow" in runs.log("refused").read_text()
+    assert not runs.path("refused").exists()
+
+
+def test_a_run_tells_its_tracker_the_probes_of_its_journal(told: Any, toy: Toy, tmp_path: Path) -> None:
+
+    config = toy.config_file(
+        tmp_path,
+        monitoring={"trackers": ["wandb"], "samples": {"max_new_tokens": 5}, "peak_tflops": 2.0},
+        phases=[{"name": "first", "shards": str(toy.shards("first")), "steps": 6}],
+        probes={"sets": [{"name": "base", "shards": str(toy.shards("base_probe")), "max_blocks": 4}]},
+    )
+    assert not train(load_config(config)).interrupted
+    events = Journal(tmp_path / "run/ledger/journal.jsonl", readonly=True).records()
+    (probe,) = (event for event in events if event["event"] == "probe")
+    logged = {values["step"]: values for what, values in told() if what == "log"}
+    assert logged[6]["probe/base/loss"] == pytest.approx(probe["sets"]["base"]["loss"])
+    assert logged[6]["loss/lm"] == pytest.approx(probe["training"]["lm"])
+    assert 0 < logged[6]["speed/share_of_peak"] < 1
+    assert 1e7 < logged[6]["memory/peak_gb"] * 1e9 < 1e11
+    assert logged[6]["wire/bytes_a_step"] == 0, "one rank has nobody to tell"
+    samples = [event for event in events if event["event"] == "samples"]
+    assert [event["phase"] for event in samples] == ["base", "first"]
+    assert len(samples[0]["texts"]) == 1
+    assert samples[0]["texts"][0]["prompt"] == samples[1]["texts"][0]["prompt"] != ""

@@ -1,0 +1,107 @@
+"""The checklist: what passes, what fails, and what is not judged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from revpatch.report.checks import Check, checklist
+from revpatch.report.history import PhaseHistory, RolledBack, RunHistory
+from revpatch.report.matrix import matrix_of
+
+
+def a_set(loss: float, before: float, guarded: bool, gate: float, norm: float, **more: Any) -> dict[str, Any]:
+    blocks = [loss - 0.1, loss, loss + 0.1]
+    known = {"loss": loss, "before": before, "drift": loss - before, "tolerance": 0.03, "guarded": guarded}
+    return {**known, "gate": gate, "patch_norm": norm, "block_losses": blocks, **more}
+
+
+def healthy() -> RunHistory:
+    """Two phases: one that learns and is rolled back once, one that is given up."""
+    start = {"old": a_set(3.0, 3.0, True, 0.5, 0.0), "new": a_set(6.0, 6.0, False, 0.5, 0.0)}
+    start["noise"] = a_set(9.0, 9.0, False, 0.5, 0.0)
+    learned = {"old": a_set(3.01, 3.0, True, 0.1, 1.0), "new": a_set(4.0, 6.0, False, 0.9, 5.0)}
+    learned["noise"] = a_set(9.0, 9.0, False, 0.9, 5.0)
+    kept = {name: {**values, "guarded": name != "noise", "drift": 0.0} for name, values in learned.items()}
+    worse = {"old": a_set(3.5, 3.0, True, 0.8, 6.0)}
+    good = {"old": a_set(3.02, 3.0, True, 0.1, 1.0)}
+    first = PhaseHistory(1, "new", 0, 100, start, commit=learned, commit_step=100)
+    first.rollbacks = [RolledBack(60, "good.pt", "old rose", worse, good, "probe")]
+    second = PhaseHistory(2, "noise", 100, 50, kept, commit=kept, commit_step=0)
+    second.rollbacks = [RolledBack(120, "start.pt", "old rose", worse, kept, "commit")]
+    taught = {"old": 0, "new": 1, "noise": 2}
+    return RunHistory(Path("run"), [first, second], taught, dict.fromkeys(taught, 0.03), ended=True)
+
+
+def checks_of(run: RunHistory) -> dict[str, Check]:
+    return {check.name: check for check in checklist(run, matrix_of(run))}
+
+
+def test_a_healthy_run_passes_and_a_phase_that_was_given_up_does_not_count_as_learning() -> None:
+    found = checks_of(healthy())
+    assert list(found) == ["plasticity", "stability", "locality", "patch magnitude", "ledger usefulness"]
+    assert all(check.passed for check in found.values())
+    assert [row.passed for row in found["plasticity"].rows] == [True, None]
+    assert "given up after 1 rollbacks" in found["plasticity"].rows[1].figure
+    assert found["plasticity"].figure.startswith("+2.0000 (")
+    assert "worst: old +0.0100 of 0.03 at new" in found["stability"].figure
+    assert "old 3.5000 back to 3.0200" in found["ledger usefulness"].rows[0].figure
+
+
+def break_plasticity(run: RunHistory) -> None:
+    run.phases[0].commit["new"] |= {"loss": 5.99, "block_losses": [5.0, 6.0, 6.97]}  # fell, but who can tell
+
+
+def break_stability(run: RunHistory) -> None:
+    run.phases[0].commit["old"]["drift"] = 0.031
+
+
+def break_locality(run: RunHistory) -> None:
+    run.phases[0].commit["old"]["gate"] = 0.85
+
+
+def break_magnitude(run: RunHistory) -> None:
+    run.phases[0].commit["old"]["patch_norm"] = 2.6
+
+
+def break_restoring(run: RunHistory) -> None:
+    run.phases[0].rollbacks[0].restored["old"] |= {"loss": 3.4, "drift": 0.4}
+
+
+def break_going_on(run: RunHistory) -> None:
+    back = run.phases[1].rollbacks[0]
+    run.phases[1].rollbacks = [RolledBack(back.step, back.to_file, "", back.rejected, back.restored, "")]
+
+
+@pytest.mark.parametrize(
+    ("harm", "name"),
+    [
+        (break_plasticity, "plasticity"),
+        (break_stability, "stability"),
+        (break_locality, "locality"),
+        (break_magnitude, "patch magnitude"),
+        (break_restoring, "ledger usefulness"),
+        (break_going_on, "ledger usefulness"),
+    ],
+)
+def test_each_check_fails_alone(harm: Any, name: str) -> None:
+    run = healthy()
+    harm(run)
+    assert [check.name for check in checks_of(run).values() if check.passed is False] == [name]
+
+
+def test_nothing_is_judged_that_was_not_measured() -> None:
+    run = healthy()
+    run.phases[0].rollbacks, run.phases[1].rollbacks, run.phases[1].commit_step = [], [], 50
+    del run.taught_by["old"]
+    found = checks_of(run)
+    assert [found[name].passed for name in ("locality", "patch magnitude", "ledger usefulness")] == [None] * 3
+    assert found["plasticity"].passed is False, "the second phase ended as it began, and nobody had rolled it back"
+
+
+def test_a_run_of_which_all_was_given_up_has_learned_nothing() -> None:
+    run = healthy()
+    run.phases[0].commit_step = 0
+    assert checks_of(run)["plasticity"].passed is False

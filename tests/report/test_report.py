@@ -1,0 +1,169 @@
+"""`revpatch report` of a small run with rollbacks, and a page that no text of a journal can break."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ranks import RunServer
+from toy import Toy
+from typer.testing import CliRunner
+
+from revpatch.cli import app
+from revpatch.config import ConfigError
+from revpatch.ledger.journal import Journal, JournalError
+from revpatch.report.contents import Report, report_of
+from revpatch.report.curves import Line, Mark, chart
+from revpatch.report.history import Happening, RunHistory
+from revpatch.report.page import page_of
+
+
+@pytest.fixture(scope="module")
+def run(toy: Toy, server: RunServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its first phase is rolled back at step 6, its second at 6 and, for good, at 12."""
+    folder = tmp_path_factory.mktemp("report")
+    samples = {"samples": {"prompts": ["the <b>patch</b>", "the cat"], "max_new_tokens": 6}}
+    phases = [
+        {"name": name, "shards": str(toy.shards(name)), "steps": n} for name, n in (("first", 24), ("second", 12))
+    ]
+    config = toy.config_file(folder, monitoring=samples, rollback={"max_rollbacks": 1}, phases=phases)
+    harm = [[0, 6], [1, 6], [1, 12]]
+    assert server.run("train", config, output=folder / "log", harm=harm) == [0], (folder / "log").read_text()
+    return folder / "run"
+
+
+def test_the_report_is_of_the_journal(run: Path) -> None:
+    found = report_of(run)
+    events = Journal(run / "ledger/journal.jsonl", readonly=True).records()
+    commits = [event["sets"] for event in events if event["event"] == "commit"]
+    assert found.matrix is not None
+    assert found.matrix.rows == ["base", "first", "second"]
+    assert found.matrix.taught_by == [0, 1, 2]
+    assert found.matrix.values[1:].tolist() == [[-values["loss"] for values in sets.values()] for sets in commits]
+    assert (found.matrix.values[2] == found.matrix.values[1]).all(), "the second phase was given up"
+    for losses, value in zip(found.matrix.losses[1], found.matrix.values[1], strict=True):
+        assert losses.shape == (16,)
+        assert losses.mean() == pytest.approx(-value, abs=1e-5)
+    checks = {check.name: check for check in found.checks}
+    assert checks["plasticity"].passed
+    assert checks["ledger usefulness"].passed
+    assert [row.what for row in checks["ledger usefulness"].rows][::2] == [
+        "first at step 6: restored",
+        "second at step 6: restored",
+        "second at step 12: restored",
+    ]
+    gain = found.matrix.difference(1, 0, 1)
+    assert gain.low > 0
+    assert found.measures["BWT"].value == 0
+    assert [h.step for h in found.run.happenings if h.kind == "rollback"] == [6, 30, 36]
+    assert [after for after, _ in found.run.samples] == ["base", "first", "second"]
+    texts = [[sample["text"] for sample in texts] for _, texts in found.run.samples]
+    assert texts[0] != texts[1] == texts[2]
+    assert found.run.environment["ranks"] == "1"
+    assert found.run.phases[0].probes[1].training["lm"] > 0
+
+
+def test_the_command_prints_writes_and_gives_json(run: Path, tmp_path: Path) -> None:
+    shown = CliRunner().invoke(app, ["report", str(run), "--html"])
+    assert shown.exit_code == 0, shown.output
+    for words in ("plasticity", "BWT", "rolled back to 000_first_start.pt"):
+        assert words in shown.output
+    page = (run / "report.html").read_text("utf-8")
+    assert "the &lt;b&gt;patch&lt;/b&gt;" in page
+    assert "<b>patch" not in page
+    answer = CliRunner().invoke(app, ["report", str(run), "--json", "--out", str(tmp_path / "page.html")])
+    found = json.loads(answer.output)
+    assert np.array(found["matrix"]["R"]).shape == (3, 3)
+    assert {check["name"]: check["passed"] for check in found["checks"]}["plasticity"] is True
+    assert (tmp_path / "page.html").read_text("utf-8") == page
+
+
+def test_a_run_that_was_killed_early_and_journals_without_blocks_are_reported_as_far_as_they_go(
+    run: Path, tmp_path: Path
+) -> None:
+    lines = (run / "ledger/journal.jsonl").read_text().splitlines(keepends=True)
+    for count in range(1, len(lines)):
+        part = tmp_path / f"{count}"
+        (part / "ledger").mkdir(parents=True)
+        shutil.copy(run / "config.yaml", part)
+        (part / "ledger/journal.jsonl").write_text("".join(lines[:count]))
+        assert page_of(report_of(part)).endswith("</html>\n")
+    old = Journal(tmp_path / "old/ledger/journal.jsonl")
+    shutil.copy(run / "config.yaml", tmp_path / "old")
+    for line in lines:
+        event = {k: v for k, v in json.loads(line).items() if k not in ("seq", "time", "previous", "training")}
+        for values in event.get("sets", {}).values():
+            values.pop("block_losses", None)
+            values.pop("sparsity", None)
+        if event["event"] != "samples":
+            old.append(event.pop("event"), **event)
+    found = report_of(tmp_path / "old")
+    assert found.measures["BWT"].value == 0
+    assert found.measures["BWT"].low is None
+    assert "Samples" not in page_of(found)
+
+
+def test_what_is_no_run_is_named(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(JournalError, match=r"journal\.jsonl is not there"):
+        report_of(tmp_path)
+    shutil.copytree(run / "ledger", tmp_path / "ledger")
+    with pytest.raises((ConfigError, FileNotFoundError), match=r"config\.yaml"):
+        report_of(tmp_path)
+
+
+class Tags(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: set[str] = set()
+        self.attributes: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+        if tag not in ("meta", "link", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("line", "polyline", "circle") and self.open[-1] != tag:
+            return
+        assert self.open.pop() == tag
+
+
+def test_no_text_of_the_journal_becomes_markup(run: Path) -> None:
+    evil = "</title></small><script src='http://x/y.js'></script><img src=x onerror=alert(1)>\"'&"
+    plain = report_of(run)
+    history = RunHistory(
+        Path(evil),
+        plain.run.phases,
+        plain.run.taught_by,
+        plain.run.tolerances,
+        happenings=[Happening(evil, 6, "rollback", evil)],
+        samples=[(evil, [{"prompt": evil, "text": evil}])],
+        environment={"state": evil, evil: evil},
+    )
+    for check in plain.checks:
+        check.figure = check.question = evil
+    page = page_of(Report(history, plain.matrix, plain.measures, plain.checks))
+    tags = Tags()
+    tags.feed(page)
+    assert not tags.open
+    assert not tags.seen & {"script", "img", "iframe", "object"}
+    assert not {name for name in tags.attributes if name.startswith("on") or name == "src"}
+    assert "http" not in page.replace(evil.replace("<", "&lt;"), "").split("<body>")[0]
+
+
+def test_a_chart_breaks_its_line_where_there_is_no_number() -> None:
+    nan = float("nan")
+    drawn = chart(
+        "t", [Line("a", [(0, 1.0), (1, 2.0), (2, nan), (3, 1.5), (4, 1.0)], "red")], [Mark(2, "commit", "<x>")]
+    )
+    assert drawn.count("<polyline") == 2
+    assert "&lt;x&gt;" in drawn
+    assert chart("t", [Line("a", [(0, nan)], "red")], []) == ""
+    long = chart("t", [Line("a", [(i, float(i % 7)) for i in range(100_000)], "red")], [])
+    assert len(long) < 50_000

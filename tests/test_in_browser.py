@@ -1,0 +1,188 @@
+"""TensorBoard and the report of a small run, in a real browser: the charts are there, and hold what the log has."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from browser import Browser, Page
+from ranks import RunServer, free_port
+from toy import Toy
+
+from revpatch.config_file import load_config
+from revpatch.ledger.journal import Journal
+from revpatch.monitoring.layout import layout_of
+
+pytestmark = pytest.mark.slow
+
+STEPS = 12
+WATCHED = {"tensorboard": True, "samples": {"max_new_tokens": 8}, "peak_tflops": 0.1}
+CHARTS = """(() => {
+  const all = (node, name, found) => {
+    if (node.localName === name) found.push(node);
+    if (node.shadowRoot) all(node.shadowRoot, name, found);
+    for (const child of node.childNodes) all(child, name, found);
+    return found;
+  };
+  return all(document, 'tf-custom-scalar-multi-line-chart-card', []).map(card => ({
+    title: card.__data.title,
+    series: Object.values(card.__data._nameToDataSeries || {}).map(s => ({
+      run: s.run, tag: s.tag, points: s.scalarData.map(p => [p.step, String(p.scalar)])})),
+    lines: all(card, 'path', []).filter(p => p.getAttribute('class') === 'line').map(p => p.getAttribute('d') || '')
+  }));
+})()"""
+"""What the page's charts are made of: their data, and the lines that are drawn."""
+
+
+@pytest.fixture(scope="module")
+def runs(toy: Toy, server: RunServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two runs: one whose first phase is harmed once and whose second each time, one of another rate."""
+    folder = tmp_path_factory.mktemp("watched")
+    config = toy.config_file(folder, monitoring=WATCHED, rollback={"max_rollbacks": 1})
+    for name, harm, options in (
+        ("one", [[0, 6], [1, 6], [1, 12]], []),
+        ("two", [], ["--set", "optimizer.lr=5e-3"]),
+    ):
+        args = ["train", config, "--set", f"output_dir={folder}/runs/{name}", *options]
+        assert server.run(*args, output=folder / f"{name}.log", harm=harm) == [0], (folder / f"{name}.log").read_text()
+    return folder / "runs"
+
+
+@pytest.fixture(scope="module")
+def tensorboard(runs: Path) -> Iterator[str]:
+    """Its address."""
+    port = free_port()
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(runs), "--port", str(port)]
+    with (runs.parent / "tensorboard.log").open("w") as log:
+        process = subprocess.Popen([*command, "--load_fast=false"], stdout=log, stderr=log)
+    try:
+        yield f"http://127.0.0.1:{port}/"
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def events(run: Path, kind: str) -> list[dict[str, Any]]:
+    return [e for e in Journal(run / "ledger/journal.jsonl", readonly=True).records() if e["event"] == kind]
+
+
+def go_when_up(browser: Browser, url: str) -> Page:
+    page = browser.open("about:blank", 1400, 3000)
+    page.go_until(url, "document.title === 'TensorBoard'")
+    return page
+
+
+def test_the_first_page_answers_with_the_numbers_of_the_log(browser: Browser, tensorboard: str, runs: Path) -> None:
+    page = go_when_up(browser, f"{tensorboard}#custom_scalars&_smoothingWeight=0")
+    layout = layout_of(load_config(runs / "one/config.yaml"))
+    titles = [title for category in layout.values() for title in category]
+    # A chart asks for its numbers when it comes into view; the view is tall enough for the first two questions.
+    page.wait_for(f"{CHARTS}.length === {len(titles)} && {CHARTS}.slice(0, 6).every(c => c.lines.some(d => d))")
+    charts = {chart["title"]: chart for chart in page.evaluate(CHARTS)}
+    assert list(charts) == titles
+    assert all(category in visible_text(page) for category in layout)
+
+    first, second = events(runs / "one", "probe")[:2], events(runs / "one", "probe")[2:]
+    chart = charts["base: loss, phase start, limits, marks"]
+    series = {s["tag"]: s["points"] for s in chart["series"] if s["run"] == "one/tensorboard"}
+    before = first[0]["sets"]["base"]["before"]
+    committed = [event["sets"]["base"]["loss"] for event in events(runs / "one", "commit")]
+    losses = [before, *(p["sets"]["base"]["loss"] for p in first), committed[0], committed[0]]
+    losses += [*(p["sets"]["base"]["loss"] for p in second), committed[1]]
+    steps = [0, 6, 12, 12, 12, 18, 24, 24]
+    assert [step for step, _ in series["probe/base/loss"]] == steps
+    assert [float(loss) for _, loss in series["probe/base/loss"]] == pytest.approx(losses)
+    assert float(series["probe/base/commit_limit"][0][1]) == pytest.approx(before + 0.5)
+    assert [step for step, _ in series["mark/base/rollback"]] == [6] * 3 + [18] * 3 + [24] * 3
+    assert [step for step, _ in series["mark/base/commit"]] == [12] * 3 + [24] * 3
+
+    # What is drawn: somewhere a line whose corners are those losses, and one that is three vertical strokes.
+    corners = [corners_of(line) for line in chart["lines"]]
+    assert any(len(c) == 1 and is_drawn(c[0], steps, losses) for c in corners)
+    marks = [c for c in corners if len(c) == 3]
+    assert marks
+    assert all(len(stroke) == 2 and stroke[0][0] == stroke[1][0] for stroke in marks[0])
+    assert not page.errors
+    page.close()
+
+
+def test_texts_pictures_histograms_and_hyperparameters_are_shown(
+    browser: Browser, tensorboard: str, runs: Path
+) -> None:
+    page = go_when_up(browser, f"{tensorboard}#text")
+    reason = events(runs / "one", "rollback")[0]["reason"].split(" nats")[0]
+    wait_for_text(page, "first rolled back at 6", reason, "second committed")
+    wait_for_text(page, "samples")
+    page.go(f"{tensorboard}?tab#images")
+    wait_for_text(page, "gate/layer_by_step")
+    page.go(f"{tensorboard}?tab#histograms")
+    wait_for_text(page, "gates_on_base")
+    page.go(f"{tensorboard}?tab#hparams")
+    wait_for_text(page, "one/tensorboard", "two/tensorboard", "batch.new_blocks")
+    page.close()
+
+
+def visible_text(page: Page) -> str:
+    """All text, also that inside of components."""
+    text: str = page.evaluate(
+        "(() => { const walk = n => (n.nodeType === 3 ? n.textContent : "
+        "['STYLE', 'SCRIPT'].includes(n.tagName) ? '' : "
+        "[...(n.shadowRoot ? n.shadowRoot.childNodes : []), ...n.childNodes].map(walk).join(' ')); "
+        "return walk(document.body).replace(/\\s+/g, ' '); })()"
+    )
+    return text
+
+
+def wait_for_text(page: Page, *words: str) -> None:
+    since = time.monotonic()
+    while missing := [word for word in words if word not in visible_text(page)]:
+        assert time.monotonic() - since < 60, f"{missing} not in: {visible_text(page)[:3000]}"
+        time.sleep(0.5)
+
+
+def corners_of(path: str) -> list[list[tuple[float, float]]]:
+    """The strokes of an SVG path of M and L, each a list of corners."""
+    strokes = [stroke for stroke in path.split("M") if stroke]
+    return [[tuple(map(float, c.split(","))) for c in stroke.split("L")] for stroke in strokes]  # type: ignore[misc]
+
+
+def is_drawn(corners: list[tuple[float, float]], steps: list[int], values: list[float]) -> bool:
+    """Whether the corners are these points, on linear axes whose y grows downwards."""
+    if len(corners) != len(steps):
+        return False
+    for pixels, numbers, sign in zip(zip(*corners, strict=True), (steps, values), (1, -1), strict=True):
+        slope, offset = np.polyfit(numbers, pixels, 1)
+        if sign * slope <= 0 or np.abs(np.polyval([slope, offset], numbers) - pixels).max() > 0.5:
+            return False
+    return True
+
+
+@pytest.mark.parametrize(("width", "height"), [(390, 844), (1280, 900)])
+def test_the_report_fits_a_phone_and_a_desk(
+    browser: Browser, runs: Path, tmp_path: Path, width: int, height: int
+) -> None:
+    file = tmp_path / "report.html"
+    command = [sys.executable, "-m", "revpatch", "report", str(runs / "one"), "--out", str(file)]
+    subprocess.run(command, check=True, capture_output=True)
+    page = browser.open(file.as_uri(), width, height)
+    assert page.evaluate("document.scrollingElement.scrollWidth") <= page.evaluate("innerWidth") == width
+    sizes = "[...document.querySelectorAll('p,td,th,dd,li,small')].map(e => parseFloat(getComputedStyle(e).fontSize))"
+    assert page.evaluate(f"Math.min(...{sizes})") >= 13, "CSS pixels"
+    assert [url for url in page.requested if not url.startswith("data:")] == [file.as_uri()], "nothing from elsewhere"
+    words = page.evaluate("document.body.innerText")
+    for word in ("plasticity", "stability", "locality", "patch magnitude", "ledger usefulness", "BWT", "rolled back"):
+        assert word in words
+    cells = page.evaluate("[...document.querySelectorAll('.matrix td')].map(e => e.innerText)")
+    rows = [events(runs / "one", "entry")[0]["sets"], *(commit["sets"] for commit in events(runs / "one", "commit"))]
+    assert cells == [f"{-values['loss']:.3f}" for row in rows for values in row.values()]
+    drawn = page.evaluate("[...document.querySelectorAll('figure svg')].map(e => e.getBoundingClientRect().width)")
+    assert len(drawn) == 6
+    assert min(drawn) > 250
+    assert page.evaluate("document.querySelectorAll('figure:nth-child(2) .mark.rollback').length") == 3
+    page.close()
