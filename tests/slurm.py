@@ -23,8 +23,8 @@ from ranks import environment, free_port
 CONFIG = """ClusterName=revpatch
 SlurmctldHost={host}(127.0.0.1)
 AuthType=auth/munge
-# A requeued job waits as long as a credential lives, two minutes unless told.
-AuthInfo=socket={folder}/munge.socket,cred_expire=2
+# A requeued job waits as long as a credential lives: two minutes, or at least five seconds.
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 SlurmUser={user}
 SlurmdUser={user}
 SlurmctldPort={ports[0]}

@@ -35,8 +35,8 @@ def hostfile(folder: Path) -> Path:
 
 
 def options(runs: Runs, name: str) -> list[str]:
-    """Of `train`: the config, and an output folder whose name a shell on the way would take apart."""
-    return [str(runs.config), "--set", f"output_dir='{runs.path(name)}'"]
+    """Of `train`: the config, and the output folder."""
+    return [str(runs.config), "--set", f"output_dir={runs.path(name)}"]
 
 
 def end(processes: list[subprocess.Popen[bytes]], log: Path, timeout: float = 300) -> list[int]:
@@ -63,11 +63,12 @@ def test_torchrun_meets_and_starts_a_dead_rank_again(hosts: TwoHosts, launched: 
 
 
 def test_deepspeed_over_ssh(hosts: TwoHosts, launched: Runs, log: Path, tmp_path: Path) -> None:
-    command = script("deepspeed_multi_node.sh", hostfile(tmp_path), *options(launched, "ssh"))
+    run = "ssh&$(true)"  # what the shells on the way must leave alone
+    command = script("deepspeed_multi_node.sh", hostfile(tmp_path), *options(launched, run))
     with Sshd(hosts, tmp_path) as sshd:
         assert end([hosts.start(0, command, log, **sshd.variables)], log) == [0], log.read_text()
     assert "node1: " in log.read_text(), "pdsh puts the host before each line"
-    assert launched.commits("ssh") == launched.commits("plain")
+    assert launched.commits(run) == launched.commits("plain")
 
 
 def test_deepspeed_without_ssh(hosts: TwoHosts, launched: Runs, log: Path, tmp_path: Path) -> None:
