@@ -37,6 +37,7 @@ class Browser:
         assert program, "there is no chromium: bash tests/install_browser.sh"
         self.profile = tempfile.mkdtemp(prefix="browser")
         self.loop = asyncio.new_event_loop()
+        self.pages: list[Page] = []
         options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"]
         options += ["--remote-debugging-port=0", f"--user-data-dir={self.profile}", "about:blank"]
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -52,11 +53,14 @@ class Browser:
     def open(self, url: str, width: int, height: int) -> Page:
         """A page of this size in CSS pixels; a phone's, with its own viewport rules, below 600."""
         page = self.loop.run_until_complete(Page.connect(self, width, height))
+        self.pages.append(page)
         if url != "about:blank":
             page.go(url)
         return page
 
     def __exit__(self, *_: object) -> None:
+        for page in self.pages:
+            page.close()
         self.process.terminate()
         self.process.wait(20)
         self.loop.close()

@@ -209,23 +209,29 @@ def test_tensorboard_has_the_learning_rate_of_the_phase(events: Any) -> None:
 
 def test_tensorboard_has_the_probes_and_the_commits(events: Any, run: Run) -> None:
     _, probed = steps_of(load_config(run.config))
+    first = STEPS["first"]
+    # Each phase shows the state that it begins with, its probes, and the state that it commits.
+    second = [first, *(step for step in probed if step > first), probed[-1]]
+    shown = [0, *(step for step in probed if step <= first), first, *second]
     for name in ("base", "first", "second"):
-        for value in ("loss", "gate"):
-            assert [point.step for point in events.Scalars(f"probe/{name}/{value}")] == probed
-    guarded = {"base": probed, "first": [step for step in probed if step > STEPS["first"]]}
+        for value in ("loss", "gate", "phase_start", "sparsity", "patch_norm"):
+            assert [point.step for point in events.Scalars(f"probe/{name}/{value}")] == shown
+    guarded = {"base": shown, "first": second}
     for name, steps in guarded.items():
-        for value in ("reference", "limit", "rise"):
+        for value in ("reference", "limit", "commit_limit", "rise"):
             assert [point.step for point in events.Scalars(f"probe/{name}/{value}")] == steps
     assert "probe/second/limit" not in events.Tags()["scalars"], "no phase after it guards it"
     for loss, limit in zip(events.Scalars("probe/base/reference"), events.Scalars("probe/base/limit"), strict=True):
         assert limit.value == pytest.approx(loss.value + 0.5, rel=1e-5)
     journal = [json.loads(line) for line in run.entry("journal.jsonl").read_text("utf-8").splitlines()]
-    losses = [event["sets"]["first"]["loss"] for event in journal if event["event"] == "probe"]
+    measured = [e for e in journal if e["event"] in ("probe", "commit") or e.get("kind") == "start"]
+    losses = [event["sets"]["first"]["loss"] for event in measured]
     assert [p.value for p in events.Scalars("probe/first/loss")] == pytest.approx(losses, rel=1e-6)
     (tag,) = [tag for tag in events.Tags()["tensors"] if tag.startswith("event/commit")]
     texts = {e.step: e.tensor_proto.string_val[0].decode() for e in events.Tensors(tag)}
     assert texts.keys() == {STEPS["first"], sum(STEPS.values())}
     assert "first committed" in texts[STEPS["first"]]
+    assert {point.step for point in events.Scalars("mark/base/commit")} == texts.keys()
 
 
 def test_a_folder_that_holds_something_is_refused_and_left_as_it_is(toy: Toy, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ h1{font-size:1.5rem;margin:.2rem 0}h2{font-size:1.2rem;margin:2rem 0 .5rem}p{mar
 small,.soft{color:var(--soft)}body,td,th,dd,pre{overflow-wrap:anywhere}
 .wide{overflow-x:auto}table{border-collapse:collapse}td,th{padding:.3rem .6rem;text-align:left;vertical-align:top}
 .matrix td{text-align:right;font-variant-numeric:tabular-nums;overflow-wrap:normal}.matrix th{overflow-wrap:normal}
-@media(max-width:32rem){.matrix{font-size:.8rem}.matrix td,.matrix th{padding:.25rem .3rem}}
+@media(max-width:32rem){.matrix{font-size:.85rem}.matrix td,.matrix th{padding:.25rem .3rem}}
 .own{outline:2px solid var(--fg);outline-offset:-3px}
 details{border:1px solid var(--line);border-radius:.5rem;padding:.5rem .8rem;margin:.4rem 0;background:var(--card)}
 summary{cursor:pointer}.v{display:inline-block;min-width:5.5rem;font-weight:600}
