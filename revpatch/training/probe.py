@@ -119,9 +119,16 @@ def put_together(parts: list[dict[str, Measurement]], counts: dict[str, int]) ->
         for rank, share in shares:
             losses[rank :: len(parts)] = share.losses
         weights = [len(share.losses) / blocks for _, share in shares]
-        gates = sum(w * np.asarray(share.gates) for w, (_, share) in zip(weights, shares, strict=True))
-        squares = sum(w * np.square(share.changes) for w, (_, share) in zip(weights, shares, strict=True))
-        whole[name] = Measurement(losses, np.asarray(gates).tolist(), np.sqrt(squares).tolist())
+
+        def mean(values: list[NDArray[np.float64]], weights: list[float] = weights) -> NDArray[np.float64]:
+            return np.asarray(sum(weight * value for weight, value in zip(weights, values, strict=True)))
+
+        whole[name] = Measurement(
+            losses,
+            mean([np.asarray(share.gates) for _, share in shares]).tolist(),
+            np.sqrt(mean([np.square(share.changes) for _, share in shares])).tolist(),
+            mean([np.asarray(share.spreads) for _, share in shares]).tolist(),
+        )
     return whole
 
 

@@ -183,7 +183,7 @@ def test_ranks_that_share_the_probes_find_what_rank_0_alone_finds(toy: Toy, serv
     assert len(alone) == len(shared) == 2
     for one, other in zip(alone, shared, strict=True):
         for name in ("base", "few"):
-            for key in ("loss", "rise", "gate", "patch_norm"):
+            for key in ("loss", "rise", "gate", "patch_norm", "sparsity"):
                 assert other["sets"][name][key] == pytest.approx(one["sets"][name][key], rel=1e-5, abs=1e-6), key
     one, other = (locate(runs.path(name)).load()[0] for name in ("rank0", "all"))
     assert all(torch.equal(one[name], other[name]) for name in one), "the patch doesn't depend on who measures it"
