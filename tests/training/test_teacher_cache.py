@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -106,19 +107,22 @@ def test_no_more_is_kept_than_the_budgets_allow(
     assert cache.take_rate() is None
 
 
-@pytest.fixture
+@contextmanager
 def full_disk() -> Iterator[None]:
+    """No file may grow beyond 64 bytes."""
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
 
 
-def test_a_full_disk_is_told_and_leaves_no_half_file(tmp_path: Path, full_disk: None) -> None:
+def test_a_full_disk_is_told_and_leaves_no_half_file(tmp_path: Path) -> None:
     cache = TeacherCache(0, tmp_path, 10**6)
-    with pytest.raises(OSError, match=r"teacher.spill.*make room"):
+    with full_disk(), pytest.raises(OSError, match=r"teacher.spill.*make room"):
         cache.put(KEYS[0], [torch.zeros(1000)])
     assert cache.get(KEYS[0], CPU) is None
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
