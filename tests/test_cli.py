@@ -74,7 +74,9 @@ def in_a_process(*arguments: str) -> Result:
 @pytest.fixture
 def revpatch(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Call:
     """revpatch(*arguments): the same, in this process."""
-    monkeypatch.delenv("RANK", raising=False)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # so that what a command sets is undone with it
+        monkeypatch.delenv(name)
 
     def call(*arguments: str | Path) -> Result:
         monkeypatch.setattr(sys, "argv", ["revpatch", *map(str, arguments)])
