@@ -70,3 +70,20 @@ def test_the_benchmark_ends_with_its_table_and_its_figures(tmp_path: Path) -> No
     }
     assert figures["relative gradient error, ours"]["measured"] < 1e-5
     assert "lora-lm / ours" in done.stdout
+
+
+@pytest.mark.parametrize("weights", [{}, {"gate_l1_weight": 0.1}, {"gate_l1_weight": 0.1, "patch_l2_weight": 0.1}])
+def test_steps_leave_nothing_in_memory(tools: None, weights: dict[str, float]) -> None:
+    """What is recomputed in the backward pass was once never freed, if no gradient was asked of one of its outputs."""
+    from bench import resident
+    from bench_peers import Ours
+    from bench_workload import Workload
+
+    ours = Ours(Workload("demo", 4, 4, 128, torch.float32))
+    ours.objective.config = ours.objective.config.model_copy(update=weights)
+    sizes = []
+    for _ in range(3):
+        for _ in range(6):
+            ours.step()
+        sizes.append(resident("VmRSS"))
+    assert sizes[-1] - sizes[0] < 60 * 2**20, f"grew by {(sizes[-1] - sizes[0]) / 2**20:.0f} MiB in 12 steps"

@@ -69,7 +69,11 @@ class PatchObjective(nn.Module):
         base, teacher = self._frozen
         config, count = self.config, len(new)
         tokens = new if replay is None else torch.cat([new, replay])
-        student = LayerRecorder(stats_from=count if config.stats_drift_weight and replay is not None else None)
+        student = LayerRecorder(
+            count if config.stats_drift_weight and replay is not None else None,
+            gate_learns=bool(config.gate_l1_weight),
+            change_learns=bool(config.patch_l2_weight),
+        )
         with recording(base, student):
             hidden = last_hidden_states(base, tokens)
         head = head_of(base).weight

@@ -15,17 +15,22 @@ class LayerRecorder:
 
     Args:
         stats_from: keep mean and deviation over time of the outputs of rows from this index on; None keeps none.
+        gate_learns, change_learns: whether a gradient will be asked of the gate, and of the change. What is recomputed
+            in the backward pass and has an output of which none is asked is never freed by torch (2.13).
     """
 
-    def __init__(self, stats_from: int | None = None) -> None:
+    def __init__(self, stats_from: int | None = None, gate_learns: bool = False, change_learns: bool = False) -> None:
         self.stats_from = stats_from
+        self.gate_learns, self.change_learns = gate_learns, change_learns
         self.gates: list[Tensor] = []
         self.changes: list[Tensor] = []
         self.stats: list[Tensor] = []
 
     def measure(self, output: SidecarOutput) -> tuple[Tensor, ...]:
         """Mean gate, and mean over tokens of ‖h − u‖²: () and ()."""
-        return output.gate.mean(), output.update.square().sum(-1).mean()
+        gate = output.gate if self.gate_learns else output.gate.detach()
+        update = output.update if self.change_learns else output.update.detach()
+        return gate.mean(), update.square().sum(-1).mean()
 
     def record(self, layer: int, hidden: Tensor, measured: tuple[Tensor, ...]) -> None:
         """See `Recorder.record`."""
