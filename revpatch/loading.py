@@ -36,12 +36,22 @@ def read_patch(source: str | Path) -> Stored:
         ValueError: it is no patch, is damaged, or is not what the journal recorded.
     """
     tensors, metadata = read_folder(Path(source)) if is_patch_folder(Path(source)) else locate(source).load()
+    return Stored(tensors, *whose(source, metadata))
+
+
+def whose(source: str | Path, metadata: dict[str, Any]) -> tuple[dict[str, Any], SidecarConfig]:
+    """The base (with model, sha256 and dtype at least) and the sidecar config that a patch's metadata names.
+
+    Raises:
+        EntryError: they name none.
+    """
     try:
         base, sidecar = dict(metadata["base"]), SidecarConfig.model_validate(metadata["sidecar"])
-        return Stored(tensors, {key: base[key] for key in ("model", "sha256", "dtype")} | base, sidecar)
+        return {key: base[key] for key in ("model", "sha256", "dtype")} | base, sidecar
     except (KeyError, TypeError, ValueError) as error:
+        first = str(error).splitlines()[0]
         raise EntryError(
-            f"{source}: expected metadata of a base and a sidecar, found none ({error}): not a patch"
+            f"{source}: expected metadata of a base and a sidecar, found none ({first}): not a patch"
         ) from error
 
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 
 import pytest
 from browser import Browser, install_browser
+from command import Call, caller
 from hypothesis import settings
 from ranks import RunServer
 from toy import Toy, build_toy
@@ -44,3 +45,9 @@ def server() -> Iterator[RunServer]:
     server = RunServer()
     yield server
     server.close()
+
+
+@pytest.fixture
+def revpatch(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Call:
+    """revpatch(*arguments): the command line, in this process."""
+    return caller(monkeypatch, capfd)

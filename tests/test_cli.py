@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from command import LAUNCHER, Call, Result
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from toy import POSITIONS, Toy, save_base
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -37,13 +38,6 @@ NOISE = re.compile(r"warn|deprecat|traceback|it/s\]|\[W\d|\[rank\d|/site-package
 
 
 @dataclass
-class Result:
-    code: int
-    out: str
-    err: str
-
-
-@dataclass
 class Run:
     """A run that was trained once, and is read only."""
 
@@ -56,37 +50,21 @@ class Run:
         return self.directory / "ledger" / name
 
 
-Call = Callable[..., Result]
-
-
 def in_a_process(*arguments: str) -> Result:
     """`python -m revpatch ...`, with nothing in the environment that would keep a library quiet."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR")
-    names += ("TOKENIZERS_PARALLELISM", "HF_HUB_DISABLE_PROGRESS_BARS", "TRANSFORMERS_VERBOSITY")
+    names = (
+        *LAUNCHER,
+        "DS_ACCELERATOR",
+        "TOKENIZERS_PARALLELISM",
+        "HF_HUB_DISABLE_PROGRESS_BARS",
+        "TRANSFORMERS_VERBOSITY",
+    )
     environment = {key: value for key, value in os.environ.items() if key not in names}
     environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}
     done = subprocess.run(
         [sys.executable, "-m", "revpatch", *arguments], env=environment, capture_output=True, text=True, timeout=300
     )
     return Result(done.returncode, done.stdout, done.stderr)
-
-
-@pytest.fixture
-def revpatch(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Call:
-    """revpatch(*arguments): the same, in this process."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "")  # so that what a command sets is undone with it
-        monkeypatch.delenv(name)
-
-    def call(*arguments: str | Path) -> Result:
-        monkeypatch.setattr(sys, "argv", ["revpatch", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            main()
-        code = caught.value.code
-        return Result(code if isinstance(code, int) else int(code is not None), *capfd.readouterr())
-
-    return call
 
 
 @pytest.fixture(scope="session")

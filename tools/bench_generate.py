@@ -16,7 +16,6 @@ Prints a table and exits with 1 if a figure does not hold.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -25,8 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from figures import Figure, machine, show
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
@@ -36,10 +34,6 @@ from revpatch.monitoring.terminal import quiet_libraries
 DEMO_BASE = Path(__file__).resolve().parent.parent / "shards/demo_base"
 PROMPT_TOKENS = 32
 SWITCHES = 1000
-
-
-def figure(name: str, asked: str, measured: float | str, unit: str, holds: bool) -> dict[str, Any]:
-    return {"name": name, "asked": asked, "measured": measured, "unit": unit, "holds": holds}
 
 
 def trained(patch: nn.Module) -> None:
@@ -58,7 +52,7 @@ def tokens_per_second(model: Any, tokens: int) -> float:
     return tokens / (time.perf_counter() - start)
 
 
-def speed(model: Any, what: str, tokens: int, rounds: int) -> dict[str, Any]:
+def speed(model: Any, what: str, tokens: int, rounds: int) -> Figure:
     """Learned over off; both go first in every other round."""
     rates: dict[str, list[float]] = {"off": [], "learned": []}
     for number in range(rounds + 1):
@@ -70,12 +64,10 @@ def speed(model: Any, what: str, tokens: int, rounds: int) -> dict[str, Any]:
                 rates[mode].append(rate)
     ratio = statistics.median(learned / off for learned, off in zip(rates["learned"], rates["off"], strict=True))
     each = " / ".join(f"{statistics.median(rates[mode]):.1f}" for mode in ("learned", "off"))
-    return figure(
-        f"tokens/s with the patch / without, {what} ({each})", ">= 0.9", round(ratio, 3), "ratio", ratio >= 0.9
-    )
+    return Figure.at_least(f"tokens/s with the patch / without, {what} ({each})", 0.9, ratio, "ratio")
 
 
-def switching(model: nn.Module) -> list[dict[str, Any]]:
+def switching(model: nn.Module) -> list[Figure]:
     """Between two patches; what is allocated is counted over all switches."""
     revpatch.add_patch(model, revpatch.SidecarConfig(), "other")
     places = [parameter.data_ptr() for parameter in model.parameters()]
@@ -87,21 +79,22 @@ def switching(model: nn.Module) -> list[dict[str, Any]]:
         micros = (time.perf_counter() - start) / (2 * SWITCHES) * 1e6
     copied = sum(max(event.self_cpu_memory_usage, 0) for event in record.key_averages())
     stayed = places == [parameter.data_ptr() for parameter in model.parameters()]
+    assert stayed, "the base was moved"
     revpatch.remove_patch(model, "other")
     return [
-        figure("switching between two loaded patches", "< 1000", round(micros, 1), "microseconds", micros < 1000),
-        figure("bytes of tensors allocated by switching", "0", copied, "bytes", copied == 0 and stayed),
+        Figure.at_most("switching between two loaded patches", 1000, micros, "microseconds"),
+        Figure.at_most("bytes of tensors allocated by switching", 0, copied, "bytes"),
     ]
 
 
-def sizes(model: Any) -> dict[str, Any]:
+def sizes(model: Any) -> Figure:
     with tempfile.TemporaryDirectory() as name:
         file = Path(name) / "patch.safetensors"
         revpatch.save_patch(model, file)
         patch = file.stat().st_size / 1e6
     base = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) / 1e6
     what = f"patch file, GPT-2's shape, r = 64, float32, against {base:.0f} MB of model"
-    return figure(what, "<= 5", round(patch, 3), "MB", patch <= 5)
+    return Figure.at_most(what, 5, patch, "MB")
 
 
 def main() -> None:
@@ -119,17 +112,10 @@ def main() -> None:
     demo = AutoModelForCausalLM.from_pretrained(DEMO_BASE, dtype=torch.float32).eval()
     for model, what in ((gpt2, "GPT-2's shape"), (demo, "the demo's base")):
         trained(revpatch.attach(model, revpatch.SidecarConfig()))
-        rows.append(speed(model, f"{what}, {args.threads} threads", args.tokens, args.rounds))
+        rows.append(speed(model, what, args.tokens, args.rounds))
     rows += [*switching(gpt2), sizes(gpt2)]
-    table = Table("figure", "asked", "measured", "unit", "holds")
-    for row in rows:
-        table.add_row(
-            *(str(row[key]) for key in ("name", "asked", "measured", "unit")), "yes" if row["holds"] else "NO"
-        )
-    Console(width=130).print(table)
-    if args.json:
-        args.json.write_text(json.dumps({"figures": rows}, indent=1) + "\n", encoding="utf-8")
-    sys.exit(not all(row["holds"] for row in rows))
+    show(f"writing text, {args.threads} threads\n{machine('transformers')}", rows, args.json)
+    sys.exit(not all(row.holds for row in rows))
 
 
 if __name__ == "__main__":

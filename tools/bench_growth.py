@@ -17,18 +17,16 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from bench import resident
 from bench_peers import Ours
 from bench_workload import SHAPES, Workload
 from figures import Figure, machine, show
+from random_shards import write_random_set
 
 from revpatch.patch.patched_model import attach
-from revpatch.stream.manifest import MANIFEST_VERSION, Manifest, TokenizerInfo
 from revpatch.stream.replay import ReplayMixture
 from revpatch.stream.shard_set import ShardSet
-from revpatch.stream.tars import ShardWriter
 from revpatch.training.launch import bfloat16_is_slow
 from revpatch.training.teacher import Teacher
 from revpatch.training.teacher_cache import TeacherCache
@@ -48,36 +46,6 @@ def seconds_of(shape: str, length: int, batch: int) -> float:
     return min(times[1:])
 
 
-def write_set(folder: Path, blocks: int) -> None:
-    """A set of shards of random blocks."""
-    folder.mkdir()
-    writer = ShardWriter(folder, "uint16", 10_000)
-    generator = np.random.default_rng(0)
-    for start in range(0, blocks, 10_000):
-        count = min(10_000, blocks - start)
-        writer.write(generator.integers(4096, size=(count, REPLAY_BLOCK), dtype=np.uint16))
-    manifest = Manifest(
-        version=MANIFEST_VERSION,
-        split="all",
-        block_size=REPLAY_BLOCK,
-        dtype="uint16",
-        documents=1,
-        empty_documents=0,
-        tokens=blocks * REPLAY_BLOCK,
-        dropped_tokens=0,
-        blocks=blocks,
-        shards=writer.close(),
-        tokenizer=TokenizerInfo("random", "0" * 64, 4096, 0),
-        sources=("random",),
-        text_column="text",
-        holdout=0.0,
-        max_tokens=None,
-        licence=None,
-        note=None,
-    )
-    manifest.write(folder)
-
-
 def print_replay_memory(folder: Path) -> None:
     """Rehearses from the set, in this process, and prints the peak."""
     before = resident("VmRSS")
@@ -95,7 +63,7 @@ def print_replay_memory(folder: Path) -> None:
 
 def memory_with(blocks: int, folder: Path) -> tuple[float, float]:
     """Peak bytes and the cache's hit rate with a replay set of so many blocks."""
-    write_set(folder / f"{blocks}", blocks)
+    write_random_set(folder / f"{blocks}", blocks, REPLAY_BLOCK, 10_000, 4096)
     command = [sys.executable, __file__, "--replay-memory", str(folder / f"{blocks}")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     peak, rate = done.stdout.split()

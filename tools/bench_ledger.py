@@ -17,7 +17,6 @@ Prints a table and exits with 1 if a figure does not hold.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import resource
 import shutil
@@ -28,13 +27,11 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from figures import Figure, machine, show
 
+from revpatch.durable import sha256_of
 from revpatch.ledger.audit import verify
-from revpatch.ledger.durable import sha256_of
 from revpatch.ledger.entry import entry_name
 from revpatch.ledger.journal import Journal
 
@@ -57,10 +54,6 @@ SETS = {
     }
     for number, name in enumerate(("state_of_the_union", "jargon", "devil"))
 }
-
-
-def figure(name: str, asked: str, measured: float, unit: str, holds: bool) -> dict[str, Any]:
-    return {"name": name, "asked": asked, "measured": measured, "unit": unit, "holds": holds}
 
 
 def make_run(run: Path, entries: int, size: int) -> Path:
@@ -96,7 +89,7 @@ def command(*arguments: str, **environment: str) -> None:
     )
 
 
-def reading(run: Path, entries: int, rounds: int) -> list[dict[str, Any]]:
+def reading(run: Path, entries: int, rounds: int) -> list[Figure]:
     """Wall time of the commands, with the interpreter's start."""
     ways = {
         "ledger log": lambda: command("log", str(run)),
@@ -113,12 +106,12 @@ def reading(run: Path, entries: int, rounds: int) -> list[dict[str, Any]]:
             after = resource.getrusage(resource.RUSAGE_CHILDREN)
             times.append((wall, after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime))
         wall, cpu = (statistics.median(time[which] for time in times) for which in (0, 1))
-        rows.append(figure(f"{name}, {entries:,} entries", "< 2", round(wall, 2), "s", wall < 2))
-        rows.append(figure("    of this, CPU time", "to compare", round(cpu, 2), "s", True))
+        rows.append(Figure.at_most(f"{name}, {entries:,} entries", 2, wall, "s"))
+        rows.append(Figure.plain("    of this, CPU time", cpu, "s"))
     return rows
 
 
-def hashing(run: Path, label: str, rounds: int) -> dict[str, Any]:
+def hashing(run: Path, label: str, rounds: int) -> Figure:
     """Bytes/s of verify over those of sha256sum; each round measures both, so that a busy machine is busy for both."""
     names = sorted(path.name for path in (run / "ledger").glob("*.pt"))
     total = sum((run / "ledger" / name).stat().st_size for name in names)
@@ -135,7 +128,7 @@ def hashing(run: Path, label: str, rounds: int) -> dict[str, Any]:
     times = [(seconds(sha256sum), seconds(ours)) for _ in range(rounds)]
     ratio = statistics.median(theirs / own for theirs, own in times)
     rate = total / statistics.median(own for _, own in times) / 1e6
-    return figure(f"hashing {label} ({rate:,.0f} MB/s) / sha256sum", ">= 0.8", round(ratio, 2), "ratio", ratio >= 0.8)
+    return Figure.at_least(f"hashing {label} ({rate:,.0f} MB/s) / sha256sum", 0.8, ratio, "ratio")
 
 
 def main() -> None:
@@ -153,15 +146,8 @@ def main() -> None:
         rows = reading(many, args.entries, args.rounds)
         rows.append(hashing(many, f"{args.entries:,} entries of {args.kib} KiB", args.rounds))
         rows.append(hashing(few, f"{args.large} entries of 4.9 MiB", args.rounds))
-    table = Table("figure", "asked", "measured", "unit", "holds")
-    for row in rows:
-        table.add_row(
-            *(str(row[key]) for key in ("name", "asked", "measured", "unit")), "yes" if row["holds"] else "NO"
-        )
-    Console(width=130).print(table)
-    if args.json:
-        args.json.write_text(json.dumps({"figures": rows}, indent=1) + "\n", encoding="utf-8")
-    sys.exit(not all(row["holds"] for row in rows))
+    show(f"reading a ledger\n{machine()}", rows, args.json)
+    sys.exit(not all(row.holds for row in rows))
 
 
 if __name__ == "__main__":

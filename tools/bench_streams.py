@@ -32,45 +32,15 @@ from typing import Any
 import numpy as np
 import webdataset
 from figures import Figure, machine, show
+from random_shards import write_random_set
 
 from revpatch.stream.lanes import Lanes
-from revpatch.stream.manifest import MANIFEST_VERSION, Manifest, TokenizerInfo
+from revpatch.stream.manifest import Manifest
 from revpatch.stream.shard_cache import ShardCache
 from revpatch.stream.shard_set import ShardSet
-from revpatch.stream.tars import ShardWriter
 
 LANES, WINDOW, SHARDS = 32, 8192, 12
 WINDOWS = (1, 64, 1024, 8192)
-
-
-def write_set(folder: Path, blocks: int, block_size: int) -> Manifest:
-    """A set of SHARDS shards of random tokens."""
-    folder.mkdir()
-    writer = ShardWriter(folder, "uint16", -(-blocks // SHARDS))
-    random = np.random.default_rng(0)
-    for start in range(0, blocks, 1000):
-        writer.write(random.integers(0, 2**16, size=(min(1000, blocks - start), block_size)))
-    manifest = Manifest(
-        version=MANIFEST_VERSION,
-        split="all",
-        block_size=block_size,
-        dtype="uint16",
-        documents=1,
-        empty_documents=0,
-        tokens=blocks * block_size,
-        dropped_tokens=0,
-        blocks=blocks,
-        shards=writer.close(),
-        tokenizer=TokenizerInfo("none", "0" * 64, 2**16, 0),
-        sources=("random",),
-        text_column=None,
-        holdout=0.0,
-        max_tokens=None,
-        licence=None,
-        note=None,
-    )
-    manifest.write(folder)
-    return manifest
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -215,7 +185,11 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         wide, narrow = Path(name) / "wide", Path(name) / "narrow"
-        manifests = {wide: write_set(wide, args.blocks, 1024), narrow: write_set(narrow, args.blocks, 128)}
+        per_shard = -(-args.blocks // SHARDS)
+        manifests = {
+            folder: write_random_set(folder, args.blocks, size, per_shard, 2**16 - 1)
+            for folder, size in ((wide, 1024), (narrow, 128))
+        }
         rows = [row for folder, manifest in manifests.items() for row in speed(folder, manifest, args.rounds)]
         rows += seek(wide, manifests[wide], args.rounds)
         rows += fetched(narrow, manifests[narrow], Path(name) / "cache")

@@ -2,7 +2,7 @@
 
     python tools/config_schema.py [--out FILE]
 
-Run it after a change of revpatch/config.py. Every key has its default, its bounds and its docstring as description. An
+Run it after a change of revpatch/config/. Every key has its default, its bounds and its docstring as description. An
 editor with a YAML language server finds it by the first line of the files in configs/; what a schema can't say (sums,
 combinations of keys, `ConfigError`) is checked when the config is read.
 """

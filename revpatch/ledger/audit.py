@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from revpatch.ledger.durable import TEMPORARY_SUFFIX, sha256_of_file
+from revpatch.durable import TEMPORARY_SUFFIX, sha256_of_file
 from revpatch.ledger.entry import EntryError
 from revpatch.ledger.headers import read_metadata
 from revpatch.ledger.history import JOURNAL_NAME, Recorded, live_entries, pruned_names, stray_files

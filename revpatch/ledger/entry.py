@@ -23,7 +23,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from revpatch.ledger.durable import sha256_of, write_atomically
+from revpatch.durable import sha256_of, write_atomically
 from revpatch.ledger.plain import canonical_json, to_plain
 
 if TYPE_CHECKING:  # torch takes seconds to import: only what packs or unpacks tensors does

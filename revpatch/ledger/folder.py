@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from revpatch.ledger.durable import sha256_of, write_atomically
+from revpatch.durable import sha256_of, write_atomically
 from revpatch.ledger.entry import EntryError, read_entry, serialise
 from revpatch.ledger.plain import to_plain
 

@@ -12,7 +12,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from revpatch.ledger.durable import sha256_of_file
+from revpatch.durable import sha256_of_file
 from revpatch.ledger.entry import EntryError, checked_header, safetensors_header
 
 

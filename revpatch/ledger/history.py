@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from revpatch.ledger.durable import TEMPORARY_SUFFIX, sha256_of_file, sync_directory
+from revpatch.durable import TEMPORARY_SUFFIX, sha256_of_file, sync_directory
 from revpatch.ledger.entry import KINDS, SUFFIXES, EntryError, check_name, entry_name, read_entry, write_entry
 from revpatch.ledger.journal import EVENT_FIELDS, Journal, JournalError
 

@@ -17,7 +17,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from revpatch.ledger.durable import sha256_of, sync_directory, write_atomically
+from revpatch.durable import sha256_of, sync_directory, write_atomically
 from revpatch.ledger.plain import to_plain
 
 GENESIS = sha256_of(b"revpatch journal, version 1")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from revpatch.ledger.durable import sha256_of_file
+from revpatch.durable import sha256_of_file
 from revpatch.ledger.entry import KINDS, SUFFIXES, EntryError, read_entry
 from revpatch.ledger.history import JOURNAL_NAME, Ledger, Recorded
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from revpatch.report.history import PhaseHistory, RolledBack, RunHistory, Sets
 from revpatch.report.matrix import Matrix
@@ -86,14 +88,11 @@ def _stability(run: RunHistory) -> Check:
 def _locality(run: RunHistory) -> Check:
     question = f"Is the mean gate higher on each new corpus than on the base's own text, by {MIN_GATE_GAP:g} or more?"
     check = Check("locality", question)
-    for phase in run.committed:
-        for name, old in _pairs(run, phase):
-            sets = phase.commit or {}
-            new_gate, old_gate = sets[name]["gate"], sets[old]["gate"]
-            figure = f"mean gate {new_gate:.2f} on {name}, {old_gate:.2f} on {old}"
-            if sets[name].get("sparsity") is not None:
-                figure += f"; below 0.1 on {sets[name]['sparsity']:.0%} and {sets[old]['sparsity']:.0%} of tokens"
-            check.rows.append(Row(f"phase {phase.name}", figure, new_gate - old_gate >= MIN_GATE_GAP))
+    for phase, names, new, old in _new_against_old(run):
+        figure = f"mean gate {new['gate']:.2f} on {names[0]}, {old['gate']:.2f} on {names[1]}"
+        if new.get("sparsity") is not None:
+            figure += f"; below 0.1 on {new['sparsity']:.0%} and {old['sparsity']:.0%} of tokens"
+        check.rows.append(Row(f"phase {phase}", figure, new["gate"] - old["gate"] >= MIN_GATE_GAP))
     check.figure = _first_figure(check)
     return check
 
@@ -101,12 +100,10 @@ def _locality(run: RunHistory) -> Check:
 def _magnitude(run: RunHistory) -> Check:
     question = f"Is ‖h − u‖ on the base's own text at most {MAX_NORM_SHARE:g} of what it is on the new?"
     check = Check("patch magnitude", question)
-    for phase in run.committed:
-        for name, old in _pairs(run, phase):
-            sets = phase.commit or {}
-            new_norm, old_norm = sets[name]["patch_norm"], sets[old]["patch_norm"]
-            figure = f"{new_norm:.3g} on {name}, {old_norm:.3g} on {old}"
-            check.rows.append(Row(f"phase {phase.name}", figure, old_norm <= MAX_NORM_SHARE * new_norm < math.inf))
+    for phase, names, new, old in _new_against_old(run):
+        new_norm, old_norm = new["patch_norm"], old["patch_norm"]
+        figure = f"{new_norm:.3g} on {names[0]}, {old_norm:.3g} on {names[1]}"
+        check.rows.append(Row(f"phase {phase}", figure, old_norm <= MAX_NORM_SHARE * new_norm < math.inf))
     check.figure = _first_figure(check)
     return check
 
@@ -150,12 +147,16 @@ def _taught(run: RunHistory, phase: PhaseHistory) -> list[str]:
     return [name for name, index in run.taught_by.items() if index == phase.index]
 
 
-def _pairs(run: RunHistory, phase: PhaseHistory) -> list[tuple[str, str]]:
-    """Each set that a phase teaches, beside each of the base's own text; none for a phase that was given up."""
-    sets = phase.commit or {}
-    old = [name for name, index in run.taught_by.items() if index == 0 and name in sets]
-    new = [] if phase.given_up else [name for name in _taught(run, phase) if name in sets]
-    return [(name, other) for name in new for other in old]
+def _new_against_old(run: RunHistory) -> Iterator[tuple[str, tuple[str, str], dict[str, Any], dict[str, Any]]]:
+    """For each set that a committed phase teaches and each of the base's own text: the phase's name, the names of the
+    two sets, and what was measured on them at the commit. Nothing for a phase that was given up."""
+    for phase in run.committed:
+        sets = phase.commit or {}
+        old = [name for name, index in run.taught_by.items() if index == 0 and name in sets]
+        new = [] if phase.given_up else [name for name in _taught(run, phase) if name in sets]
+        for name in new:
+            for other in old:
+                yield phase.name, (name, other), sets[name], sets[other]
 
 
 def _guarded(sets: Sets | None) -> Sets:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from revpatch.durable import write_atomically
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_VERSION = 1
@@ -122,14 +123,8 @@ class Manifest:
 
     def write(self, directory: str | Path) -> None:
         """Write `directory/manifest.json` atomically: there is either the old one or all of the new one."""
-        path = Path(directory) / MANIFEST_NAME
-        temporary = path.with_name(f".{MANIFEST_NAME}.{os.getpid()}")
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_directory(path.parent)
+        text = json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+        write_atomically(Path(directory) / MANIFEST_NAME, text.encode())
 
     def _check(self, where: str) -> None:
         if self.dtype not in ("uint16", "uint32"):
@@ -185,15 +180,6 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     # Options that are off: a newer version of tokenizers has more of them to list.
     state["model"] = {key: value for key, value in state["model"].items() if value is not None and value is not False}
     return hashlib.sha256(_canonical_json(state).encode()).hexdigest()
-
-
-def sync_directory(directory: Path) -> None:
-    """Make a rename in this folder last through a loss of power."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _canonical_json(value: Any) -> str:

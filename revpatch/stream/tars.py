@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from revpatch.stream.manifest import MANIFEST_NAME, Manifest, Shard, sync_directory
+from revpatch.durable import sync_directory
+from revpatch.stream.manifest import MANIFEST_NAME, Manifest, Shard
 
 _log = logging.getLogger(__name__)
 

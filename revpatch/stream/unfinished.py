@@ -18,7 +18,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from revpatch.stream.manifest import sync_directory
+from revpatch.durable import sync_directory
 
 
 class UnfinishedBuild:

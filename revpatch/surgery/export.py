@@ -12,7 +12,7 @@ from typing import Any
 import transformers
 from torch import nn
 
-from revpatch.ledger.durable import sync_directory
+from revpatch.durable import sync_directory
 from revpatch.ledger.entry import tensors_digest, write_entry
 from revpatch.ledger.plain import to_plain
 from revpatch.ledger.references import Located, locate

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from revpatch.config import BaseConfig, SidecarConfig
-from revpatch.ledger.durable import sha256_of_file
+from revpatch.durable import sha256_of_file
 from revpatch.ledger.entry import EntryError
 from revpatch.ledger.history import Ledger, Recorded
 from revpatch.ledger.references import Located, locate
-from revpatch.loading import load_patched
+from revpatch.loading import load_patched, whose
 from revpatch.patch.families import blocks_of, width_of
 from revpatch.patch.patched_model import Patch, attach, base_sha256, check_fits, load_patch, switchboard
 from revpatch.training.startup import load_base
@@ -37,16 +37,9 @@ class Entry:
     @classmethod
     def of(cls, reference: str, tensors: dict[str, Tensor], metadata: dict[str, Any], sha256: str) -> Entry:
         """The entry, once its metadata says whose patch it is. Raises EntryError if it doesn't."""
-        try:
-            base, sidecar = dict(metadata["base"]), SidecarConfig.model_validate(metadata["sidecar"])
-            known = {key: base[key] for key in ("model", "sha256", "dtype")}
-        except (KeyError, TypeError, ValueError) as error:
-            first = str(error).splitlines()[0]
-            raise EntryError(
-                f"{reference}: expected metadata of a base and a sidecar, found none ({first}): not a patch"
-            ) from error
-        if known["dtype"] not in ("bfloat16", "float32"):
-            raise EntryError(f"{reference}: expected a base of dtype bfloat16 or float32, found {known['dtype']!r}")
+        base, sidecar = whose(reference, metadata)
+        if base["dtype"] not in ("bfloat16", "float32"):
+            raise EntryError(f"{reference}: expected a base of dtype bfloat16 or float32, found {base['dtype']!r}")
         return cls(reference, tensors, metadata, sha256, base, sidecar)
 
     @classmethod

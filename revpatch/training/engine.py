@@ -3,10 +3,7 @@
 The only file that imports deepspeed and accelerate. Both engines take the same `PatchObjective`, whose parameters are
 the sidecars alone, so what is broadcast, flattened, partitioned or reduced is the sidecars and nothing else.
 
-`state` and `load` move the state in a form that knows no world size and no ZeRO stage: by parameter name, the float32
-master weight and Adam's two moments, and one step count. Under ZeRO 1 and 2 the next optimizer step copies the
-partitioned masters over the module's parameters, so a load that forgets them is undone one step later; `load` writes
-masters, moments, step and parameters.
+What the state is, and its form outside of an engine: revpatch/training/engine_state.py.
 """
 
 from __future__ import annotations
@@ -15,7 +12,6 @@ import contextlib
 import importlib
 import os
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -24,12 +20,11 @@ from torch import Tensor
 from revpatch.config import Config, ConfigError
 from revpatch.patch.patched_model import Patch
 from revpatch.training.clock import Clock
+from revpatch.training.engine_state import MOMENTS, EngineState, TorchState, held_of
 from revpatch.training.launch import Peers
 from revpatch.training.objective import PatchObjective, StepOutput
 from revpatch.training.schedule import make_optimizer, set_learning_rate
 from revpatch.training.zero_config import read_deepspeed_config
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class MicroBatch(NamedTuple):
@@ -41,16 +36,6 @@ class MicroBatch(NamedTuple):
     """(r, time) int64; None when nothing is rehearsed."""
     keys: Sequence[Hashable] | None = None
     """Of the replayed blocks, the same for the same tokens alone: what the teacher's cache knows them by."""
-
-
-@dataclass
-class EngineState:
-    """What an optimizer is, whatever the engine: CPU tensors by parameter name."""
-
-    master: dict[str, Tensor]
-    moments: dict[str, dict[str, Tensor]]
-    """"exp_avg" and "exp_avg_sq", each by parameter name."""
-    step: int
 
 
 class Engine(Protocol):
@@ -83,13 +68,6 @@ class Engine(Protocol):
         ...
 
 
-def fresh_state(patch: Patch) -> EngineState:
-    """The state of an optimizer that has made no step, at the patch's present weights."""
-    master = {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in patch.named_parameters()}
-    zeros = {key: {name: torch.zeros_like(p) for name, p in master.items()} for key in MOMENTS}
-    return EngineState(master, zeros, 0)
-
-
 def make_engine(config: Config, objective: PatchObjective, peers: Peers) -> Engine:
     """The engine that the config asks for.
 
@@ -110,32 +88,6 @@ def make_engine(config: Config, objective: PatchObjective, peers: Peers) -> Engi
     return engine
 
 
-class _TorchState:
-    """State in and out of a plain torch AdamW over the module's own parameters."""
-
-    def __init__(self, patch: Patch, optimizer: torch.optim.Optimizer) -> None:
-        self.patch, self.optimizer = patch, optimizer
-
-    def state(self) -> EngineState:
-        state = fresh_state(self.patch)
-        for name, parameter in self.patch.named_parameters():
-            held = self.optimizer.state.get(parameter)
-            if held:
-                state.step = int(held["step"])
-                for key in MOMENTS:
-                    state.moments[key][name] = held[key].detach().to("cpu", copy=True)
-        return state
-
-    @torch.no_grad()
-    def load(self, state: EngineState) -> None:
-        for name, parameter in self.patch.named_parameters():
-            parameter.copy_(state.master[name])
-            held = _held(self.optimizer, parameter)
-            held["step"].fill_(state.step)
-            for key in MOMENTS:
-                held[key].copy_(state.moments[key][name])
-
-
 class _ZeroState:
     """State in and out of DeepSpeed's ZeRO 1 and 2, whose masters and moments are flat partitions."""
 
@@ -143,7 +95,7 @@ class _ZeroState:
         self.patch, self.zero = patch, zero
         for group in zero.optimizer.param_groups:
             for partition in group["params"]:
-                _held(zero.optimizer, partition)
+                held_of(zero.optimizer, partition)
         zero._lazy_init_hp_params_optimizer_state()
 
     def state(self) -> EngineState:
@@ -169,16 +121,6 @@ class _ZeroState:
         for group in self.zero.optimizer.param_groups:
             for partition in group["params"]:
                 self.zero.optimizer.state[partition]["step"].fill_(state.step)
-
-
-def _held(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Any]:
-    """The state of one tensor, made as torch's fused AdamW makes it if there is none yet."""
-    held: dict[str, Any] = optimizer.state[parameter]
-    if not held:
-        held["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-        for key in MOMENTS:
-            held[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-    return held
 
 
 class DeepSpeedEngine:
@@ -214,7 +156,7 @@ class DeepSpeedEngine:
         self.clock = Clock(peers.device)
         self.engine.allreduce_gradients = self.clock.timed("all_reduce", self.engine.allreduce_gradients)
         self._norm: Tensor | None = None
-        self._state = _ZeroState(patch, self.optimizer) if self.zero_stage else _TorchState(patch, self.optimizer)
+        self._state = _ZeroState(patch, self.optimizer) if self.zero_stage else TorchState(patch, self.optimizer)
 
     def train_step(self, micro_batches: Iterable[MicroBatch], rate: float) -> tuple[Tensor, Tensor]:
         """See `Engine.train_step`."""
@@ -276,7 +218,7 @@ class AccelerateEngine:
         self.clock = Clock(peers.device)
         self.world = int(self.accelerator.num_processes)
         self._norm: Tensor | None = None
-        self._state = _TorchState(objective.patch, self.optimizer)
+        self._state = TorchState(objective.patch, self.optimizer)
 
     def train_step(self, micro_batches: Iterable[MicroBatch], rate: float) -> tuple[Tensor, Tensor]:
         """See `Engine.train_step`."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from revpatch.config import Config, ConfigError, SidecarConfig
 from revpatch.config_file import dump_config, load_config
-from revpatch.ledger.durable import write_atomically
+from revpatch.durable import write_atomically
 from revpatch.ledger.history import JOURNAL_NAME, Ledger
 from revpatch.ledger.journal import Journal
 from revpatch.ledger.layers import SAME_MAP

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from revpatch.patch.patched_model import Patch
-from revpatch.training.engine import Engine, EngineState
+from revpatch.training.engine import Engine
+from revpatch.training.engine_state import EngineState
 from revpatch.training.guard import Comparison
 from revpatch.training.launch import Peers
 from revpatch.training.probe import Measurement

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from revpatch.ledger.durable import write_atomically
+from revpatch.durable import write_atomically
 from revpatch.ledger.entry import EntryError, read_entry, serialise
 from revpatch.stream.quarantine import Broken
-from revpatch.training.engine import MOMENTS, EngineState
+from revpatch.training.engine_state import MOMENTS, EngineState
 from revpatch.training.guard import Comparison
 from revpatch.training.probe import Measurement
 from revpatch.training.rollback import GoodState

@@ -16,7 +16,7 @@ from revpatch.patch.patched_model import patch_state
 from revpatch.stream.replay import write_replay
 from revpatch.stream.tars import ShardError
 from revpatch.training.batches import Failure, Ready
-from revpatch.training.engine import fresh_state
+from revpatch.training.engine_state import fresh_state
 from revpatch.training.guard import Comparison, Keep, Rollback, Stop, decide, stopped_phase_keeps
 from revpatch.training.objective import TERMS
 from revpatch.training.phase import Phase

@@ -9,51 +9,25 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from command import Call
 from past_run import BASE, SIDECAR, a_trained_run, metadata, tensors
 
-from revpatch.cli import main
 from revpatch.config import SidecarConfig
-from revpatch.ledger.durable import sha256_of
+from revpatch.durable import sha256_of
 from revpatch.ledger.entry import write_entry
 from revpatch.ledger.history import Ledger
 from revpatch.ledger.journal import Journal
 
 
-@dataclass
-class Result:
-    code: int
-    out: str
-    err: str
-
-    def json(self) -> Any:
-        """The one document that was printed; strictly JSON, so without NaN."""
-        assert (self.code, self.err) == (0, ""), self
-        return json.loads(self.out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-
-
-Call = Callable[..., Result]
-
-
 @pytest.fixture
-def ledger(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Call:
+def ledger(revpatch: Call) -> Call:
     """ledger(*arguments): `revpatch ledger ...`, in this process."""
-    monkeypatch.delenv("RANK", raising=False)
-
-    def call(*arguments: str | Path) -> Result:
-        monkeypatch.setattr(sys, "argv", ["revpatch", "ledger", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            main()
-        code = caught.value.code
-        return Result(code if isinstance(code, int) else int(code is not None), *capfd.readouterr())
-
-    return call
+    return partial(revpatch, "ledger")
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from revpatch.ledger.durable import sha256_of
+from revpatch.durable import sha256_of
 from revpatch.ledger.entry import EntryError, entry_name, read_entry, serialise, tensors_digest, write_entry
 
 METADATA = {"phase": "wikitext", "step": 500, "parent": None, "probes": {"base": 3.25}, "layers": [0, 1]}
@@ -122,7 +122,7 @@ def test_the_same_patch_has_the_same_bytes(tmp_path, suffix):
 def test_the_same_patch_has_the_same_bytes_in_another_process():
     code = (
         "import torch; from revpatch.ledger.entry import SUFFIXES, serialise\n"
-        "from revpatch.ledger.durable import sha256_of\n"
+        "from revpatch.durable import sha256_of\n"
         "t = {f'{a}{i}': torch.full((3,), float(i)) for i in range(12) for a in ('layer', 'tensors', '')}\n"
         "digests = [sha256_of(serialise(t, {'x': 'layer', 'y': [1, 2]}, suffix)) for suffix in SUFFIXES]\n"
     )

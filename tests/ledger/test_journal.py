@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from revpatch.ledger.durable import sha256_of
+from revpatch.durable import sha256_of
 from revpatch.ledger.journal import GENESIS, Journal, JournalError
 
 

@@ -1,11 +1,8 @@
-"""Fixtures: what says whose patches these are, a run that was never trained, and the command line."""
+"""Fixtures: what says whose patches these are, and a run that was never trained."""
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,31 +45,3 @@ def make_run(toy: Toy, identity: dict[str, Any], tmp_path: Path) -> Callable[...
         return MadeUp(directory, identity)
 
     return make
-
-
-@dataclass
-class Result:
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def revpatch(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Result]:
-    """revpatch(*arguments): the command line, in this process."""
-    from revpatch.cli import main
-
-    kept = {key: os.environ.get(key) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
-    for key in kept:
-        monkeypatch.setenv(key, "")  # so that what the command sets is undone with it
-        os.environ.pop(key)
-
-    def call(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["revpatch", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            main()
-        code = caught.value.code
-        return Result(code if isinstance(code, int) else int(code is not None), *capfd.readouterr())
-
-    return call

@@ -12,7 +12,7 @@ import torch
 
 from revpatch.ledger.entry import EntryError, serialise
 from revpatch.stream.quarantine import Broken
-from revpatch.training.engine import EngineState
+from revpatch.training.engine_state import EngineState
 from revpatch.training.guard import Comparison
 from revpatch.training.probe import Measurement
 from revpatch.training.rollback import GoodState
