@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -23,6 +24,15 @@ from toy import Toy, build_toy
 # A busy machine is no failure: nothing here is timed by the clock.
 settings.register_profile("revpatch", deadline=None)
 settings.load_profile("revpatch")
+HERE = Path(__file__).resolve().parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file's tests stay in one of the worker processes, as they share what is costly to make; those that set up the
+    machine itself (network namespaces, sshd, Slurm) stay in one altogether."""
+    for item in items:
+        file = item.path.relative_to(HERE)
+        item.add_marker(pytest.mark.xdist_group("launch" if file.parts[0] == "launch" else str(file)))
 
 
 @pytest.fixture(scope="session")

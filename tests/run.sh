@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Linter, type checker and tests, with all set-up.  Use: bash tests/run.sh [--slow] [PYTEST ARGUMENTS]
 # --slow adds the tests that take minutes, as CI does, and first installs what they need of Debian's packages. The exit
-# code is that of the first thing that failed.
+# code is that of the first thing that failed. WORKERS (2) processes test side by side; WORKERS=0 is one after another.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../launch/setup.sh"
 cd "$ROOT"
@@ -21,4 +21,4 @@ export TMPDIR="$SCRATCH"
 ruff check .
 ruff format --check .
 mypy
-python -m pytest --basetemp="$SCRATCH/pytest" "${MARK[@]}" "$@"
+python -m pytest --basetemp="$SCRATCH/pytest" -n "${WORKERS:-2}" --dist loadgroup "${MARK[@]}" "$@"
