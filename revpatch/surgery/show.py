@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -57,7 +58,7 @@ def print_bisection(found: Bisection, console: Console) -> None:
     text = Text()
     if found.commit is not None:
         text.append(found.commit, "bold red").append(
-            f" is the first commit found above {found.above:.4f} nats per token on {found.shards}: {found.loss:.4f}, "
+            f" is the first commit found above {_limit(found)} on {found.shards}: {found.loss:.4f}, "
             f"against {found.loss_before:.4f} of {found.before} ({found.evaluations_to_commit} evaluations)"
         )
     if found.layers:
@@ -91,6 +92,10 @@ def _colour(low: float | None, high: float | None) -> str:
     if low is not None and low > 0:
         return "red"
     return "green" if high is not None and high < 0 else ""
+
+
+def _limit(found: Bisection) -> str:
+    return "every finite loss" if found.above == sys.float_info.max else f"{found.above:.4f} nats per token"
 
 
 def _blocks(layers: Sequence[int]) -> str:

@@ -189,7 +189,7 @@ def check_origin(origin: Origin, identity: dict[str, Any]) -> None:
 def check_shape(origin: Origin, sidecar: SidecarConfig) -> None:
     """Raises ConfigError if the patch that a restored run begins with has other sidecars than the config."""
     then, now = origin.metadata["sidecar"], sidecar.model_dump(mode="json")
-    if other := [key for key in SAME_MAP if then.get(key) != now[key]]:
+    if other := [key for key in (*SAME_MAP, "layers") if then.get(key) != now[key]]:
         wrong = ", ".join(f"sidecar.{key} = {then.get(key)!r}, not {now[key]!r}" for key in other)
         raise ConfigError(f"ledger/{origin.name} is a patch of another shape: it has {wrong}; set these in the config")
 
@@ -230,7 +230,8 @@ def claim(directory: Path, named: str) -> Any:
     """Locks a run's folder until the file returned is closed. Raises ConfigError if another process holds it."""
     if (file := lock_run(directory)) is None:
         raise ConfigError(
-            f"{named}: another process is training in this folder: wait for it, stop it, or choose another folder"
+            f"{named}: another process is writing to this folder (a training, or a revert, merge, import or prune): "
+            "wait for it, stop it, or choose another folder"
         )
     return file
 
