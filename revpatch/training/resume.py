@@ -56,7 +56,8 @@ def stand(config: Config, fresh: bool, overwrite: bool) -> Standing:
 
     Raises:
         FileExistsError: the folder holds other things; or a run, and `fresh` asks for a new one without `overwrite`.
-        ConfigError: the run there was begun with another config; or another process trains in it.
+        ConfigError: the run there was begun with another config; another process writes to it; or to go on would set
+            aside a patch that a revert, merge or import has made since.
         EntryError, JournalError: the ledger or a snapshot there is damaged.
     """
     directory = Path(config.output_dir).absolute()
@@ -95,6 +96,8 @@ def stand(config: Config, fresh: bool, overwrite: bool) -> Standing:
     standing.snapshot = newest_snapshot(directory / "snapshot")
     standing.changed = compare_configs(load_config(directory / CONFIG_NAME), config, standing.snapshot, named)
     _check_history(standing)
+    if not is_over(standing, config):
+        _check_nothing_made(standing, named)
     return standing
 
 
@@ -223,6 +226,20 @@ def _check_history(standing: Standing) -> None:
             f"{standing.directory}: snapshot {snapshot.name} was written after {snapshot.events} events of a journal "
             f"whose line {snapshot.events} has sha256 {snapshot.head[:16]}…, and ledger/{JOURNAL_NAME} is not that: "
             "put back the journal that belongs to it, or remove the snapshot to go on from an older one"
+        )
+
+
+def _check_nothing_made(standing: Standing, named: str) -> None:
+    snapshot = standing.snapshot
+    events = (0 if standing.origin is None else standing.origin.events) if snapshot is None else snapshot.events
+    entries = Ledger(standing.directory / "ledger", readonly=True).entries()
+    made = [entry for entry in entries if entry.seq >= events and "made_by" in entry.fields]
+    if made:
+        place = "its beginning" if snapshot is None else f"snapshot {snapshot.name}"
+        raise ConfigError(
+            f"{named}: training goes on from {place}, and would set aside {made[-1].name}, which was made since by a "
+            "revert, merge or import. To train on from it make a new run: `revpatch ledger restore "
+            f"{standing.directory}@{Path(made[-1].name).stem} --as-new-run NEW`, then train with --set output_dir=NEW"
         )
 
 

@@ -123,6 +123,21 @@ def test_a_changed_tensor_a_foreign_name_and_a_foreign_base_are_refused(
     assert len(run.ledger.journal.records()) == events
 
 
+def test_what_is_not_finite_leaves_no_folder(run: MadeUp, tmp_path: Path, revpatch: Callable[..., Any]) -> None:
+    tensors = patch_tensors(1)
+    tensors["01.coupling.log_scale"] = torch.tensor(float("nan")).expand_as(tensors["01.coupling.log_scale"])
+    write_entry(tmp_path / "nan.pt", tensors, {**run.metadata, "phase": "first"})
+    result = revpatch("ledger", "import", tmp_path / "nan.pt", tmp_path / "new")
+    assert result.code == 2 and "01.coupling.log_scale holds values that are not finite" in result.err
+    assert not (tmp_path / "new").exists()
+
+
+def test_how_a_patch_was_begun_does_not_keep_it_out(run: MadeUp, tmp_path: Path) -> None:
+    sidecar = {**run.metadata["sidecar"], "init_scale": 0.5, "layers": [0, 1], "check_invertibility": False}
+    write_entry(tmp_path / "other.pt", patch_tensors(2), {**run.metadata, "phase": "first", "sidecar": sidecar})
+    assert import_patch(tmp_path / "other.pt", run.directory).name == "001_first_commit.pt"
+
+
 def test_no_code_is_run_and_no_other_shape_is_taken(
     run: MadeUp, folder: Path, tmp_path: Path, revpatch: Callable[..., Any]
 ) -> None:

@@ -78,7 +78,7 @@ def test_it_measures_the_patch_that_is_on(world: World) -> None:
                 parameter.zero_()
     identity = prober.measure()["first"]
     with patch_disabled(world.base):
-        expected = plain_losses(world.base, torch.from_numpy(prober.blocks["first"]))
+        expected = plain_losses(world.base, torch.from_numpy(prober.blocks["first"].astype(np.int64)))
     np.testing.assert_allclose(identity.losses, expected, rtol=2e-6)
     assert identity.changes == [0.0, 0.0]
 
