@@ -91,6 +91,19 @@ def load_patched(patch: str | Path, base: str | None = None) -> tuple[nn.Module,
     Raises:
         FileNotFoundError: there is no such file, folder or run.
         ValueError: it is no patch, is damaged, is not what the journal recorded, or belongs to another base.
+
+    >>> import tempfile, revpatch
+    >>> from tokenizers import Tokenizer, models
+    >>> from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+    >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=8, n_layer=2, n_head=2)).eval()
+    >>> patch = revpatch.Patch(8, 2, revpatch.SidecarConfig(bottleneck=2))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     model.save_pretrained(folder)
+    ...     _ = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel())).save_pretrained(folder)
+    ...     revpatch.save_patch(patch, f"{folder}/mine.pt")
+    ...     patched, tokenizer = revpatch.load_patched(f"{folder}/mine.pt", base=folder)
+    >>> revpatch.is_patched(patched)
+    True
     """
     return load_hashed(patch, base)[:2]
 

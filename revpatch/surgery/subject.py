@@ -9,16 +9,15 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from revpatch.config import BaseConfig, SidecarConfig
+from revpatch.config import SidecarConfig
 from revpatch.durable import sha256_of_file
 from revpatch.ledger.entry import EntryError
 from revpatch.ledger.history import Ledger, Recorded
 from revpatch.ledger.layers import check_comparable
 from revpatch.ledger.references import Located, locate
-from revpatch.loading import load_hashed, whose
+from revpatch.loading import DTYPES, load_base, load_hashed, whose
 from revpatch.patch.families import blocks_of, width_of
 from revpatch.patch.patched_model import Patch, attach, base_sha256, check_fits, load_patch, switchboard
-from revpatch.training.startup import load_base
 
 
 @dataclass(frozen=True)
@@ -99,10 +98,11 @@ class Subject:
     def bare(
         cls, name: str, revision: str | None = None, dtype: str = "float32", device: torch.device | None = None
     ) -> Subject:
-        """A base that no patch has been named for. Raises ConfigError if it can't be had or is of an unknown family."""
-        model = load_base(
-            BaseConfig.model_validate({"model": name, "revision": revision, "dtype": dtype}), torch.device("cpu")
-        )
+        """A base that no patch has been named for. Raises ValueError if it can't be had or is of an unknown family."""
+        try:
+            model = load_base(name, revision, DTYPES[dtype])
+        except ValueError as error:
+            raise ValueError(f"base {error}; name its folder with --base") from error
         attach(model, SidecarConfig(bottleneck=1))
         return cls(model, AutoTokenizer.from_pretrained(name, revision=revision), None, device)
 
