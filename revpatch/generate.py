@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -81,13 +82,15 @@ class Writer:
             )
         return ids.to(self.device), wanted or min(DEFAULT_NEW_TOKENS, room)
 
-    def write(self, prompt: str, gate: str = "learned", streamer: Any = None) -> list[str]:
-        """The prompt and what the model writes after it, once for each sample.
+    def write(self, prompt: str, gate: str = "learned", streamer: Any = None) -> Iterator[str]:
+        """The prompt and what the model writes after it, once for each sample; each is written when it is asked for.
+
+        One after the other, so that a sample is the same whether it is shown as it is written or not.
 
         Args:
             prompt: at least one token long.
             gate: "learned", "on" or "off".
-            streamer: of transformers; is handed the tokens as they are written. For a single sample.
+            streamer: of transformers; is handed the tokens as they are written.
 
         Raises:
             ValueError: an unknown gate mode; as `check`.
@@ -96,8 +99,12 @@ class Writer:
             raise ValueError(f"--gate {gate!r}: choose learned, on or off")
         ids, new_tokens = self.check(prompt)
         set_gate(self.model, cast(GateMode, gate))
+        torch.manual_seed(self.sampling.seed)
+        for _ in range(self.sampling.num_samples):
+            yield self._sample(ids, new_tokens, streamer)
+
+    def _sample(self, ids: Tensor, new_tokens: int, streamer: Any) -> str:
         how = self.sampling
-        torch.manual_seed(how.seed)
         drawn = {} if how.greedy else {"temperature": how.temperature, "top_p": how.top_p, "top_k": how.top_k}
         out = self.model.generate(  # type: ignore[operator]
             ids,
@@ -106,10 +113,10 @@ class Writer:
             max_new_tokens=new_tokens,
             repetition_penalty=how.repetition_penalty,
             no_repeat_ngram_size=how.no_repeat_ngram,
-            num_return_sequences=how.num_samples,
             pad_token_id=self.tokenizer.eos_token_id,
             use_cache=switchboard(self.model).attached.config.gate != "seq",
             streamer=streamer,
             **drawn,
         )
-        return [self.tokenizer.decode(text, skip_special_tokens=True) for text in out]
+        text: str = self.tokenizer.decode(out[0], skip_special_tokens=True)
+        return text

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Column, Table
 from rich.text import Text
 
+from revpatch.cli_options import BaseOption, JsonOption, print_json
 from revpatch.monitoring.terminal import console
 
 if TYPE_CHECKING:
@@ -24,43 +24,49 @@ def generate(
     ],
     prompt: Annotated[list[str] | None, typer.Option(help="Text to go on from; may be given several times.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="Text file with a prompt a line.")] = None,
-    base: Annotated[
-        str | None, typer.Option(help="Base model; default: the name that the patch was trained with.")
-    ] = None,
+    base: BaseOption = None,
     gate: Annotated[
         str | None, typer.Option(help="learned (default), on (all gates 1) or off (the base alone).")
     ] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Off and learned, side by side.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, when all is written.")] = False,
+    as_json: JsonOption = False,
     greedy: Annotated[bool, typer.Option("--greedy", help="The likeliest token each time.")] = False,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens to write; default 80, or what the model has room for.")
     ] = None,
-    temperature: Annotated[float, typer.Option(min=0.01, help="Of the sampling.")] = 0.8,
-    top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="Mass of the nucleus.")] = 0.9,
-    top_k: Annotated[int, typer.Option(min=0, help="Draw from the likeliest tokens alone; 0 is all.")] = 0,
+    temperature: Annotated[float | None, typer.Option(min=0.01, help="Of the sampling; default 0.8.")] = None,
+    top_p: Annotated[float | None, typer.Option(min=0.01, max=1.0, help="Mass of the nucleus; default 0.9.")] = None,
+    top_k: Annotated[
+        int | None, typer.Option(min=0, help="Draw from the likeliest tokens alone; 0 (default) is all.")
+    ] = None,
     repetition_penalty: Annotated[float, typer.Option(min=1.0, help="1 is none.")] = 1.15,
     no_repeat_ngram: Annotated[int, typer.Option(min=0, help="No n-gram of this size twice; 0 allows it.")] = 4,
     num_samples: Annotated[int, typer.Option(min=1, help="Texts for each prompt.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the sampling, anew for each prompt.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**63 - 1, help="Of the sampling, anew for each prompt; default 0.")
+    ] = None,
 ) -> None:
-    """Write text with a patch on, off, or as its gates have learned; a single text is shown as it is written."""
+    """Write text with a patch on, off, or as its gates have learned; shown as it is written."""
     if prompt is None and prompt_file is None:
         raise typer.BadParameter("give --prompt or --prompt-file", param_hint="--prompt")
     if compare and gate is not None:
         raise ValueError(f"--compare shows the gate off and learned: leave out --gate {gate}")
+    drawing = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+    given: dict[str, Any] = {name: value for name, value in drawing.items() if value is not None}
+    if greedy and given:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ValueError(f"--greedy draws nothing, so {options} would change nothing: leave out one or the other")
     prompts = [*(prompt or []), *(_lines(prompt_file) if prompt_file else [])]
     from revpatch.generate import Sampling, Writer
 
-    sampling = Sampling(
-        *(greedy, max_new_tokens, temperature, top_p, top_k, repetition_penalty, no_repeat_ngram, num_samples, seed)
-    )
+    always: dict[str, Any] = {"repetition_penalty": repetition_penalty, "no_repeat_ngram": no_repeat_ngram}
+    sampling = Sampling(greedy, max_new_tokens, num_samples=num_samples, **always, **given)
     writer = Writer.load(patch, sampling, base)
     for text in prompts:
         writer.check(text)
     gates = COMPARED if compare else (gate or "learned",)
     if as_json:
-        _print_json(writer, patch, prompts, gates)
+        print_json({"patch": patch, "seed": sampling.seed, "texts": _texts(writer, prompts, gates)})
     elif compare:
         _print_compared(writer, prompts)
     else:
@@ -82,30 +88,25 @@ def _lines(file: Path) -> list[str]:
 
 def _print_texts(writer: Writer, prompts: list[str], gate: str) -> None:
     """A single text is all that is printed; several have a line before each that says which it is."""
+    from transformers import TextStreamer
+
     samples = writer.sampling.num_samples
     for number, prompt in enumerate(prompts, 1):
-        heads = [f"[prompt {number} of {len(prompts)}, sample {i} of {samples}]" for i in range(1, samples + 1)]
-        several = len(prompts) * samples > 1
-        if samples == 1:
-            from transformers import TextStreamer
-
-            if several:
-                typer.echo(heads[0])
-            writer.write(prompt, gate, TextStreamer(writer.tokenizer, skip_special_tokens=True))
-            continue
-        for head, text in zip(heads, writer.write(prompt, gate), strict=True):
-            typer.echo(head)
-            typer.echo(text)  # as it is: a console would expand tabs and :names:
+        streamer = TextStreamer(writer.tokenizer, skip_special_tokens=True)
+        texts = writer.write(prompt, gate, streamer)
+        for sample in range(1, samples + 1):
+            if len(prompts) * samples > 1:
+                typer.echo(f"[prompt {number} of {len(prompts)}, sample {sample} of {samples}]")
+            next(texts)
 
 
-def _print_json(writer: Writer, patch: str, prompts: list[str], gates: tuple[str, ...]) -> None:
-    texts = [
+def _texts(writer: Writer, prompts: list[str], gates: tuple[str, ...]) -> list[dict[str, Any]]:
+    return [
         {"prompt": prompt, "gate": gate, "sample": sample, "text": text}
         for prompt in prompts
         for gate in gates
         for sample, text in enumerate(writer.write(prompt, gate), 1)
     ]
-    typer.echo(json.dumps({"patch": patch, "seed": writer.sampling.seed, "texts": texts}, ensure_ascii=False, indent=1))
 
 
 def _print_compared(writer: Writer, prompts: list[str]) -> None:

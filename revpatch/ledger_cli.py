@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import gc
-import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.text import Text
 
+from revpatch.cli_options import (
+    BaseOption,
+    BlocksOption,
+    JsonOption,
+    ReferenceArgument,
+    RunArgument,
+    print_json,
+    print_line,
+)
 from revpatch.monitoring.terminal import console, say
 
 app = typer.Typer(no_args_is_help=True)
-
-RunArgument = Annotated[Path, typer.Argument(help="Folder of the run.")]
-_REFERENCE = typer.Argument(metavar="REF", help="A patch file, a run (its newest commit), or RUN@ENTRY.")
-JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document instead of text.")]
 
 
 @app.callback()
@@ -29,29 +33,16 @@ def common(context: typer.Context) -> None:
         context.call_on_close(gc.enable)
 
 
-def _print_json(value: Any) -> None:
-    """`value` is plain, as `ledger.plain` defines it."""
-    from revpatch.ledger.paint import Painter
-
-    Painter(console).print([json.dumps(value, allow_nan=False)])
-
-
 @app.command("log")
 def ledger_log(run: RunArgument, as_json: JsonOption = False) -> None:
     """List what happened in a run: entries, probes against their tolerance, rollbacks and why, commits."""
+    from revpatch.ledger.log import as_json as told
     from revpatch.ledger.show import print_log
 
-    if not as_json:
+    if as_json:
+        print_line(told(run))
+    else:
         print_log(run, console)
-        return
-    from revpatch.ledger.history import JOURNAL_NAME
-    from revpatch.ledger.journal import Journal
-    from revpatch.ledger.log import states_of
-
-    journal = Journal(run / "ledger" / JOURNAL_NAME, readonly=True)
-    events = journal.records()
-    told = [{**event, "state": state} for event, state in zip(events, states_of(events), strict=True)]
-    _print_json({"run": str(run), "head": journal.head, "events": told})
 
 
 @app.command("verify")
@@ -67,57 +58,64 @@ def ledger_verify(
         bool,
         typer.Option("--removal", help="Prove too that the newest patch leaves no trace; needs the base."),
     ] = False,
-    base: Annotated[str | None, typer.Option(help="Base model for --removal; default: as the patch names it.")] = None,
+    base: BaseOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check the journal's hash chain, every entry's sha256, and what lies beside them.
 
-    Ends with exit code 1 if there is anything wrong.
+    Ends with exit code 1 if there is anything wrong. The removal is proved only of a ledger that is whole.
     """
     from revpatch.ledger.audit import verify
     from revpatch.ledger.show import print_verdict
 
     report = verify(run, head, hash_files)
-    proof = None
-    if removal:
+    if not as_json:
+        print_verdict(report, console)
+    proof, unproved = None, None
+    if removal and report.ok:
         from revpatch.surgery.removal import prove_removal
 
-        proof = prove_removal(str(run), base)
+        try:
+            proof = prove_removal(str(run), base)
+        except (ValueError, OSError) as error:  # such as a base that is not here: the verdict above stands
+            unproved = error
     if as_json:
-        proven = {} if proof is None else {"removal": proof.as_fields()}
-        _print_json({"ok": report.ok, **asdict(report), "directory": str(report.directory), **proven})
-    else:
-        print_verdict(report, console)
-    if proof is not None and not as_json:
+        proven = {"removal": None if proof is None else proof.as_fields()} if removal else {}
+        print_json({"ok": report.ok, **asdict(report), "directory": str(report.directory), **proven})
+    elif proof is not None:
         from revpatch.surgery.show import print_removal
 
         print_removal(proof, console)
+    elif removal and unproved is None:
+        say("the removal was not looked into: it is proved of a ledger that is whole")
+    if unproved is not None:
+        raise unproved
     if not report.ok or (proof is not None and not proof.ok):
         raise typer.Exit(1)
 
 
 @app.command("show")
-def ledger_show(reference: Annotated[str, _REFERENCE], as_json: JsonOption = False) -> None:
+def ledger_show(reference: ReferenceArgument, as_json: JsonOption = False) -> None:
     """Say what a patch is: where it comes from, its held-out losses, and each layer's norm, gate and scale."""
     from revpatch.ledger.inspection import inspect
     from revpatch.ledger.show_patch import print_patch
 
     facts = inspect(reference)
     if as_json:
-        _print_json(facts.as_fields())
+        print_json(facts.as_fields())
     else:
         print_patch(facts, console)
 
 
 @app.command("diff")
 def ledger_diff(
-    first: Annotated[str, _REFERENCE],
-    second: Annotated[str, _REFERENCE],
+    first: ReferenceArgument,
+    second: ReferenceArgument,
     shards: Annotated[
         list[str] | None, typer.Option(help="Shards on which to measure the loss of each; needs the base. Repeatable.")
     ] = None,
-    base: Annotated[str | None, typer.Option(help="Base model for --shards; default: as the first names it.")] = None,
-    blocks: Annotated[int | None, typer.Option(min=1, help="At most so many blocks of each set.")] = None,
+    base: BaseOption = None,
+    blocks: BlocksOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Hold two patches of one base against each other: per layer norm, cosine, gate and scale; recorded losses."""
@@ -132,7 +130,7 @@ def ledger_diff(
         losses = losses_of([first, second], shards, base, blocks)
     if as_json:
         measured = {name: [of.as_fields() for of in found] for name, found in losses.items()}
-        _print_json(difference.as_fields() | ({"losses": measured} if shards else {}))
+        print_json(difference.as_fields() | ({"losses": measured} if shards else {}))
         return
     print_difference(difference, console)
     if shards:
@@ -145,7 +143,7 @@ def ledger_diff(
 
 @app.command("restore")
 def ledger_restore(
-    reference: Annotated[str, _REFERENCE],
+    reference: ReferenceArgument,
     run: Annotated[Path, typer.Option("--as-new-run", help="Folder to make; it must not exist or be empty.")],
     as_json: JsonOption = False,
 ) -> None:
@@ -154,7 +152,7 @@ def ledger_restore(
 
     restored = restore(reference, run)
     if as_json:
-        _print_json(asdict(restored))
+        print_json(asdict(restored))
         return
     say(f"{restored.run}: a new run that begins with {restored.source['file']} (sha256 {restored.source['sha256']})")
     say(f"to train on from there: revpatch train CONFIG --set output_dir={restored.run}")
@@ -173,7 +171,7 @@ def ledger_prune(
 
     pruned = prune(run, keep, dry_run)
     if as_json:
-        _print_json(asdict(pruned))
+        print_json(asdict(pruned))
         return
     for name, why in pruned.spared.items():
         say(f"kept {name}: {why}")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -17,6 +18,9 @@ from revpatch.patch.families import blocks_of, width_of
 from revpatch.patch.named import DEFAULT_NAME, add_patch, set_patch
 from revpatch.patch.patched_model import Patch, attach, base_sha256, is_patched
 from revpatch.patch.patched_model import load_patch as load_tensors
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16, "float64": torch.float64}
+"""In which a base may be held, by name. Training and surgery take the first two."""
 
 
 class Stored(NamedTuple):
@@ -43,16 +47,38 @@ def whose(source: str | Path, metadata: dict[str, Any]) -> tuple[dict[str, Any],
     """The base (with model, sha256 and dtype at least) and the sidecar config that a patch's metadata names.
 
     Raises:
-        EntryError: they name none.
+        EntryError: they name none, or say something of the base that can't be so.
     """
     try:
         base, sidecar = dict(metadata["base"]), SidecarConfig.model_validate(metadata["sidecar"])
-        return {key: base[key] for key in ("model", "sha256", "dtype")} | base, sidecar
+        base = {key: base[key] for key in ("model", "sha256", "dtype")} | base
     except (KeyError, TypeError, ValueError) as error:
         first = str(error).splitlines()[0]
         raise EntryError(
             f"{source}: expected metadata of a base and a sidecar, found none ({first}): not a patch"
         ) from error
+    for key in ("model", "revision", "sha256", "dtype"):
+        if (value := base.get(key)) is not None and not isinstance(value, str):
+            raise EntryError(f"{source}: expected text as base.{key}, found {value!r}: not a patch that revpatch wrote")
+    if base["dtype"] not in (None, *DTYPES):
+        raise EntryError(
+            f"{source}: expected one of {', '.join(DTYPES)} as base.dtype, found {base['dtype']!r}: not a patch that "
+            "revpatch wrote"
+        )
+    return base, sidecar
+
+
+def load_base(name: str, revision: str | None, dtype: torch.dtype) -> nn.Module:
+    """A base in eval mode, on the CPU.
+
+    Raises:
+        ValueError: it is not there, or its weights are broken.
+    """
+    try:
+        base = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{name}: can't be loaded: {str(error).strip().splitlines()[0]}") from error
+    return cast(nn.Module, base.eval())
 
 
 def load_patched(patch: str | Path, base: str | None = None) -> tuple[nn.Module, Any]:
@@ -65,22 +91,39 @@ def load_patched(patch: str | Path, base: str | None = None) -> tuple[nn.Module,
     Raises:
         FileNotFoundError: there is no such file, folder or run.
         ValueError: it is no patch, is damaged, is not what the journal recorded, or belongs to another base.
+
+    >>> import tempfile, revpatch
+    >>> from tokenizers import Tokenizer, models
+    >>> from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+    >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=8, n_layer=2, n_head=2)).eval()
+    >>> patch = revpatch.Patch(8, 2, revpatch.SidecarConfig(bottleneck=2))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     model.save_pretrained(folder)
+    ...     _ = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel())).save_pretrained(folder)
+    ...     revpatch.save_patch(patch, f"{folder}/mine.pt")
+    ...     patched, tokenizer = revpatch.load_patched(f"{folder}/mine.pt", base=folder)
+    >>> revpatch.is_patched(patched)
+    True
     """
+    return load_hashed(patch, base)[:2]
+
+
+def load_hashed(patch: str | Path, base: str | None = None) -> tuple[nn.Module, Any, str]:
+    """The same, and the base's sha256, rounded as patches name it."""
     stored = read_patch(patch)
     name = base or stored.base["model"]
     if name is None:
         raise ValueError(f"{patch} doesn't say what its base is called: name it with --base (base=)")
+    revision = stored.base.get("revision") if base is None else None
     try:
-        revision = stored.base.get("revision") if base is None else None
-        dtype = getattr(torch, stored.base["dtype"] or "float32")
-        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype)
+        model = load_base(name, revision, DTYPES[stored.base["dtype"] or "float32"])
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-    except OSError as error:
-        raise ValueError(f"base {name}: {str(error).splitlines()[0]}; name its folder with --base") from error
-    _check_base(patch, stored, model, name)
-    model.eval()
+    except (OSError, ValueError) as error:
+        words = str(error).splitlines()[0].removeprefix(f"{name}: ")
+        raise ValueError(f"base {name}: {words}; name its folder with --base") from error
+    sha256 = _check_base(patch, stored, model, name)
     attach(model, _patch_of(patch, stored, model))
-    return cast(nn.Module, model), tokenizer
+    return model, tokenizer, sha256
 
 
 def load_patch(model: nn.Module, source: str | Path, name: str = DEFAULT_NAME) -> Patch:
@@ -135,13 +178,15 @@ def from_pretrained(model: nn.Module, folder: str | Path, name: str = DEFAULT_NA
     return load_patch(model, folder, name)
 
 
-def _check_base(source: str | Path, stored: Stored, model: nn.Module, name: str) -> None:
-    expected = stored.base["sha256"]
-    if expected is not None and (found := base_sha256(model, rounded=True)) != expected:
+def _check_base(source: str | Path, stored: Stored, model: nn.Module, name: str) -> str:
+    """The model's sha256, if it is that of the patch's base or the patch names none."""
+    expected, found = stored.base["sha256"], base_sha256(model, rounded=True)
+    if expected is not None and found != expected:
         raise ValueError(
             f"{source} is a patch of a base with sha256 {expected[:16]}…, but {name} has {found[:16]}…: name the right "
             "base with --base (base=)"
         )
+    return found
 
 
 def _patch_of(source: str | Path, stored: Stored, model: nn.Module) -> Patch:

@@ -21,12 +21,32 @@ def save_patch(patch: Patch | nn.Module, file: str | Path) -> None:
     Raises:
         ValueError: the model carries no patch, the file's name can't be used, or the file is there with other content.
         OSError: the disk fails.
+
+    >>> import tempfile, revpatch
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=8, n_layer=2, n_head=2)).eval()
+    >>> patch = revpatch.attach(model, revpatch.SidecarConfig(bottleneck=2))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     revpatch.save_patch(model, f"{folder}/mine.safetensors")
+    ...     again = revpatch.load_patch(model, f"{folder}/mine.safetensors", name="again")
+    >>> again.config == patch.config
+    True
     """
     write_entry(Path(file), *_stored(patch))
 
 
 def save_pretrained(patch: Patch | nn.Module, folder: str | Path) -> None:
-    """The same, as a folder of a config and safetensors; raises as `save_patch`."""
+    """The same, as a folder of a config and safetensors; raises as `save_patch`.
+
+    >>> import tempfile, revpatch
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=8, n_layer=2, n_head=2)).eval()
+    >>> patch = revpatch.attach(model, revpatch.SidecarConfig(bottleneck=2))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     revpatch.save_pretrained(model, folder)
+    ...     sorted(path.name for path in Path(folder).iterdir())
+    ['patch_config.json', 'patch_model.safetensors']
+    """
     write_folder(Path(folder), *_stored(patch))
 
 

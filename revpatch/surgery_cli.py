@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from revpatch.ledger.plain import to_plain
+from revpatch.cli_options import BaseOption, BlocksOption, JsonOption, RunArgument, print_json
 from revpatch.monitoring.terminal import console, say
 
-RunArgument = Annotated[Path, typer.Argument(help="Folder of the run.")]
 ShardsOption = Annotated[
     list[str] | None, typer.Option(help="Folder or URL of held-out shards; may be given several times.")
 ]
-BaseOption = Annotated[str | None, typer.Option(help="Base model; default: the name that the patch was trained with.")]
-BlocksOption = Annotated[
-    int | None, typer.Option(min=1, help="Use at most so many blocks of each set, evenly spread; default all.")
-]
 ForceOption = Annotated[bool, typer.Option("--force", help="Write the entry even if the guard doesn't agree.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 ConfidenceOption = Annotated[float, typer.Option(min=0.5, max=0.9999, help="Of the intervals.")]
 
 
@@ -64,7 +56,7 @@ def probe(
     if launch.rank != 0:
         return
     if as_json:
-        _print_json({"patch": patch, "ranks": launch.world, "sets": [of.as_fields() for of in found]})
+        print_json({"patch": patch, "ranks": launch.world, "sets": [of.as_fields() for of in found]})
     else:
         print_losses(found, console)
 
@@ -92,7 +84,7 @@ def ledger_bisect(
     progress = Console(stderr=True, soft_wrap=True, emoji=False) if as_json else console
     found = bisect(run, shards, above, base, blocks, confidence, lambda done: print_evaluation(done, progress))
     if as_json:
-        _print_json(found.as_fields())
+        print_json(found.as_fields())
     else:
         print_bisection(found, console)
 
@@ -153,14 +145,14 @@ def ledger_export(
     _alone()
     files = export(patch, to, out, base)
     if as_json:
-        _print_json({"patch": patch, "to": to, "files": {str(path): path.stat().st_size for path in files}})
+        print_json({"patch": patch, "to": to, "files": {str(path): path.stat().st_size for path in files}})
         return
     for path in files:
         say(f"{path}  {path.stat().st_size:,} bytes")
 
 
 def ledger_import(
-    source: Annotated[Path, typer.Argument(help="A patch file, or a folder that export wrote.")],
+    source: Annotated[Path, typer.Argument(help="A patch file, or a folder of export or save_pretrained.")],
     run: Annotated[Path, typer.Argument(help="A run, or a new folder.")],
     as_json: JsonOption = False,
 ) -> None:
@@ -175,7 +167,7 @@ def _print_made(made: Any, as_json: bool) -> None:
     from revpatch.surgery.show import print_made
 
     if as_json:
-        _print_json(made.as_fields())
+        print_json(made.as_fields())
     else:
         print_made(made, console)
     if made.name is None:
@@ -193,7 +185,3 @@ def _numbers(text: str, option: str, kind: Any) -> list[Any]:
 def _alone() -> None:
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ValueError("this command runs in one process: start it without a launcher (probe takes any number)")
-
-
-def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(to_plain(value), indent=2, ensure_ascii=False) + "\n")

@@ -23,13 +23,15 @@ from toy import POSITIONS, Toy, save_base
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from revpatch.cli import main
-from revpatch.config import Config
+from revpatch.config import Config, ConfigError
 from revpatch.config_file import load_config
-from revpatch.ledger.entry import read_entry, serialise
+from revpatch.ledger.entry import read_entry, serialise, write_entry
+from revpatch.ledger.journal import Journal
 from revpatch.monitoring.terminal import log_to
 from revpatch.stream.manifest import Manifest
 from revpatch.training import startup
 from revpatch.training.objective import TERMS
+from revpatch.training.resume import stand
 
 STEPS = {"first": 14, "second": 12}
 PROMPT = "the little kettle"
@@ -438,6 +440,32 @@ def test_verify_is_content_with_a_whole_ledger_and_not_with_a_flipped_bit(
     assert "sha256" in result.out
 
 
+def test_the_base_of_a_trained_run_is_that_of_its_start_and_its_end(run: Run, revpatch: Call) -> None:
+    told = revpatch("ledger", "verify", run.directory, "--removal", "--json").json()["removal"]
+    assert [noted["event"] for noted in told["noted"]] == ["run", "run_end"]
+    assert all(noted["same_weights"] for noted in told["noted"]) and told["ok"]
+    journal = Journal(run.directory / "ledger/journal.jsonl", readonly=True).records()
+    start, end = (event["bare_base"] for event in journal if "bare_base" in event)
+    assert start == end
+
+
+def test_training_on_does_not_set_a_made_patch_aside(run: Run, revpatch: Call, tmp_path: Path) -> None:
+    copied = copy_of(run, tmp_path)
+    (tmp_path / "alone").mkdir()
+    shutil.copy(run.entry("000_first_commit.pt"), tmp_path / "alone/patch.pt")
+    assert revpatch("ledger", "import", tmp_path / "alone/patch.pt", copied).code == 0
+    before = Journal(copied / "ledger/journal.jsonl", readonly=True).head
+    loaded = load_config(run.config, [*run.overrides, f"output_dir={copied}"])
+    standing = stand(loaded, fresh=False, overwrite=False)  # nothing is left to train: nothing is set aside
+    standing.lock.close()
+    third = loaded.phases[0].model_copy(update={"name": "third"})
+    with pytest.raises(
+        ConfigError, match=r"would set aside 002_first_commit\.pt.*ledger restore \S.*@002_first_commit"
+    ):
+        stand(loaded.model_copy(update={"phases": [*loaded.phases, third]}), fresh=False, overwrite=False)
+    assert Journal(copied / "ledger/journal.jsonl", readonly=True).head == before
+
+
 def test_a_folder_that_is_no_run(revpatch: Call, tmp_path: Path) -> None:
     one_line(revpatch("ledger", "log", tmp_path), tmp_path, "not there")
     assert revpatch("ledger", "verify", tmp_path).code == 1
@@ -502,7 +530,6 @@ def test_the_seed_decides_what_is_drawn(text: Callable[..., str]) -> None:
     drawn = [text("--seed", seed, "--temperature", "2") for seed in ("1", "1", "2")]
     assert drawn[0] == drawn[1]
     assert drawn[0] != drawn[2]
-    assert text("--greedy", "--seed", "1") == text("--greedy", "--seed", "2"), "greedy draws nothing"
 
 
 def test_the_other_name_of_the_option_and_safetensors_give_the_same(
@@ -587,6 +614,9 @@ def test_several_prompts_and_samples(run: Run, text: Callable[..., str], revpatc
     ]
     assert told["texts"][0]["text"] != told["texts"][1]["text"]
     assert all(t["text"].startswith(t["prompt"]) and t["gate"] == "learned" for t in told["texts"])
+    shown = revpatch(*command, "--num-samples", "2", "--temperature", "2").out
+    heads = [f"[prompt {prompt} of 3, sample {sample} of 2]" for prompt in (1, 2, 3) for sample in (1, 2)]
+    assert shown == "".join(f"{head}\n{t['text']}\n" for head, t in zip(heads, told["texts"], strict=True))
 
 
 def test_top_k_of_one_is_greedy(text: Callable[..., str]) -> None:
@@ -626,6 +656,9 @@ def test_a_text_is_shown_while_it_is_written(run: Run, monkeypatch: pytest.Monke
     assert len([text for text, _ in seen if text]) > 3
     assert "".join(text for text, _ in seen) + "\n" == result.out
     seen.clear()
+    revpatch(*command, "--num-samples", "2")
+    assert [end for _, end in seen].count(True) == 2, "several are shown as they are written too"
+    seen.clear()
     assert json.loads(revpatch(*command, "--json").out)["texts"][0]["text"] + "\n" == result.out
     assert not seen
 
@@ -659,6 +692,8 @@ def test_mistakes_in_generating_are_told_in_words(run: Run, toy: Toy, tmp_path: 
     refused("--gate 'half'", "learned, on or off", more=("--gate", "half"))
     refused("--compare", "leave out --gate on", more=("--gate", "on", "--compare"))
     refused("--greedy", "all 3 samples", "--num-samples", more=("--greedy", "--num-samples", "3"))
+    for option in ("--temperature", "--top-p", "--top-k", "--seed"):
+        refused("--greedy draws nothing", option, more=("--greedy", option, "1"))
     blank = tmp_path / "blank.txt"
     blank.write_text("\n \n", encoding="utf-8")
     refused("--prompt-file", blank, "a prompt a line", more=("--prompt-file", blank))
@@ -672,6 +707,17 @@ def test_mistakes_in_generating_are_told_in_words(run: Run, toy: Toy, tmp_path: 
     cut = tmp_path / "cut.pt"
     cut.write_bytes(entry.read_bytes()[:-1000])
     refused(cut, "truncated or damaged", patch=cut)
+    script = tmp_path / "script.pt"
+    torch.jit.script(torch.nn.Linear(2, 2)).save(str(script))
+    refused(script, "a TorchScript archive", "Nothing in it was run", patch=script)
+    tensors, metadata = read_entry(entry)
+    for number, (key, value) in enumerate((("dtype", "nonsense"), ("dtype", 16), ("sha256", 7), ("model", ["x"]))):
+        wrong = tmp_path / f"wrong{number}.pt"
+        write_entry(wrong, tensors, {**metadata, "base": {**metadata["base"], key: value}})
+        refused(wrong, f"base.{key}", repr(value), patch=wrong)
+    torn = Path(shutil.copytree(toy.base, tmp_path / "torn"))
+    (torn / "model.safetensors").write_bytes((toy.base / "model.safetensors").read_bytes()[:-1000])
+    refused(torn, "can't be loaded", "--base", more=("--base", torn))
     empty = tmp_path / "empty.pt"
     empty.touch()
     refused(empty, "not a revpatch entry", patch=empty)

@@ -39,10 +39,10 @@ def page(run: Path, prompts: list[str], sampling: Sampling, base: str | None = N
         raise ValueError(f"{run} has no commit yet: there is nothing to read")
     model, tokenizer = load_patched(f"{run}@{commits[0].name}", base)
     writer = Writer(model, tokenizer, sampling)
-    texts = {"the base, without a patch": {prompt: writer.write(prompt, "off")[0] for prompt in prompts}}
+    texts = {"the base, without a patch": {prompt: next(writer.write(prompt, "off")) for prompt in prompts}}
     for entry in commits:
         load_patch(model, read_patch(f"{run}@{entry.name}").tensors)
-        texts[Path(entry.name).stem] = {prompt: writer.write(prompt)[0] for prompt in prompts}
+        texts[Path(entry.name).stem] = {prompt: next(writer.write(prompt)) for prompt in prompts}
     how = "greedy" if sampling.greedy else f"sampled with seed {sampling.seed}, temperature {sampling.temperature}"
     lines = [f"# What {run.name} writes", "", f"{len(commits)} commits, {len(prompts)} prompts, {how}.", ""]
     for prompt in prompts:

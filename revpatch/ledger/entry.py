@@ -20,6 +20,7 @@ import json
 import pickle
 import re
 import sys
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -204,6 +205,11 @@ def _unpack_pt(path: Path, data: bytes) -> tuple[Any, dict[str, Tensor]]:
             f"({_reason(error)}). Nothing was executed. Don't load it with anything else; ask where it came from."
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        if _is_torchscript(data):
+            raise EntryError(
+                f"{path} is refused: expected tensors and texts, found a TorchScript archive, which is a program. "
+                "Nothing in it was run. Give a file that revpatch wrote."
+            ) from error
         raise EntryError(
             f"{path} is truncated or damaged ({len(data)} bytes; {_reason(error)}). Take it from a backup, or go back "
             "to another entry."
@@ -215,6 +221,14 @@ def _unpack_pt(path: Path, data: bytes) -> tuple[Any, dict[str, Tensor]]:
     if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
         raise _foreign(path, "its tensors are not a table by name")
     return payload["header"], tensors
+
+
+def _is_torchscript(data: bytes) -> bool:
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except (zipfile.BadZipFile, ValueError, RuntimeError):
+        return False
 
 
 def _unpack_safetensors(path: Path, data: bytes) -> tuple[Any, dict[str, Tensor]]:

@@ -117,6 +117,10 @@ class Journal:
         """All events, oldest first, each with `seq`, `time`, `event`, its fields, and `previous`."""
         return list(self._records)
 
+    def lines(self) -> list[bytes]:
+        """The same as they stand in the file, each without its newline; read anew. Raises OSError."""
+        return self.path.read_bytes()[: self._size].split(b"\n")[: len(self._records)]
+
     def append(self, event: str, **fields: Any) -> dict[str, Any]:
         """Writes an event, synced to disk before this returns, and returns it as recorded.
 

@@ -19,8 +19,9 @@ from revpatch.ledger.entry import EntryError
 if TYPE_CHECKING:
     from torch import Tensor
 
-SAME_MAP = ("bottleneck", "activation", "normalize", "gate", "placement", "layers")
-"""The knobs of a sidecar in which two patches must agree for their weights to mean the same."""
+SAME_MAP = ("bottleneck", "activation", "normalize", "gate", "placement")
+"""The knobs of a sidecar in which two patches must agree for their weights to mean the same; which blocks have one, the
+names of the tensors say. The others say how training began or what was tested then."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def check_comparable(names: tuple[str, str], metadata: tuple[Any, Any], tensors:
     if bases[0].get("sha256") != bases[1].get("sha256"):
         raise EntryError(
             f"{names[0]} and {names[1]} are patches of two bases: {_base(bases[0])} and {_base(bases[1])}. Only "
-            "patches of one base can be compared"
+            "patches of one base go together"
         )
     other = [key for key in SAME_MAP if sidecars[0].get(key) != sidecars[1].get(key)]
     if other:

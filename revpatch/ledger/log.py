@@ -66,6 +66,19 @@ def rows_of(events: list[dict[str, Any]]) -> Iterator[LogRow]:
         yield _row(event, told, state)
 
 
+def as_json(run: Path) -> str:
+    """The run, the journal's head and all events, each with its `state`, as one line of JSON.
+
+    The events are the journal's own lines, which are JSON already. Raises JournalError for a damaged journal.
+    """
+    journal = Journal(run / "ledger" / JOURNAL_NAME, readonly=True)
+    states = states_of(journal.records())
+    events = ", ".join(
+        f'{line.decode()[:-1]},"state":"{state}"}}' for line, state in zip(journal.lines(), states, strict=True)
+    )
+    return f'{{"run": {json.dumps(str(run))}, "head": "{journal.head}", "events": [{events}]}}'
+
+
 def readings(sets: Any) -> list[ProbeReading]:
     """The `sets` of a probe or an entry; what is no such table has none."""
     return [_reading(name, values) for name, values in sets.items()] if isinstance(sets, dict) else []
@@ -111,11 +124,30 @@ def _row(event: dict[str, Any], probes: list[ProbeReading], state: str) -> LogRo
 def _note(event: dict[str, Any]) -> str:
     kind = event["event"]
     if kind == "entry" and "restored" not in event:
-        return str(event.get("file", ""))
+        file, how = str(event.get("file", "")), how_made(event.get("made_by"))
+        return f"{file}, {how}" if how else file
     rest = {key: value for key, value in event.items() if key not in _IN_COLUMNS}
     if kind in _NOTES:
         return _NOTES[kind](rest)
     return _listed(rest)
+
+
+def how_made(made_by: Any) -> str:
+    """How an entry was made that was not trained, in words, and that it was forced; empty for any other."""
+    if not isinstance(made_by, dict):
+        return ""
+    operation, get = made_by.get("operation"), made_by.get
+    words = str(operation)
+    if operation == "revert":
+        words += f" of {get('phase')}"
+        if get("method") == "bypass":
+            words += f" by bypassing the sidecars after blocks {_names(get('layers'))}"
+    elif operation == "merge" and isinstance(parents := get("parents"), list):
+        words += f" of {_names([_short(sha256) for sha256 in parents])} with weights {_names(get('weights'))}"
+    elif operation == "import":
+        words += f" of {_short(get('sha256'))}"
+        words += f", itself made by {earlier}" if (earlier := how_made(get("made_by"))) else ""
+    return f"{words}, forced: {get('forced')}" if "forced" in made_by else words
 
 
 def _listed(rest: dict[str, Any]) -> str:
@@ -155,9 +187,15 @@ def _note_of_run(rest: dict[str, Any]) -> str:
     base, facts = (rest[key] if isinstance(rest.get(key), dict) else {} for key in ("base", "facts"))
     if not base:
         return _listed(rest)
-    pieces = [f"base {base.get('model')} ({base.get('dtype')}, sha256 {str(base.get('sha256'))[:12]}…)"]
+    pieces = [f"base {base.get('model')} ({base.get('dtype')}, sha256 {_short(base.get('sha256'))})"]
     pieces += [f"{key} {facts[key]}" for key in _IN_NOTE_OF_RUN if key in facts]
     return ", ".join([*pieces, f"seed {rest.get('seed')}"])
+
+
+def _note_of_run_end(rest: dict[str, Any]) -> str:
+    base = rest.pop("bare_base", None)
+    pieces = [f"the base's weights have sha256 {_short(base.get('weights'))}"] if isinstance(base, dict) else []
+    return ", ".join([*pieces, _listed(rest)] if rest else pieces)
 
 
 def _note_of_pruned(rest: dict[str, Any]) -> str:
@@ -169,12 +207,17 @@ _NOTES = {
     "rollback": _note_of_rollback,
     "resume": _note_of_resume,
     "run": _note_of_run,
+    "run_end": _note_of_run_end,
     "pruned": _note_of_pruned,
 }
 
 
 def _names(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _short(sha256: Any) -> str:
+    return f"{str(sha256)[:12]}…"
 
 
 def _new(values: Any) -> str:

@@ -43,13 +43,13 @@ def prune(run: Path, keep: int, dry_run: bool = False) -> Pruned:
     Raises:
         JournalError: there is no journal, or it is damaged.
         EntryError: a snapshot can't be read, so that nobody knows what it needs.
-        ValueError: a process is training in the folder; or `keep` is below 1.
+        ValueError: another process writes to the folder; or `keep` is below 1.
     """
     if not (run / "ledger" / JOURNAL_NAME).is_file():
         raise JournalError(f"{run / 'ledger' / JOURNAL_NAME} is not there. Is {run} the folder of a run?")
     lock = lock_run(run)
     if lock is None:
-        raise ValueError(f"{run}: a process is training in this folder: wait for it or stop it, then prune")
+        raise ValueError(f"{run}: another process is writing to this folder: wait for it or stop it, then prune")
     with lock:
         ledger = Ledger(run / "ledger", readonly=dry_run)
         needed = _needed(run, ledger)

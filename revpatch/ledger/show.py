@@ -47,13 +47,13 @@ def print_log(run: Path, console: Console) -> None:
         for row in rows_of(journal.records()):
             if row.state == KEPT:
                 kept.append(row)
-                commit = row.note if row.kind == "commit" else commit
+                commit = _file(row) if row.kind == "commit" else commit
             if row.probes is not probes:
                 probes, lines = row.probes, [_probe(probe, paint) for probe in row.probes]
             yield _paragraph(row, lines, paint)
 
     paint.print(paragraphs())
-    newest = f", newest {kept[-1].note}" if kept else ""
+    newest = f", newest {_file(kept[-1])}" if kept else ""
     total = size(sum(row.bytes or 0 for row in kept))
     paint.print(
         [
@@ -84,6 +84,11 @@ def size(count: int) -> str:
     if count < 1000:
         return f"{count} B"
     return f"{count / 1e3:.1f} kB" if count < 1_000_000 else f"{count / 1e6:.1f} MB"
+
+
+def _file(row: LogRow) -> str:
+    """The name with which the note of an entry begins."""
+    return row.note.partition(", ")[0]
 
 
 def _paragraph(row: LogRow, probes: list[str], paint: Painter) -> str:

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from revpatch.ledger.inspection import PatchDifference, PatchFacts
-from revpatch.ledger.log import readings
+from revpatch.ledger.log import how_made, readings
 from revpatch.ledger.show import size
 
 
@@ -24,7 +24,7 @@ def print_patch(facts: PatchFacts, console: Console) -> None:
         "size": size(recorded["bytes"]) if recorded else None,
         "descends from": facts.parent,
         "restored from": _restored(recorded.get("fields", {}).get("restored")),
-        "made by": metadata.get("made_by"),
+        "made by": how_made(metadata.get("made_by")) or None,
         "base": f"{base.get('model')} ({base.get('dtype')}, sha256 {base.get('sha256')})",
         "tokenizer": metadata.get("tokenizer"),
         "sidecar": ", ".join(f"{key} {value}" for key, value in sidecar.items()),

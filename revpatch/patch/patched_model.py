@@ -112,6 +112,14 @@ def active_patch(model: nn.Module, patch: Patch | None) -> Iterator[None]:
 
     Raises:
         ValueError: the patch is of another shape, or the model carries no patch.
+
+    >>> import revpatch
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=8, n_layer=2, n_head=2)).eval()
+    >>> patch = revpatch.attach(model, revpatch.SidecarConfig(bottleneck=2))
+    >>> with revpatch.active_patch(model, revpatch.Patch(8, 2, revpatch.SidecarConfig(bottleneck=4))):
+    ...     model.generate(max_new_tokens=1, bos_token_id=1, pad_token_id=0).shape  # with the other patch
+    torch.Size([1, 2])
     """
     board = switchboard(model)
     if patch is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -66,7 +68,8 @@ def bisect(
         run: the run's folder.
         shards: held-out token shards.
         above: the limit, in nats per token; None is halfway from the loss at the run's start to that of the newest
-            commit, and then nothing is searched unless the rise between them is measurable.
+            commit, and then nothing is searched unless the rise between them is measurable. Where the newest's loss is
+            not finite, every loss that is lies below the limit.
         base, blocks: as in `probe`.
         confidence: of the interval that makes the rise measurable.
         report: is told of each evaluation as it is made.
@@ -122,16 +125,17 @@ class _Search:
         if above is None:
             self._loss(last), self._loss(0)
             rise, low, _ = interval(self.seen[last] - self.seen[0], confidence)
-            if not (rise > 0 if low is None else low > 0):
+            if (rise if low is None else low) <= 0:  # not what is not a number: that is as bad as can be
                 self.found.note = (
                     f"the newest commit is not measurably worse than {self._name(0)} ({rise:+.4f} nats per token): "
                     "there is nothing to find; name a limit with --above to search all the same"
                 )
                 return None
-            self.found.above = above = float((self.seen[last].mean() + self.seen[0].mean()) / 2)
+            middle = float((self.seen[last].mean() + self.seen[0].mean()) / 2)
+            self.found.above = above = middle if math.isfinite(middle) else sys.float_info.max
         crossing = first_above(self._loss, last + 1, above)
         if crossing is None:
-            high = self.seen[last].mean() > above
+            high = not self.seen[last].mean() <= above
             what = f"{self._name(0)} is above the limit already" if high else "the newest commit is not above the limit"
             self.found.note = f"{what} of {above:.4f} nats per token: there is nothing to find"
             return None

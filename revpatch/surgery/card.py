@@ -67,7 +67,7 @@ def model_card(name: str, entry: Entry, located: Located, model: nn.Module, size
     seq = " Its gate sees the whole sequence, so it generates without a cache." if entry.sidecar.gate == "seq" else ""
     return _CARD.format(
         name=name,
-        base=_base_name(entry),
+        base=base_name(entry),
         layers=len(layers),
         blocks=int(model.config.num_hidden_layers),  # type: ignore[union-attr, arg-type]
         code=FILE_NAME,
@@ -78,7 +78,7 @@ def model_card(name: str, entry: Entry, located: Located, model: nn.Module, size
     )
 
 
-def _base_name(entry: Entry) -> str:
+def base_name(entry: Entry) -> str:
     """A hub name as it is; of a folder the last part, as where it lay says nothing on another machine."""
     model = str(entry.base["model"])
     return Path(model).name if Path(model).is_absolute() or model.startswith(".") else model

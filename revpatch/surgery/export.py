@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +18,7 @@ from revpatch.durable import sync_directory
 from revpatch.ledger.entry import tensors_digest, write_entry
 from revpatch.ledger.plain import to_plain
 from revpatch.ledger.references import Located, locate
-from revpatch.surgery.card import model_card
+from revpatch.surgery.card import base_name, model_card
 from revpatch.surgery.modeling import FILE_NAME, MODEL_TYPE, PREFIX, modeling_source
 from revpatch.surgery.subject import Entry, Subject
 
@@ -72,7 +74,7 @@ def _write_hf(folder: Path, entry: Entry, located: Located, subject: Subject, na
         "revpatch": to_plain(
             {
                 "sidecar": entry.sidecar.model_dump(mode="json"),
-                "entry": entry.metadata,
+                "entry": {**entry.metadata, "base": {**entry.base, "model": base_name(entry)}},
                 "sha256": entry.sha256,
                 "tensors_sha256": tensors_digest(entry.tensors),
             }
@@ -93,16 +95,35 @@ def _public(thing: nn.Module | Any) -> str:
 
 @contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that becomes it when all is written, and goes if something fails."""
+    """A folder beside `out` that becomes it when all is written, and goes if something fails.
+
+    It is locked, so what an export that was killed has left there is known to be nobody's, and is written anew.
+    """
     if out.exists():
         raise FileExistsError(f"--out {out}: it exists. Nothing was overwritten: name a folder that is not there")
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = out.with_name(f".{out.name}.unfinished")
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
+    with _locked(folder, out):
+        try:
+            for left in folder.iterdir():
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            yield folder
+            folder.rename(out)
+            sync_directory(out.parent)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def _locked(folder: Path, out: Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        yield folder
-        folder.rename(out)
-        sync_directory(out.parent)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise FileExistsError(f"--out {out}: another export writes there: wait for it, or name another") from error
+        yield
+    finally:
+        os.close(descriptor)

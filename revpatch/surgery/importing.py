@@ -1,31 +1,35 @@
-"""A patch brought back into a ledger: an entry's file, or a folder that `export --to hf` wrote. No code is run."""
+"""A patch brought back into a ledger: an entry's file, or a folder of export or save_pretrained. No code is run."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from revpatch.ledger.entry import EntryError, check_name, tensors_digest
+from revpatch.durable import sha256_of_file
+from revpatch.ledger.entry import SUFFIXES, EntryError, check_name, tensors_digest
+from revpatch.ledger.folder import CONFIG_NAME, WEIGHTS_NAME, is_patch_folder, read_folder
+from revpatch.surgery.arithmetic import check_finite
 from revpatch.surgery.modeling import PREFIX
 from revpatch.surgery.new_entry import Made, claimed, write
 from revpatch.surgery.subject import Entry, check_one_kind
 
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
 
 def import_patch(source: Path, run: Path) -> Made:
     """Records the patch as the newest commit of a run, under its phase's name.
 
     Args:
-        source: a patch file, or a folder that `export` wrote.
+        source: a patch file, or a folder that `export` or `save_pretrained` wrote.
         run: a run, or a folder that is not there yet, which gets a ledger.
 
     Raises:
-        ValueError, OSError: it is damaged or no patch; or of another base, sidecar config or shape than the run's.
+        ValueError, OSError: it is damaged, no patch, or not finite; or of another base or shape than the run's.
     """
     entry = _read_folder(source) if source.is_dir() else Entry.read(str(source))
     phase = check_name(str(entry.metadata.get("phase", "imported")), f"{source}: phase name")
@@ -35,22 +39,37 @@ def import_patch(source: Path, run: Path) -> Made:
         "parent": entry.metadata.get("parent"),
         "made_by": entry.metadata.get("made_by"),
     }
+    check_finite(entry.tensors, str(source))  # before a folder is made
     with claimed(run, create=True) as ledger:
         if (newest := ledger.newest()) is not None:
-            check_one_kind(Entry.recorded(ledger, newest), entry)
+            there = Entry.recorded(ledger, newest)
+            check_one_kind(there, entry)
+            # The same base, by the name under which this run finds it.
+            entry = replace(entry, metadata={**entry.metadata, "base": there.base})
         return write(ledger, phase, entry.tensors, entry, made_by, judgement=None)
 
 
 def _read_folder(folder: Path) -> Entry:
-    config = folder / "config.json"
+    """Of the three kinds that there are: of save_pretrained, of `--to hf`, of `--to safetensors`."""
+    if is_patch_folder(folder):
+        return Entry.of(str(folder), *read_folder(folder), sha256_of_file(folder / WEIGHTS_NAME))
+    if (folder / _CONFIG).is_file():
+        return _read_hf(folder)
+    files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
+    if len(files) != 1:
+        raise FileNotFoundError(
+            f"{folder}: expected a patch file, or a folder that `revpatch ledger export` or save_pretrained wrote, "
+            f"found a folder without {_CONFIG} and {CONFIG_NAME}, and {len(files)} files ending in "
+            f"{' or '.join(SUFFIXES)}"
+        )
+    return Entry.read(str(files[0]))
+
+
+def _read_hf(folder: Path) -> Entry:
+    config = folder / _CONFIG
     try:
         said = json.loads(config.read_text(encoding="utf-8"))["revpatch"]
         metadata, sha256, expected = dict(said["entry"]), str(said["sha256"]), str(said["tensors_sha256"])
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{folder}: expected a patch file, or a folder that `revpatch ledger export` wrote, found none with "
-            "config.json in it"
-        ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise EntryError(
             f"{config}: expected a table `revpatch` that `revpatch ledger export` wrote, found none"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from revpatch.ledger.references import locate
-from revpatch.surgery.arithmetic import weighted
+from revpatch.surgery.arithmetic import check_finite, weighted
 from revpatch.surgery.judgement import Probes, judge
 from revpatch.surgery.new_entry import Made, claimed, write
 from revpatch.surgery.subject import Entry, Subject, check_one_kind
@@ -46,6 +46,7 @@ def merge(
     probes = Probes.of(run, shards or [], blocks)
     subject = Subject.of(references[0], base)
     tensors = weighted([a.tensors, b.tensors], weights)
+    check_finite(tensors, f"the merge of {a.reference} and {b.reference}")
     parents, after = [subject.patch_of(a), subject.patch_of(b)], subject.patch_from(a, tensors)
     judgement = judge(probes, subject, parents, after, {s.name for s in probes.sets})
     made_by: dict[str, Any] = {

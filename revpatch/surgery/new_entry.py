@@ -10,7 +10,7 @@ from typing import Any
 
 from revpatch.config_file import load_config
 from revpatch.ledger.history import JOURNAL_NAME, Ledger
-from revpatch.surgery.arithmetic import Tensors, check_finite
+from revpatch.surgery.arithmetic import Tensors
 from revpatch.surgery.judgement import Judgement, Sets
 from revpatch.surgery.subject import Entry
 from revpatch.training.resume import CONFIG_NAME, claim
@@ -46,7 +46,7 @@ def claimed(run: Path, create: bool = False) -> Iterator[Ledger]:
 
     Raises:
         FileExistsError, FileNotFoundError: the folder is no run, and none can be made of it.
-        ConfigError: a run is training there. JournalError: its journal is damaged.
+        ConfigError: another process writes there. JournalError: its journal is damaged.
     """
     if not (run / "ledger" / JOURNAL_NAME).is_file():
         if not create:
@@ -59,6 +59,7 @@ def claimed(run: Path, create: bool = False) -> Iterator[Ledger]:
     lock = claim(run, str(run))
     try:
         ledger = Ledger(run / "ledger")
+        ledger.set_aside_orphans()  # a command that was killed between file and journal left one of this very name
         yield ledger
     finally:
         lock.close()
@@ -78,17 +79,16 @@ def write(
     Args:
         ledger: open for writing.
         name: what stands in the place of a phase's name, as in `002_NAME_commit.pt`.
-        tensors: the new patch.
+        tensors: the new patch, all of it finite (see `check_finite`).
         of: the entry that it descends from, and whose base, tokenizer and sidecar it has.
         made_by: the operation and the sha256 of all that went into it.
         judgement: the verdict; None if nothing was probed.
         force: write against the verdict; the entry then says so.
 
     Raises:
-        ValueError: a value is not finite, or the name can't be part of a file's.
+        ValueError: the name can't be part of a file's.
     """
     run = ledger.directory.parent
-    check_finite(tensors, name)
     agrees, reason, sets = (True, "", {}) if judgement is None else (judgement.agrees, judgement.reason, judgement.sets)
     if not agrees and not force:
         return Made(str(run), made_by, agrees, reason, sets)

@@ -1,18 +1,40 @@
-"""The proof that a patch is out: the base's sha256, and bit-identical logits before it, with it off, and after it."""
+"""The proof that a patch is out: the base's sha256, and bit-identical logits before it, with it off, and after it.
+
+And that training has left the base alone: today's is held against what the run's journal noted at its start and end.
+"""
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
+from revpatch.ledger.history import Ledger, effective
+from revpatch.ledger.references import locate
 from revpatch.patch.patched_model import active_patch, attach, base_sha256, detach, set_gate
 from revpatch.surgery.subject import Entry, Subject
+from revpatch.training.bare_base import bare_base, logits_of, logits_sha256
 
-_ROWS, _TOKENS = 2, 16
+MOMENTS = {"run": "the run's start", "run_end": "the run's end"}
+"""Events of the journal that note the bare base."""
+
+
+@dataclass(frozen=True)
+class Noted:
+    """What the journal noted of the bare base at one of `MOMENTS`, held against today's in the same dtype."""
+
+    event: str
+    dtype: str
+    weights: str
+    """Exact sha256 then."""
+    same_weights: bool
+    same_logits: bool
+    same_place: bool
+    """Both were computed on one host, with the same threads, torch and alignment; else logits prove nothing."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether the weights are the same, and the logits where they can be compared."""
+        return self.same_weights and (self.same_logits or not self.same_place)
 
 
 @dataclass(frozen=True)
@@ -45,11 +67,14 @@ class RemovalReport:
     base_expected: str
     base_found: str
     checks: list[RemovalCheck] = field(default_factory=list)
+    noted: list[Noted] = field(default_factory=list)
+    """Empty if the journal has none: it is of an older run, or none was found beside the patch."""
 
     @property
     def ok(self) -> bool:
         """Whether the base is the patch's, and every check holds."""
-        return self.base_expected == self.base_found and bool(self.checks) and all(check.ok for check in self.checks)
+        same = self.base_expected == self.base_found and bool(self.checks)
+        return same and all(check.ok for check in self.checks) and all(noted.ok for noted in self.noted)
 
     def as_fields(self) -> dict[str, Any]:
         """The fields by name, and `ok`."""
@@ -57,7 +82,8 @@ class RemovalReport:
 
 
 def prove_removal(reference: str, base: str | None = None) -> RemovalReport:
-    """Holds the base as it is loaded from disk against the same base with the patch off, and after `detach`.
+    """Holds the base as it is loaded from disk against the same base with the patch off, and after `detach`; and
+    against what the journal noted of it.
 
     Done in float32 and in the dtype that the patch was trained in. A base with another sha256 is reported, and then
     nothing is run; what can't be loaded is raised.
@@ -69,7 +95,9 @@ def prove_removal(reference: str, base: str | None = None) -> RemovalReport:
     Raises:
         ValueError, OSError: there is no such patch or base, or one of them is damaged.
     """
-    entry = Entry.read(reference)
+    located = locate(reference)
+    entry = Entry.located(located, reference)
+    then = {} if located.ledger is None else _noted(located.ledger)
     name = base or entry.base["model"]
     revision = entry.base.get("revision") if base is None else None
     report: RemovalReport | None = None
@@ -80,6 +108,8 @@ def prove_removal(reference: str, base: str | None = None) -> RemovalReport:
             report = RemovalReport(reference, entry.sha256, name, entry.base["sha256"], subject.sha256)
         if report.base_expected != report.base_found:
             break
+        today = bare_base(subject.model)
+        report.noted.extend(_held_against(event, of, today) for event, of in then.items() if of["dtype"] == dtype)
         report.checks.append(_check(subject, entry, dtype))
     assert report is not None
     return report
@@ -87,27 +117,24 @@ def prove_removal(reference: str, base: str | None = None) -> RemovalReport:
 
 def _check(subject: Subject, entry: Entry, dtype: str) -> RemovalCheck:
     model, patch = subject.model, subject.patch_of(entry)
-    before, untouched = base_sha256(model), _logits(model)
+    before, untouched = base_sha256(model), logits_of(model)
     attach(model, patch)
     with active_patch(model, patch):
-        on = _logits(model)
+        on = logits_of(model)
     set_gate(model, "off")
-    off = _logits(model)
+    off = logits_of(model)
     detach(model)
     changed = float((on.float() - untouched.float()).abs().max())
-    detached = _logits(model)
-    return RemovalCheck(dtype, _sha256(untouched), _sha256(off), _sha256(detached), changed, before, base_sha256(model))
+    bits = [logits_sha256(logits) for logits in (untouched, off, logits_of(model))]
+    return RemovalCheck(dtype, bits[0], bits[1], bits[2], changed, before, base_sha256(model))
 
 
-@torch.no_grad()
-def _logits(model: nn.Module) -> Tensor:
-    """(rows, tokens, vocabulary), of tokens that are the same everywhere."""
-    config = model.config
-    vocabulary = int(config.vocab_size)  # type: ignore[union-attr, arg-type]
-    tokens = (torch.arange(_ROWS * _TOKENS).view(_ROWS, _TOKENS) * 7919 + 11) % vocabulary
-    logits: Tensor = model(input_ids=tokens.to(next(model.parameters()).device), use_cache=False).logits
-    return logits
+def _noted(ledger: Ledger) -> dict[str, dict[str, Any]]:
+    """What the journal notes of the bare base, the newest by event."""
+    events = effective(ledger.journal.records())
+    return {e["event"]: e["bare_base"] for e in events if e["event"] in MOMENTS and "bare_base" in e}
 
 
-def _sha256(logits: Tensor) -> str:
-    return hashlib.sha256(logits.cpu().contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()
+def _held_against(event: str, then: dict[str, Any], today: dict[str, Any]) -> Noted:
+    same = {key: then[key] == today[key] for key in ("weights", "logits", "where")}
+    return Noted(event, then["dtype"], then["weights"], same["weights"], same["logits"], same["where"])

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from revpatch.ledger.history import Ledger, Recorded
-from revpatch.surgery.arithmetic import Tensors, bypassed, taken_out
+from revpatch.surgery.arithmetic import Tensors, bypassed, check_finite, taken_out
 from revpatch.surgery.judgement import Probes, judge
 from revpatch.surgery.new_entry import Made, claimed, write
 from revpatch.surgery.subject import Entry, Subject, check_one_kind
@@ -40,16 +40,18 @@ def revert(
     probes = Probes.of(run, shards or [], blocks)
     with claimed(run) as ledger:
         commits = [entry for entry in ledger.entries() if entry.kind == "commit"]
-        commit = _commit_of(commits, phase, run)
+        found = _commits_of(commits, phase, run)
         newest = Entry.recorded(ledger, commits[-1])
         made_by: dict[str, Any] = {"operation": "revert", "phase": phase, "newest": newest.sha256}
         if layers is None:
+            commit = _trained(found, run)
             _refuse_twice(commits, commit, force)
             tensors, parts = _difference(ledger, commits, commit, newest)
             made_by |= {"method": "difference", **parts}
         else:
             tensors = bypassed(newest.tensors, layers)
             made_by |= {"method": "bypass", "layers": sorted(set(layers))}
+        check_finite(tensors, f"the revert of {phase}")
         subject = Subject.of(str(ledger.directory / newest.reference), base)
         before, after = subject.patch_of(newest), subject.patch_from(newest, tensors)
         guarded = probes.guarded({entry.phase for entry in commits}, given_up=phase)
@@ -57,21 +59,36 @@ def revert(
         return write(ledger, f"revert-{phase}", tensors, newest, made_by, judgement, force)
 
 
-def _commit_of(commits: list[Recorded], phase: str, run: Path) -> Recorded:
+def _commits_of(commits: list[Recorded], phase: str, run: Path) -> list[Recorded]:
     found = [entry for entry in commits if entry.phase == phase]
     if not found:
         raise ValueError(
             f"{run} has no commit of a phase {phase!r}; committed are {', '.join(e.phase for e in commits) or 'none'}"
         )
-    return found[-1]
+    return found
+
+
+def _trained(found: list[Recorded], run: Path) -> Recorded:
+    """The newest of these commits that was not imported: an import stands under its phase's name, but what was learned
+    in that phase is not its difference to the commit before it."""
+    ours = [entry for entry in found if _made_by(entry).get("operation") != "import"]
+    if not ours:
+        raise ValueError(
+            f"{found[-1].name} was imported into {run}, so what the phase {found[-1].phase!r} changed is unknown "
+            "here; bypass sidecars instead (--layers)"
+        )
+    return ours[-1]
+
+
+def _made_by(entry: Recorded) -> dict[str, Any]:
+    made_by = entry.fields.get("made_by")
+    return made_by if isinstance(made_by, dict) else {}
 
 
 def _refuse_twice(commits: list[Recorded], commit: Recorded, force: bool) -> None:
     for later in commits[commits.index(commit) + 1 :]:
-        made_by = later.fields.get("made_by")
-        if not isinstance(made_by, dict) or force:
-            continue
-        if made_by.get("commit") == commit.sha256 and made_by.get("method") == "difference":
+        made_by = _made_by(later)
+        if not force and made_by.get("commit") == commit.sha256 and made_by.get("method") == "difference":
             raise ValueError(
                 f"{commit.name} was taken out already, by {later.name}: to subtract it once more would put its "
                 "opposite in; --force does it all the same"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -10,7 +11,7 @@ from rich.text import Text
 from revpatch.surgery.bisection import Bisection, Evaluation
 from revpatch.surgery.losses import SetLoss
 from revpatch.surgery.new_entry import Made
-from revpatch.surgery.removal import RemovalReport
+from revpatch.surgery.removal import MOMENTS, RemovalReport
 
 
 def print_losses(losses: Sequence[SetLoss], console: Console) -> None:
@@ -38,6 +39,16 @@ def print_removal(report: RemovalReport, console: Console) -> None:
             lines.append((check.untouched == logits, f"{check.dtype}: {what}, logits are the base's to the bit"))
         lines.append((check.base_before == check.base_after, f"{check.dtype}: the base's weights are unchanged"))
         lines.append((True, f"{check.dtype}: with the patch on, logits differ by up to {check.changed:.4g}"))
+    for noted in report.noted:
+        moment = f"{noted.dtype}: at {MOMENTS[noted.event]}"
+        lines.append((noted.same_weights, f"{moment}, the base's weights had the same sha256 {noted.weights}"))
+        if noted.same_place or noted.same_logits:
+            lines.append((noted.same_logits, f"{moment}, its logits were the same to the bit"))
+        else:
+            words = "its logits differ in bits, which proves nothing: they were computed elsewhere or otherwise"
+            lines.append((True, f"{moment}, {words}"))
+    if report.checks and not report.noted:
+        lines.append((True, "what the base was in training is not in the journal: today's is held against itself"))
     for holds, words in lines:
         console.print(Text.assemble(("✓ ", "green") if holds else ("✗ not so: ", "red"), words), soft_wrap=True)
     verdict = "the patch can be removed without a trace" if report.ok else "the removal is NOT proved"
@@ -57,7 +68,7 @@ def print_bisection(found: Bisection, console: Console) -> None:
     text = Text()
     if found.commit is not None:
         text.append(found.commit, "bold red").append(
-            f" is the first commit found above {found.above:.4f} nats per token on {found.shards}: {found.loss:.4f}, "
+            f" is the first commit found above {_limit(found)} on {found.shards}: {found.loss:.4f}, "
             f"against {found.loss_before:.4f} of {found.before} ({found.evaluations_to_commit} evaluations)"
         )
     if found.layers:
@@ -91,6 +102,10 @@ def _colour(low: float | None, high: float | None) -> str:
     if low is not None and low > 0:
         return "red"
     return "green" if high is not None and high < 0 else ""
+
+
+def _limit(found: Bisection) -> str:
+    return "every finite loss" if found.above == sys.float_info.max else f"{found.above:.4f} nats per token"
 
 
 def _blocks(layers: Sequence[int]) -> str:

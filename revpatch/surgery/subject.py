@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from revpatch.config import BaseConfig, SidecarConfig
+from revpatch.config import SidecarConfig
 from revpatch.durable import sha256_of_file
 from revpatch.ledger.entry import EntryError
 from revpatch.ledger.history import Ledger, Recorded
+from revpatch.ledger.layers import check_comparable
 from revpatch.ledger.references import Located, locate
-from revpatch.loading import load_patched, whose
+from revpatch.loading import DTYPES, load_base, load_hashed, whose
 from revpatch.patch.families import blocks_of, width_of
 from revpatch.patch.patched_model import Patch, attach, base_sha256, check_fits, load_patch, switchboard
-from revpatch.training.startup import load_base
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,10 @@ class Entry:
     def of(cls, reference: str, tensors: dict[str, Tensor], metadata: dict[str, Any], sha256: str) -> Entry:
         """The entry, once its metadata says whose patch it is. Raises EntryError if it doesn't."""
         base, sidecar = whose(reference, metadata)
+        if base["sha256"] is None:
+            raise EntryError(
+                f"{reference} doesn't say which base it is a patch of: save it from the model that it is on"
+            )
         if base["dtype"] not in ("bfloat16", "float32"):
             raise EntryError(f"{reference}: expected a base of dtype bfloat16 or float32, found {base['dtype']!r}")
         return cls(reference, tensors, metadata, sha256, base, sidecar)
@@ -61,29 +65,11 @@ class Entry:
 
 
 def check_one_kind(first: Entry, *others: Entry) -> None:
-    """Raises ValueError, naming both sides, unless all are patches for one base with one sidecar and one shape."""
+    """Raises EntryError, naming both sides, unless all are patches of one base whose weights mean the same."""
     for other in others:
-        if other.base["sha256"] != first.base["sha256"]:
-            raise ValueError(
-                f"{other.reference} is a patch of a base with sha256 {other.base['sha256'][:16]}…, and "
-                f"{first.reference} of one with {first.base['sha256'][:16]}…: only patches of one base go together"
-            )
-        here, there = first.sidecar.model_dump(), other.sidecar.model_dump()
-        # Whether the inverse was tested at start-up says nothing of the patch.
-        differing = [key for key in here if here[key] != there[key] and key != "check_invertibility"]
-        if differing:
-            key = differing[0]
-            raise ValueError(
-                f"{other.reference} has sidecar.{key} = {there[key]}, and {first.reference} has {here[key]}: only "
-                "patches of one sidecar config go together"
-            )
-        shapes = [{name: tuple(tensor.shape) for name, tensor in of.tensors.items()} for of in (first, other)]
-        if shapes[0] != shapes[1]:
-            name = min(name for name in {**shapes[0], **shapes[1]} if shapes[0].get(name) != shapes[1].get(name))
-            raise ValueError(
-                f"{name}: shape {shapes[1].get(name, 'none')} in {other.reference}, {shapes[0].get(name, 'none')} in "
-                f"{first.reference}: they are patches of models of different shape"
-            )
+        pair = first, other
+        said = tuple({**of.metadata, "sidecar": of.sidecar.model_dump(mode="json")} for of in pair)
+        check_comparable((first.reference, other.reference), (said[0], said[1]), (first.tensors, other.tensors))
 
 
 class Subject:
@@ -106,17 +92,17 @@ class Subject:
     @classmethod
     def of(cls, reference: str, base: str | None = None, device: torch.device | None = None) -> Subject:
         """The base of a patch, in the dtype that it was trained in. Raises as `load_patched` does."""
-        model, tokenizer = load_patched(reference, base)
-        return cls(model, tokenizer, None, device)
+        return cls(*load_hashed(reference, base), device)
 
     @classmethod
     def bare(
         cls, name: str, revision: str | None = None, dtype: str = "float32", device: torch.device | None = None
     ) -> Subject:
-        """A base that no patch has been named for. Raises ConfigError if it can't be had or is of an unknown family."""
-        model = load_base(
-            BaseConfig.model_validate({"model": name, "revision": revision, "dtype": dtype}), torch.device("cpu")
-        )
+        """A base that no patch has been named for. Raises ValueError if it can't be had or is of an unknown family."""
+        try:
+            model = load_base(name, revision, DTYPES[dtype])
+        except ValueError as error:
+            raise ValueError(f"base {error}; name its folder with --base") from error
         attach(model, SidecarConfig(bottleneck=1))
         return cls(model, AutoTokenizer.from_pretrained(name, revision=revision), None, device)
 

@@ -160,7 +160,7 @@ def process_group(launch: Launch, device: torch.device, timeout_minutes: float) 
         if isinstance(error, RuntimeError) and _is_lost_peer(error):
             raise ConnectionError(
                 f"another rank has ended or does not answer ({str(error).strip().splitlines()[0][:200]}); why is in "
-                "that rank's own message. The same command goes on from the newest snapshot"
+                "that rank's own message. Start the command again (a training goes on from its newest snapshot)"
             ) from error
         raise
 

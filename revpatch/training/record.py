@@ -213,9 +213,9 @@ class Record:
             if kind in MARKS:
                 self.board.mark(global_step, kind)
 
-    def end(self) -> None:
-        """Every phase is committed."""
-        self.event("run_end")
+    def end(self, bare_base: dict[str, Any]) -> None:
+        """Every phase is committed, and the base is as it is."""
+        self.event("run_end", bare_base=bare_base)
         self.board.finished()
 
     def close(self) -> None:

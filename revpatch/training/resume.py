@@ -56,7 +56,8 @@ def stand(config: Config, fresh: bool, overwrite: bool) -> Standing:
 
     Raises:
         FileExistsError: the folder holds other things; or a run, and `fresh` asks for a new one without `overwrite`.
-        ConfigError: the run there was begun with another config; or another process trains in it.
+        ConfigError: the run there was begun with another config; another process writes to it; or to go on would set
+            aside a patch that a revert, merge or import has made since.
         EntryError, JournalError: the ledger or a snapshot there is damaged.
     """
     directory = Path(config.output_dir).absolute()
@@ -95,6 +96,8 @@ def stand(config: Config, fresh: bool, overwrite: bool) -> Standing:
     standing.snapshot = newest_snapshot(directory / "snapshot")
     standing.changed = compare_configs(load_config(directory / CONFIG_NAME), config, standing.snapshot, named)
     _check_history(standing)
+    if not is_over(standing, config):
+        _check_nothing_made(standing, named)
     return standing
 
 
@@ -189,7 +192,7 @@ def check_origin(origin: Origin, identity: dict[str, Any]) -> None:
 def check_shape(origin: Origin, sidecar: SidecarConfig) -> None:
     """Raises ConfigError if the patch that a restored run begins with has other sidecars than the config."""
     then, now = origin.metadata["sidecar"], sidecar.model_dump(mode="json")
-    if other := [key for key in SAME_MAP if then.get(key) != now[key]]:
+    if other := [key for key in (*SAME_MAP, "layers") if then.get(key) != now[key]]:
         wrong = ", ".join(f"sidecar.{key} = {then.get(key)!r}, not {now[key]!r}" for key in other)
         raise ConfigError(f"ledger/{origin.name} is a patch of another shape: it has {wrong}; set these in the config")
 
@@ -226,11 +229,26 @@ def _check_history(standing: Standing) -> None:
         )
 
 
+def _check_nothing_made(standing: Standing, named: str) -> None:
+    snapshot = standing.snapshot
+    events = (0 if standing.origin is None else standing.origin.events) if snapshot is None else snapshot.events
+    entries = Ledger(standing.directory / "ledger", readonly=True).entries()
+    made = [entry for entry in entries if entry.seq >= events and "made_by" in entry.fields]
+    if made:
+        place = "its beginning" if snapshot is None else f"snapshot {snapshot.name}"
+        raise ConfigError(
+            f"{named}: training goes on from {place}, and would set aside {made[-1].name}, which was made since by a "
+            "revert, merge or import. To train on from it make a new run: `revpatch ledger restore "
+            f"{standing.directory}@{Path(made[-1].name).stem} --as-new-run NEW`, then train with --set output_dir=NEW"
+        )
+
+
 def claim(directory: Path, named: str) -> Any:
     """Locks a run's folder until the file returned is closed. Raises ConfigError if another process holds it."""
     if (file := lock_run(directory)) is None:
         raise ConfigError(
-            f"{named}: another process is training in this folder: wait for it, stop it, or choose another folder"
+            f"{named}: another process is writing to this folder (a training, or a revert, merge, import or prune): "
+            "wait for it, stop it, or choose another folder"
         )
     return file
 

@@ -21,6 +21,7 @@ from revpatch.stream.replay import ReplayMixture
 from revpatch.stream.shard_set import ShardSet
 from revpatch.stream.tars import ShardError
 from revpatch.training import startup
+from revpatch.training.bare_base import bare_base
 from revpatch.training.batches import Batches
 from revpatch.training.cost import flops_a_token, memory_in_use
 from revpatch.training.engine import make_engine
@@ -68,6 +69,8 @@ class RunState:
         self.config, self.plan, self.peers, self.record, self.directory = config, plan, peers, record, directory
         self.base, self.interrupted = base, interrupted
         self.identity = startup.identity(config, self.base, plan.tokenizer)
+        self.bare_base = bare_base(base) if peers.rank == 0 else None
+        """As it came, before anything is put on it."""
         torch.manual_seed(config.seed)
         self.patch = attach(self.base, config.sidecar)
         switchboard(self.base).checkpointing = config.base.activation_checkpointing
@@ -110,7 +113,8 @@ class RunState:
             go_back(standing, self.config, self.record.ledger, facts=facts)
         if standing.snapshot is None:
             began = {} if standing.origin is None else {"origin": standing.origin.name}
-            self.record.event("run", base=self.identity["base"], seed=self.config.seed, facts=facts, **began)
+            known = {"base": self.identity["base"], "bare_base": self.bare_base}
+            self.record.event("run", **known, seed=self.config.seed, facts=facts, **began)
 
     def take_snapshot(self, phase: Phase, committed: bool = False) -> None:
         """Copies the state, which all ranks take part in; rank 0 writes it while training goes on.

@@ -7,17 +7,17 @@ import platform
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import transformers
 from rich.table import Table
 from rich.text import Text
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from revpatch.config import BaseConfig, Config, ConfigError, TeacherConfig
+from revpatch.loading import DTYPES
+from revpatch.loading import load_base as load
 from revpatch.monitoring.terminal import console
 from revpatch.patch.families import blocks_of, head_of
 from revpatch.patch.patched_model import Patch, base_sha256
@@ -28,8 +28,6 @@ from revpatch.training.resume import Standing, stand
 from revpatch.training.teacher_cache import TeacherCache
 
 log = logging.getLogger("revpatch")
-
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def prepare_run(config: Config, peers: Peers, fresh: bool = False, overwrite: bool = False) -> Standing:
@@ -78,14 +76,15 @@ def load_base(config: BaseConfig, device: torch.device) -> nn.Module:
         ConfigError: its weights are missing or broken, or its head is of a kind that is not supported.
     """
     try:
-        base = AutoModelForCausalLM.from_pretrained(config.model, revision=config.revision, dtype=DTYPES[config.dtype])
+        base = load(config.model, config.revision, DTYPES[config.dtype])
         head_of(base)
-    except (OSError, ValueError, SafetensorError) as error:
+    except ValueError as error:
+        words = str(error).removeprefix(f"{config.model}: ")
         raise ConfigError(
-            f"base.model = {config.model}: can't be loaded: {str(error).strip().splitlines()[0]}; check the folder's "
-            "weights, or take the model from where it came again"
+            f"base.model = {config.model}: {words}; check the folder's weights, or take the model from where it came "
+            "again"
         ) from error
-    return cast(nn.Module, base.to(device).eval().requires_grad_(False))
+    return base.to(device).requires_grad_(False)
 
 
 def compile_base(base: nn.Module, backend: str | Callable[..., Any] = "inductor") -> None:

@@ -12,9 +12,10 @@ import time
 import torch
 
 from revpatch.config import PhaseConfig
-from revpatch.patch.patched_model import patch_state
+from revpatch.patch.patched_model import patch_disabled, patch_state
 from revpatch.stream.replay import write_replay
 from revpatch.stream.tars import ShardError
+from revpatch.training.bare_base import bare_base
 from revpatch.training.batches import Failure, Ready
 from revpatch.training.engine_state import fresh_state
 from revpatch.training.guard import Comparison, Keep, Rollback, Stop, decide, stopped_phase_keeps
@@ -42,7 +43,9 @@ class Trainer(RunState):
                     return False
                 self._commit(phase)
             first_step += config.steps
-        self.record.end()
+        if self.peers.rank == 0:
+            with patch_disabled(self.base):
+                self.record.end(bare_base(self.base))
         return True
 
     def _train(self, phase: Phase) -> bool:

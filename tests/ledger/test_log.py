@@ -118,6 +118,27 @@ def test_what_no_longer_counts_says_so(tmp_path: Path) -> None:
     assert "2 entries kept" in text.getvalue()
 
 
+def test_what_was_made_says_how(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger")
+    made = [
+        {"operation": "revert", "phase": "a", "method": "difference", "forced": "base rose by 0.1"},
+        {"operation": "revert", "phase": "a", "method": "bypass", "layers": [3, 7]},
+        {"operation": "merge", "parents": ["1" * 64, "2" * 64], "weights": [0.5, 0.5]},
+        {"operation": "import", "sha256": "3" * 64, "made_by": None},
+    ]
+    for index, how in enumerate(made):
+        ledger.record("commit", index, "x", 0, a_patch(index), {}, made_by=how)
+    assert [row.note for row in log_rows(tmp_path)] == [
+        "000_x_commit.pt, revert of a, forced: base rose by 0.1",
+        "001_x_commit.pt, revert of a by bypassing the sidecars after blocks 3, 7",
+        "002_x_commit.pt, merge of 111111111111…, 222222222222… with weights 0.5, 0.5",
+        "003_x_commit.pt, import of 333333333333…",
+    ]
+    text = io.StringIO()
+    print_log(tmp_path, Console(file=text, width=200))
+    assert "newest 003_x_commit.pt; newest commit 003_x_commit.pt" in text.getvalue()
+
+
 def test_a_journal_cannot_steer_the_terminal(tmp_path: Path) -> None:
     Journal(tmp_path / "ledger/journal.jsonl").append("probe", phase="a\x1b[2Jb", note="one\ntwo\r")
     text = io.StringIO()

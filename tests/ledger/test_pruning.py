@@ -112,7 +112,7 @@ def test_not_while_a_process_trains(run: Path) -> None:
     before = files(run)
     lock = lock_run(run)
     assert lock is not None
-    with lock, pytest.raises(ValueError, match="is training in this folder"):
+    with lock, pytest.raises(ValueError, match="is writing to this folder"):
         prune(run, keep=1)
     assert files(run) == before
     assert prune(run, keep=1).entries

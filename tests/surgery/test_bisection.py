@@ -53,6 +53,17 @@ def test_a_limit_can_be_given_and_nothing_may_be_found(toy: Toy, make_run: Make)
     assert found.commit is None and "not measurably worse" in found.note
 
 
+def test_a_newest_loss_that_is_no_number_is_worse(toy: Toy, make_run: Make, revpatch: Callable[..., Any]) -> None:
+    quiet = patch_tensors(strength=0)
+    broken = {**quiet, "01.coupling.g.up.bias": quiet["01.coupling.g.up.bias"] + float("nan")}
+    run = make_run(config=False)
+    run.commits([quiet, plus(quiet, 1e-3, seed=1), broken, broken])
+    found = bisect(run.directory, str(toy.shards("base_probe")))
+    assert (found.commit, found.layers, found.note) == ("001_p1_commit.pt", [1], "")
+    shown = revpatch("ledger", "bisect", run.directory, "--shards", toy.shards("base_probe"))
+    assert "001_p1_commit.pt is the first commit found above every finite loss" in shown.out
+
+
 def test_without_a_start_entry_it_begins_at_the_base(toy: Toy, make_run: Make) -> None:
     run = make_run(config=False)
     run.ledger.record("commit", 0, "one", 1, taught(toy, "base", worse=True), run.metadata)

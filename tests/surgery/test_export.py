@@ -23,7 +23,7 @@ from revpatch.config import SidecarConfig
 from revpatch.ledger.entry import read_entry, write_entry
 from revpatch.loading import load_patched
 from revpatch.patch.patched_model import Patch, base_sha256, patch_disabled, patch_state, switchboard
-from revpatch.surgery.export import export
+from revpatch.surgery.export import _locked, export
 from revpatch.surgery.modeling import modeling_source
 
 Make = Callable[..., MadeUp]
@@ -188,7 +188,8 @@ def test_the_card_is_filled_in_from_the_journal(toy: Toy, make_run: Make, tmp_pa
         "license: to be filled in",
     ):
         assert words in card, words
-    assert str(toy.folder) not in card, "where it lay on this machine says nothing on another"
+    told = card + (tmp_path / "model/config.json").read_text(encoding="utf-8")
+    assert str(toy.folder) not in told, "where it lay on this machine says nothing on another"
     export(f"{run.directory}@000_first_commit", "hf", tmp_path / "earlier")
     assert "second" not in (tmp_path / "earlier/README.md").read_text(encoding="utf-8")
 
@@ -222,6 +223,21 @@ def test_nothing_is_overwritten_and_nothing_half_done_is_left(
         assert words in result.err and result.err.count("\n") == 1, result.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "taken"]
     assert list((tmp_path / "taken").iterdir()) == []
+
+
+def test_what_a_killed_export_left_does_not_stand_in_the_way(make_run: Make, tmp_path: Path) -> None:
+    run = make_run(config=False)
+    run.phase("first", patch_tensors(strength=0), patch_tensors(1))
+    (tmp_path / ".out.unfinished/half").mkdir(parents=True)
+    (tmp_path / ".out.unfinished/half/weights").write_bytes(b"half")
+    with (
+        _locked(tmp_path / ".out.unfinished", tmp_path / "out"),
+        pytest.raises(FileExistsError, match="another export writes there"),
+    ):
+        export(str(run.directory), "safetensors", tmp_path / "out")
+    (file,) = export(str(run.directory), "safetensors", tmp_path / "out")
+    assert file.name == "000_first_commit.safetensors"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
 
 
 def test_what_was_exported_comes_back(toy: Toy, tmp_path: Path) -> None:

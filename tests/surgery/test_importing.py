@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from revpatch.ledger.audit import verify
 from revpatch.ledger.entry import write_entry
 from revpatch.ledger.references import locate
+from revpatch.loading import load_patched
+from revpatch.saving import save_pretrained
 from revpatch.surgery.export import export
 from revpatch.surgery.importing import import_patch
 
@@ -36,19 +38,32 @@ def folder(run: MadeUp, tmp_path: Path) -> Path:
     return tmp_path / "hf"
 
 
-@pytest.mark.parametrize("to", ["safetensors", "hf"])
+@pytest.mark.parametrize("to", ["file", "safetensors", "hf", "save_pretrained"])
 def test_a_patch_comes_back_as_the_newest_commit(run: MadeUp, tmp_path: Path, to: str) -> None:
     (tmp_path / "there").mkdir()
-    files = export(str(run.directory), to, tmp_path / "there/out")
-    source = files[0] if to == "safetensors" else tmp_path / "there/out"
-    for target, name in ((run.directory, "001_first_commit.pt"), (tmp_path / "new", "000_first_commit.pt")):
+    source = tmp_path / "there/out"
+    if to == "save_pretrained":
+        save_pretrained(load_patched(run.directory)[0], source)
+        imported_name = "imported"
+    else:
+        files = export(str(run.directory), "hf" if to == "hf" else "safetensors", source)
+        source, imported_name = files[0] if to == "file" else source, "first"
+    for target, name in (
+        (run.directory, f"001_{imported_name}_commit.pt"),
+        (tmp_path / "new", f"000_{imported_name}_commit.pt"),
+    ):
         made = import_patch(source, target)
         assert made.name == name
         tensors, metadata = locate(target).load()
         expected, said = locate(f"{run.directory}@000_first_commit").load()
         assert tensors.keys() == expected.keys() and all(torch.equal(tensors[n], expected[n]) for n in expected)
         assert metadata["made_by"]["operation"] == "import"
-        assert {key: metadata[key] for key in run.metadata} == run.metadata == {key: said[key] for key in run.metadata}
+        assert {key: said[key] for key in run.metadata} == run.metadata
+        if target == run.directory:
+            assert metadata["base"] == run.metadata["base"]
+        assert metadata["base"]["sha256"] == run.metadata["base"]["sha256"]
+        assert metadata["sidecar"] == run.metadata["sidecar"]
+        assert metadata.get("tokenizer") == (None if to == "save_pretrained" else run.metadata["tokenizer"])
         assert verify(target).ok
 
 
@@ -95,7 +110,7 @@ def test_a_changed_tensor_a_foreign_name_and_a_foreign_base_are_refused(
             (lambda copy: edit(copy, lambda said: said["entry"]["base"].update(sha256="2" * 64)), "sha256 2222"),
             (lambda copy: edit(copy, lambda said: said["entry"].pop("base")), "not a patch"),
             (lambda copy: edit(copy, lambda said: said.clear()), "expected a table `revpatch`"),
-            (lambda copy: (copy / "config.json").unlink(), "found none with config.json"),
+            (lambda copy: (copy / "config.json").unlink(), "is not a revpatch entry"),
             (lambda copy: (copy / "model.safetensors").unlink(), "can't be read as safetensors"),
         )
     ):
@@ -106,6 +121,21 @@ def test_a_changed_tensor_a_foreign_name_and_a_foreign_base_are_refused(
         assert (result.code, result.out) == (2, ""), result
         assert words in result.err and result.err.count("\n") == 1, result.err
     assert len(run.ledger.journal.records()) == events
+
+
+def test_what_is_not_finite_leaves_no_folder(run: MadeUp, tmp_path: Path, revpatch: Callable[..., Any]) -> None:
+    tensors = patch_tensors(1)
+    tensors["01.coupling.log_scale"] = torch.tensor(float("nan")).expand_as(tensors["01.coupling.log_scale"])
+    write_entry(tmp_path / "nan.pt", tensors, {**run.metadata, "phase": "first"})
+    result = revpatch("ledger", "import", tmp_path / "nan.pt", tmp_path / "new")
+    assert result.code == 2 and "01.coupling.log_scale holds values that are not finite" in result.err
+    assert not (tmp_path / "new").exists()
+
+
+def test_how_a_patch_was_begun_does_not_keep_it_out(run: MadeUp, tmp_path: Path) -> None:
+    sidecar = {**run.metadata["sidecar"], "init_scale": 0.5, "layers": [0, 1], "check_invertibility": False}
+    write_entry(tmp_path / "other.pt", patch_tensors(2), {**run.metadata, "phase": "first", "sidecar": sidecar})
+    assert import_patch(tmp_path / "other.pt", run.directory).name == "001_first_commit.pt"
 
 
 def test_no_code_is_run_and_no_other_shape_is_taken(
@@ -119,7 +149,7 @@ def test_no_code_is_run_and_no_other_shape_is_taken(
     import_patch(folder, tmp_path / "new")
     torch.save({"header": "{}", "tensors": Evil()}, tmp_path / "evil.pt", pickle_module=pickle)
     write_entry(tmp_path / "deep.pt", patch_tensors(depth=3), {**run.metadata, "phase": "first"})
-    for source, words in ((tmp_path / "evil.pt", "Nothing was executed"), (tmp_path / "deep.pt", "different shape")):
+    for source, words in ((tmp_path / "evil.pt", "Nothing was executed"), (tmp_path / "deep.pt", "of two shapes")):
         result = revpatch("ledger", "import", source, run.directory)
         assert (result.code, result.out) == (2, ""), result
         assert words in result.err, result.err

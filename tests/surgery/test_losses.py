@@ -99,6 +99,17 @@ def test_several_patches_of_one_base_are_held_against_the_first(toy: Toy, run: M
     assert commit.rise == pytest.approx(commit.loss - start.loss, rel=1e-5)  # the start is the base
 
 
+def test_diff_measures_both_where_shards_are_named(toy: Toy, run: MadeUp, revpatch: Callable[..., Any]) -> None:
+    pair, shards = (f"{run.directory}@start", f"{run.directory}@commit"), ["--shards", toy.shards("first_probe")]
+    told = revpatch("ledger", "diff", *pair, *shards, "--blocks", "5", "--json").json()
+    expected = losses_of(pair, [str(toy.shards("first_probe"))], blocks=5)
+    assert told["losses"].keys() == set(pair) and len(told["layers"]) == 2
+    for reference in pair:
+        assert [of["loss"] for of in told["losses"][reference]] == [of.loss for of in expected[reference]]
+    shown = revpatch("ledger", "diff", *pair, *shards, "--blocks", "5")
+    assert shown.code == 0 and "cosine" in shown.out and f"against {pair[0]}" in shown.out
+
+
 def test_the_command_shows_lines_or_json(toy: Toy, run: MadeUp, revpatch: Callable[..., Any]) -> None:
     shown = revpatch("probe", "--patch", f"{run.directory}@commit", "--shards", toy.shards("first_probe"))
     assert shown.code == 0 and "against the base alone" in shown.out and "perplexity" in shown.out

@@ -98,10 +98,10 @@ def test_patches_that_do_not_go_together_are_refused_by_name(
     (tmp_path / "taken").mkdir()
     a = runs[0].directory
     for args, words in (
-        ((a, tmp_path / "sha", "--out", tmp_path / "x"), "is a patch of a base with sha256 1111"),
-        ((a, tmp_path / "gate", "--out", tmp_path / "x"), "has sidecar.gate = token"),
-        ((a, tmp_path / "shape", "--out", tmp_path / "x"), "they are patches of models of different shape"),
-        ((a, a, "--out", tmp_path / "sha"), "only patches of one base go together"),
+        ((a, tmp_path / "sha", "--out", tmp_path / "x"), "are patches of two bases"),
+        ((a, tmp_path / "gate", "--out", tmp_path / "x"), "sidecar.gate = prefix and token"),
+        ((a, tmp_path / "shape", "--out", tmp_path / "x"), "are of two shapes: 02."),
+        ((a, a, "--out", tmp_path / "sha"), "Only patches of one base go together"),
         ((a, a, "--out", tmp_path / "taken"), "Nothing was overwritten"),
         ((a, a, "--weights", "1", "--out", tmp_path / "x"), "expected two numbers"),
         ((a, a, "--weights", "nan,1", "--out", tmp_path / "x"), "two finite numbers"),

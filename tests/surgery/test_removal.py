@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import torch
 from made_up import MadeUp, patch_tensors
 from torch import nn
 from toy import Toy, save_base
+from transformers import AutoModelForCausalLM
 
 from revpatch.surgery import removal
 from revpatch.surgery.removal import prove_removal
+from revpatch.training.bare_base import bare_base
 
 Make = Callable[..., MadeUp]
 
@@ -70,6 +73,43 @@ def test_a_gate_that_is_not_off_is_caught(run: MadeUp, monkeypatch: pytest.Monke
     (check,) = prove_removal(str(run.directory)).checks
     assert not check.ok
     assert check.untouched == check.detached != check.off
+
+
+def test_the_base_is_held_against_what_training_noted(
+    run: MadeUp, toy: Toy, revpatch: Callable[..., Any], tmp_path: Path
+) -> None:
+    bare = bare_base(AutoModelForCausalLM.from_pretrained(toy.base, dtype=torch.float32).eval())
+    run.ledger.journal.append("run", bare_base=bare)
+    run.ledger.journal.append("run_end", bare_base=bare)
+    report = prove_removal(str(run.directory))
+    assert report.ok and [(n.event, n.same_weights, n.same_logits, n.same_place) for n in report.noted] == [
+        ("run", True, True, True),
+        ("run_end", True, True, True),
+    ]
+    elsewhere = {**bare, "logits": "0" * 64, "where": {**bare["where"], "host": "another"}}
+    run.ledger.journal.append("run_end", bare_base=elsewhere)
+    shown = revpatch("ledger", "verify", run.directory, "--removal")
+    assert shown.code == 0 and "differ in bits, which proves nothing" in shown.out
+    for changed in ({**bare, "logits": "0" * 64}, {**elsewhere, "weights": "0" * 64}):
+        run.ledger.journal.append("run_end", bare_base=changed)
+        report = prove_removal(str(run.directory))
+        assert not report.ok and [noted.ok for noted in report.noted] == [True, False]
+    failed = revpatch("ledger", "verify", run.directory, "--removal")
+    assert failed.code == 1 and "not so: float32: at the run's end, the base's weights" in failed.out
+
+
+def test_the_verdict_on_the_ledger_comes_first(run: MadeUp, tmp_path: Path, revpatch: Callable[..., Any]) -> None:
+    told = revpatch("ledger", "verify", run.directory, "--removal", "--json").json()
+    assert told["ok"] and told["removal"]["ok"] and told["removal"]["noted"] == []
+    gone = revpatch("ledger", "verify", run.directory, "--removal", "--base", tmp_path / "gone")
+    assert gone.code == 2 and "the chain holds" in gone.out and "--base" in gone.err and gone.err.count("\n") == 1
+    gone = revpatch("ledger", "verify", run.directory, "--removal", "--base", tmp_path / "gone", "--json")
+    assert gone.code == 2 and json.loads(gone.out)["ok"] and json.loads(gone.out)["removal"] is None
+    journal = run.directory / "ledger/journal.jsonl"
+    journal.write_bytes(journal.read_bytes().replace(b'"step":12', b'"step":13', 1))
+    broken = revpatch("ledger", "verify", run.directory, "--removal")
+    assert (broken.code, broken.err) == (1, "")
+    assert "line 2 names the line before it" in broken.out and "the removal was not looked into" in broken.out
 
 
 def test_verify_removal_says_so_and_fails_where_it_fails(

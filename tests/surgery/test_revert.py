@@ -15,6 +15,8 @@ from made_up import MadeUp, Tensors, patch_tensors, plus, taught
 from toy import Toy
 
 from revpatch.ledger.audit import verify
+from revpatch.ledger.journal import Journal
+from revpatch.surgery.importing import import_patch
 from revpatch.surgery.losses import probe
 from revpatch.surgery.revert import revert
 
@@ -118,6 +120,38 @@ def test_a_phase_is_not_taken_out_twice(run: MadeUp) -> None:
         revert(run.directory, "first")
     again = revert(run.directory, "first", force=True)
     assert again.name == "003_revert-first_commit.pt"
+
+
+def test_a_revert_that_was_killed_before_its_line_does_not_stand_in_the_way(
+    toy: Toy, run: MadeUp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as killed:
+
+        def gone(self: Journal, *_: Any, **__: Any) -> None:
+            raise KeyboardInterrupt
+
+        killed.setattr(Journal, "append", gone)
+        with pytest.raises(KeyboardInterrupt):
+            revert(run.directory, "first")
+    assert (run.directory / "ledger/002_revert-first_commit.pt").is_file()
+    made = revert(run.directory, "first", shards=[str(toy.shards("base_probe"))])  # other content under the same name
+    assert made.name == "002_revert-first_commit.pt"
+    assert (run.directory / "ledger/002_revert-first_commit.pt.orphan").is_file()
+    assert verify(run.directory).ok
+
+
+def test_what_was_imported_is_not_taken_for_what_was_trained(run: MadeUp, states: dict[str, Tensors]) -> None:
+    trained = run.ledger.entries()[1]
+    import_patch(run.directory / "ledger/000_first_commit.pt", run.directory)
+    made = revert(run.directory, "first", force=True)
+    assert made.made_by["commit"] == trained.sha256 and made.made_by["before"] == run.ledger.entries()[0].sha256
+    assert made.name is not None and equal(run.ledger.load(made.name)[0], states["start"])
+    shutil.rmtree(run.directory / "ledger")
+    run.phases.clear()
+    run.phase("second", states["start"], states["harmed"])
+    run.ledger.record("commit", 1, "first", 0, states["learned"], run.metadata, made_by={"operation": "import"})
+    with pytest.raises(ValueError, match=r"001_first_commit\.pt was imported .*--layers"):
+        revert(run.directory, "first")
 
 
 def test_what_is_not_known_is_refused_by_name(

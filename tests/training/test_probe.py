@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,9 @@ from revpatch.config import ProbeSetConfig, SidecarConfig
 from revpatch.ledger.references import locate
 from revpatch.patch.patched_model import Patch, attach, patch_disabled, switchboard
 from revpatch.patch.sidecar import SidecarOutput
+from revpatch.stream.manifest import Manifest
 from revpatch.stream.shard_set import ShardSet
+from revpatch.stream.tars import ShardWriter
 from revpatch.training.probe import Prober
 
 
@@ -78,7 +81,7 @@ def test_it_measures_the_patch_that_is_on(world: World) -> None:
                 parameter.zero_()
     identity = prober.measure()["first"]
     with patch_disabled(world.base):
-        expected = plain_losses(world.base, torch.from_numpy(prober.blocks["first"]))
+        expected = plain_losses(world.base, torch.from_numpy(prober.blocks["first"].astype(np.int64)))
     np.testing.assert_allclose(identity.losses, expected, rtol=2e-6)
     assert identity.changes == [0.0, 0.0]
 
@@ -132,6 +135,26 @@ def test_a_part_of_a_set_is_spread_evenly_over_all_of_it(world: World, wanted: i
         assert found[-1] == len(everything) - 1
         gaps = np.diff(found)
         assert gaps.max() - gaps.min() <= 1
+
+
+def test_a_set_is_held_as_it_is_stored_and_never_whole_as_int64(toy: Toy, tmp_path: Path) -> None:
+    blocks, size = 4096, 128
+    tokens = np.random.default_rng(0).integers(0, 2**16 - 1, (blocks, size))
+    (tmp_path / "many").mkdir()
+    writer = ShardWriter(tmp_path / "many", "uint16", blocks)
+    writer.write(tokens)
+    counts = {"block_size": size, "blocks": blocks, "tokens": tokens.size, "dropped_tokens": 0}
+    known = vars(Manifest.read(toy.shards("first"))) | {**counts, "shards": writer.close()}
+    Manifest(**known).write(tmp_path / "many")
+    with ShardSet(tmp_path / "many") as shards:
+        shards.verify()
+        tracemalloc.start()
+        config = ProbeSetConfig(name="many", shards=str(tmp_path / "many"))
+        prober = Prober(nn.Identity(), [(config, shards)], rows=8)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert np.array_equal(prober.blocks["many"], tokens)
+    assert peak < 2 * 2 * blocks * size, "the set in 2 bytes a token, and a little"
 
 
 @pytest.mark.parametrize("wanted", [None, 10**6])

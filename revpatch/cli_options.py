@@ -1,0 +1,33 @@
+"""What the commands have in common: arguments and options of one meaning, and how JSON is printed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from revpatch.ledger.paint import Painter
+from revpatch.ledger.plain import to_plain
+from revpatch.monitoring.terminal import console
+
+RunArgument = Annotated[Path, typer.Argument(help="Folder of the run.")]
+ReferenceArgument = Annotated[
+    str, typer.Argument(metavar="REF", help="A patch file, a run (its newest commit), or RUN@ENTRY.")
+]
+BaseOption = Annotated[str | None, typer.Option(help="Base model; default: the name that the patch was trained with.")]
+BlocksOption = Annotated[
+    int | None, typer.Option(min=1, help="Use at most so many blocks of each set, evenly spread; default all.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document instead of text.")]
+
+
+def print_json(value: Any) -> None:
+    """Prints one line of JSON; numbers that are not finite become "NaN", "Infinity" and "-Infinity"."""
+    print_line(json.dumps(to_plain(value), allow_nan=False))
+
+
+def print_line(text: str) -> None:
+    """Prints a line as it is, however long. Ends quietly if the reader has gone (`| head`)."""
+    Painter(console).print([text])
