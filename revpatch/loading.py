@@ -15,8 +15,7 @@ from revpatch.ledger.folder import is_patch_folder, read_folder
 from revpatch.ledger.references import locate
 from revpatch.patch.families import blocks_of, width_of
 from revpatch.patch.named import DEFAULT_NAME, add_patch, set_patch
-from revpatch.patch.patched_model import Patch, attach, base_sha256, is_patched
-from revpatch.patch.patched_model import load_patch as load_tensors
+from revpatch.patch.patched_model import Patch, attach, base_sha256, is_patched, load_tensors
 
 
 class Stored(NamedTuple):

@@ -16,7 +16,7 @@ from revpatch.ledger.history import Ledger, Recorded
 from revpatch.ledger.references import Located, locate
 from revpatch.loading import load_patched, whose
 from revpatch.patch.families import blocks_of, width_of
-from revpatch.patch.patched_model import Patch, attach, base_sha256, check_fits, load_patch, switchboard
+from revpatch.patch.patched_model import Patch, attach, base_sha256, check_fits, load_tensors, switchboard
 from revpatch.training.startup import load_base
 
 
@@ -138,7 +138,7 @@ class Subject:
         try:
             patch = Patch(width_of(self.model), len(blocks_of(self.model)), entry.sidecar)
             check_fits(self.model, patch)
-            load_patch(patch, tensors)
+            load_tensors(patch, tensors)
         except ValueError as error:
             raise ValueError(f"{entry.reference}: {error}") from error
         return patch.requires_grad_(False).to(self.device)

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from revpatch.config import BaseConfig, Config, ConfigError, TeacherConfig
 from revpatch.monitoring.terminal import console
-from revpatch.patch.families import blocks_of, head_of
+from revpatch.patch.families import blocks_of, check_head
 from revpatch.patch.patched_model import Patch, base_sha256
 from revpatch.training.engine import Engine
 from revpatch.training.launch import Peers
@@ -79,13 +79,17 @@ def load_base(config: BaseConfig, device: torch.device) -> nn.Module:
     """
     try:
         base = AutoModelForCausalLM.from_pretrained(config.model, revision=config.revision, dtype=DTYPES[config.dtype])
-        head_of(base)
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(
             f"base.model = {config.model}: can't be loaded: {str(error).strip().splitlines()[0]}; check the folder's "
             "weights, or take the model from where it came again"
         ) from error
-    return cast(nn.Module, base.to(device).eval().requires_grad_(False))
+    base = cast(nn.Module, base.to(device).eval().requires_grad_(False))
+    try:
+        check_head(base)
+    except ValueError as error:
+        raise ConfigError(f"base.model = {config.model}: {error}") from error
+    return base
 
 
 def compile_base(base: nn.Module, backend: str | Callable[..., Any] = "inductor") -> None:

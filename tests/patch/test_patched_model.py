@@ -24,7 +24,7 @@ from revpatch.patch.patched_model import (
     base_sha256,
     detach,
     is_patched,
-    load_patch,
+    load_tensors,
     patch_disabled,
     patch_state,
     recording,
@@ -445,12 +445,12 @@ def test_state_round_trips_exactly(
     randomize(patch, seed=9)
     assert all(torch.equal(state[name], frozen[name]) for name in state), "the state must be a copy"
     assert _largest(logits(model, ids), expected) > 0.05
-    load_patch(model, state)
+    load_tensors(model, state)
     assert torch.equal(logits(model, ids), expected)
     assert [id(p) for p in patch.parameters()] == identities, "an optimizer holds these"
     assert all(p.requires_grad for p in patch.parameters())
     fresh = Patch(16, 3, config)
-    load_patch(fresh, state)
+    load_tensors(fresh, state)
     assert all(torch.equal(tensor, state[name]) for name, tensor in patch_state(fresh).items())
 
 
@@ -500,7 +500,7 @@ def test_loading_is_all_or_nothing(
     other: dict[str, Any] = patch_state(randomize(Patch(16, 3, sidecar_config()), seed=2))
     spoil(other)
     with pytest.raises(ValueError, match=words):
-        load_patch(patch, other)
+        load_tensors(patch, other)
     after = patch_state(patch)
     assert all(torch.equal(after[name], before[name]) for name in before)
 
@@ -509,9 +509,9 @@ def test_state_of_another_kind_of_patch_is_refused(sidecar_config: Config) -> No
     state = patch_state(Patch(16, 3, sidecar_config(placement="coupled")))
     for config in (sidecar_config(), sidecar_config(placement="coupled", layers=[0, 1])):
         with pytest.raises(ValueError, match="check gate, placement and layers"):
-            load_patch(Patch(16, 3, config), state)
+            load_tensors(Patch(16, 3, config), state)
     with pytest.raises(ValueError, match="expected shape"):
-        load_patch(Patch(16, 3, sidecar_config(placement="coupled", bottleneck=5)), state)
+        load_tensors(Patch(16, 3, sidecar_config(placement="coupled", bottleneck=5)), state)
 
 
 def test_sidecars_are_found_by_their_block(sidecar_config: Config, randomize: Randomize) -> None:
