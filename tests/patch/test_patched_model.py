@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertLMHeadModel
 
 from revpatch.config import SidecarConfig
-from revpatch.patch.families import FAMILIES, blocks_of, body_of, family_of, head_of, width_of
+from revpatch.patch.families import FAMILIES, blocks_of, body_of, check_head, family_of, head_of, width_of
 from revpatch.patch.gates import GATES
 from revpatch.patch.patched_model import (
     Patch,
@@ -32,6 +33,7 @@ from revpatch.patch.patched_model import (
     switchboard,
 )
 from revpatch.patch.sidecar import SidecarOutput
+from revpatch.saving import save_patch
 
 every_family = pytest.mark.parametrize("family", sorted(FAMILIES))
 every_gate = pytest.mark.parametrize("gate", sorted(GATES))
@@ -514,6 +516,15 @@ def test_state_of_another_kind_of_patch_is_refused(sidecar_config: Config) -> No
         load_tensors(Patch(16, 3, sidecar_config(placement="coupled", bottleneck=5)), state)
 
 
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_patch_of_gpt2_is_small(tmp_path: Path, suffix: str) -> None:
+    """Five megabytes in float32 at the defaults, against the 498 MB of GPT-2."""
+    patch = Patch(768, 12, SidecarConfig())
+    save_patch(patch, tmp_path / f"patch{suffix}")
+    assert all(tensor.dtype == torch.float32 for tensor in patch_state(patch).values())
+    assert (tmp_path / f"patch{suffix}").stat().st_size <= 5e6
+
+
 def test_sidecars_are_found_by_their_block(sidecar_config: Config, randomize: Randomize) -> None:
     patch = randomize(Patch(16, 3, sidecar_config(layers=[2, 0])))
     assert patch.layers == [0, 2]
@@ -616,6 +627,22 @@ def test_a_head_that_is_not_linear_is_refused(build: Build) -> None:
     model.lm_head = nn.Linear(16, 61)
     with pytest.raises(ValueError, match="without a bias"):
         head_of(model)
+
+
+@every_family
+@every_dtype
+def test_logits_are_held_against_the_head(build: Build, family: str, dtype: torch.dtype) -> None:
+    """Whatever the key is called that makes more of them than the head's product."""
+    model = cast(Any, build(family, dtype=dtype))
+    check_head(model)
+    hooks = len(body_of(model)._forward_hooks)
+    for change in (lambda x: x * 0.9, lambda x: 30 * torch.tanh(x / 30) * 1.02, lambda x: x + 0.3):
+        handle = model.register_forward_hook(lambda _, __, out, f=change: out.update(logits=f(out.logits)) or out)
+        with pytest.raises(ValueError, match=r"logits are not its head's product.*scaled, capped or shifted"):
+            check_head(model)
+        handle.remove()
+    check_head(model)
+    assert len(body_of(model)._forward_hooks) == hooks
 
 
 # The base's identity
