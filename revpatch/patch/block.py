@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, StaticCache
 from transformers.utils.output_capturing import _active_collector
 
 from revpatch.patch.decoding import disown, past_of
@@ -96,7 +96,8 @@ class PatchedBlock(nn.Module):
             return output
         patched: tuple[Tensor, ...]
         if cache is not None and not board.gate_open:
-            patched = _with_past(board, patch, sidecar, self.layer, cache, hidden)
+            decode = _with_past_uncompiled if isinstance(cache, StaticCache) else _with_past
+            patched = decode(board, patch, sidecar, self.layer, cache, hidden)
         else:
             patched = _without_past(board, sidecar, hidden, board.recompute_sidecars and cache is None)
         h = patched[0]
@@ -121,9 +122,6 @@ def _without_past(board: Switchboard, sidecar: Sidecar, hidden: Tensor, recomput
     return patched
 
 
-# Not compiled, where `generate` compiles a model around a static cache: what is kept of the past grows with each token,
-# and must not lie in the memory of a CUDA graph, which its next run overwrites.
-@torch.compiler.disable(reason="the past of a patch's gates grows with each token: use fullgraph=False")  # type: ignore[untyped-decorator]
 def _with_past(
     board: Switchboard, patch: Patch, sidecar: Sidecar, layer: int, cache: Cache, hidden: Tensor
 ) -> tuple[Tensor, ...]:
@@ -133,6 +131,13 @@ def _with_past(
         return (h,)
     result: SidecarOutput = sidecar(hidden, board.mask, past.histories)
     return (result.hidden, *(() if board.recorder is None else board.recorder.measure(result)))
+
+
+# For static caches, around which `generate` compiles a model: what is kept of the past grows with each token, and must
+# not lie in the memory of a CUDA graph, which its next run overwrites. Elsewhere the wrapper would only cost its time.
+_with_past_uncompiled = torch.compiler.disable(
+    _with_past, reason="the past of a patch's gates grows with each token: use fullgraph=False"
+)
 
 
 def _hand_on(h: Tensor) -> None:
