@@ -16,7 +16,7 @@ from revpatch.generate import Sampling, Writer
 from revpatch.ledger.history import Ledger
 from revpatch.loading import load_patched, read_patch
 from revpatch.monitoring.terminal import quiet_libraries
-from revpatch.patch.patched_model import load_patch
+from revpatch.patch.patched_model import load_tensors
 
 PROMPTS = (
     "The most important thing about",
@@ -41,7 +41,7 @@ def page(run: Path, prompts: list[str], sampling: Sampling, base: str | None = N
     writer = Writer(model, tokenizer, sampling)
     texts = {"the base, without a patch": {prompt: next(writer.write(prompt, "off")) for prompt in prompts}}
     for entry in commits:
-        load_patch(model, read_patch(f"{run}@{entry.name}").tensors)
+        load_tensors(model, read_patch(f"{run}@{entry.name}").tensors)
         texts[Path(entry.name).stem] = {prompt: next(writer.write(prompt)) for prompt in prompts}
     how = "greedy" if sampling.greedy else f"sampled with seed {sampling.seed}, temperature {sampling.temperature}"
     lines = [f"# What {run.name} writes", "", f"{len(commits)} commits, {len(prompts)} prompts, {how}.", ""]

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, StaticCache
+from transformers.utils.output_capturing import _active_collector
 
-from revpatch.patch.decoding import past_of
+from revpatch.patch.decoding import disown, past_of
 from revpatch.patch.padding import PaddingReader
-from revpatch.patch.sidecar import SidecarOutput
+from revpatch.patch.sidecar import Sidecar, SidecarOutput
 from revpatch.patch.sidecars import Patch
 from revpatch.patch.step import step
 
@@ -86,32 +87,64 @@ class PatchedBlock(nn.Module):
             output = self.block(*args, **kwargs)
         hidden = output[0] if isinstance(output, tuple) else output
         patch = board.active
+        if cache is not None and (patch is None or board.gate_open):
+            disown(cache)
         sidecar = patch.sidecar(self.layer) if patch is not None else None
         if patch is None or sidecar is None:
             if board.recorder is not None:
                 board.recorder.record_plain(self.layer, hidden)
             return output
-        history = None
+        patched: tuple[Tensor, ...]
         if cache is not None and not board.gate_open:
-            past = past_of(cache, patch, self.layer, hidden, board.mask)
-            if board.recorder is None and (h := step(sidecar, hidden, past.sums, past.first)) is not None:
-                return _with_hidden(output, h)
-            history = past.histories
-        mask, gate_open, recorder = board.mask, board.gate_open, board.recorder  # as they are now, not in the backward
-
-        def apply(hidden: Tensor) -> tuple[Tensor, ...]:
-            result: SidecarOutput = sidecar(hidden, mask, history, gate_open)
-            return (result.hidden, *(() if recorder is None else recorder.measure(result)))
-
-        recompute = board.recompute_sidecars and cache is None and torch.is_grad_enabled()
-        patched: tuple[Tensor, ...] = (
-            checkpoint(apply, hidden, use_reentrant=False, preserve_rng_state=False) if recompute else apply(hidden)
-        )
-        if recorder is not None:
-            recorder.record(self.layer, patched[0], patched[1:])
-        return _with_hidden(output, patched[0])
+            decode = _with_past_uncompiled if isinstance(cache, StaticCache) else _with_past
+            patched = decode(board, patch, sidecar, self.layer, cache, hidden)
+        else:
+            patched = _without_past(board, sidecar, hidden, board.recompute_sidecars and cache is None)
+        h = patched[0]
+        if board.recorder is not None:
+            board.recorder.record(self.layer, h, patched[1:])
+        if self.block._forward_hooks:
+            _hand_on(h)
+        return (h, *output[1:]) if isinstance(output, tuple) else h
 
 
-def _with_hidden(output: Any, hidden: Tensor) -> Any:
-    """A block's output with other hidden states in it."""
-    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+def _without_past(board: Switchboard, sidecar: Sidecar, hidden: Tensor, recompute: bool) -> tuple[Tensor, ...]:
+    """What the sidecar makes of a block's output, and what is recorded of it, where its gates have no past."""
+    mask, gate_open, recorder = board.mask, board.gate_open, board.recorder  # as they are now, not in the backward
+
+    def apply(hidden: Tensor) -> tuple[Tensor, ...]:
+        result: SidecarOutput = sidecar(hidden, mask, None, gate_open)
+        return (result.hidden, *(() if recorder is None else recorder.measure(result)))
+
+    if not recompute or not torch.is_grad_enabled():
+        return apply(hidden)
+    patched: tuple[Tensor, ...] = checkpoint(apply, hidden, use_reentrant=False, preserve_rng_state=False)
+    return patched
+
+
+def _with_past(
+    board: Switchboard, patch: Patch, sidecar: Sidecar, layer: int, cache: Cache, hidden: Tensor
+) -> tuple[Tensor, ...]:
+    """The same in a call with a cache, which holds the gates' past."""
+    past = past_of(cache, patch, layer, hidden, board.mask)
+    if board.recorder is None and (h := step(sidecar, hidden, past.sums, past.first)) is not None:
+        return (h,)
+    result: SidecarOutput = sidecar(hidden, board.mask, past.histories)
+    return (result.hidden, *(() if board.recorder is None else board.recorder.measure(result)))
+
+
+# For static caches, around which `generate` compiles a model: what is kept of the past grows with each token, and must
+# not lie in the memory of a CUDA graph, which its next run overwrites. Elsewhere the wrapper would only cost its time.
+_with_past_uncompiled = torch.compiler.disable(
+    _with_past, reason="the past of a patch's gates grows with each token: use fullgraph=False"
+)
+
+
+def _hand_on(h: Tensor) -> None:
+    """Puts h in the place of u where transformers collects hidden states (`output_hidden_states`).
+
+    Its hooks are on the base's own blocks, so what they have just collected is the state before the sidecar.
+    """
+    collected = (_active_collector.get() or {}).get("hidden_states")
+    if collected and collected[-1] is not None:  # None is a state that the caller did not select
+        collected[-1] = h

@@ -30,6 +30,13 @@ class Owner(Protocol):
 class RunningSums(DynamicLayer):  # type: ignore[misc]
     """The sums of a patch's gates after each token, (rows, gates, time, 1), and the counts, (rows, 1, time, 1)."""
 
+    gates = 0
+
+    @property
+    def half_way(self) -> bool:
+        """Whether the last call ended before all gates had asked."""
+        return self.gates > 0 and len(self.totals) < self.gates
+
     def begin(self, gates: int, mask: Tensor | None, like: Tensor) -> None:
         """Gets ready for a call's tokens; its gates then ask for their means one after another.
 
@@ -137,6 +144,12 @@ def past_of(cache: Cache, patch: Owner, layer: int, hidden: Tensor, mask: Tensor
     return Past(sums, slot * gates, gates)
 
 
+def disown(cache: Cache) -> None:
+    """Notes that the base, or gates held open, go on from a cache: until it is emptied it is no patch's any more."""
+    if getattr(cache, "revpatch_owner", None) is not None:
+        cache.revpatch_owner = None
+
+
 def _begin(cache: Cache, patch: Owner, gates: int, hidden: Tensor, mask: Tensor | None) -> None:
     """Checks, at the first sidecar of a call, that the cache is the patch's, and lets the sums begin."""
     prefix = patch.config.gate == "prefix"
@@ -145,21 +158,24 @@ def _begin(cache: Cache, patch: Owner, gates: int, hidden: Tensor, mask: Tensor 
             f"a prefix gate keeps its past in a DynamicCache or a StaticCache, found {type(cache).__name__}: use one "
             "of these kinds"
         )
-    past = int(cache.get_seq_length()) - hidden.shape[1]
-    filled_by = getattr(cache, "revpatch_owner", None)
-    if filled_by is None or filled_by() is not patch:
-        _claim(cache, patch, past)
+    owner = getattr(cache, "revpatch_owner", None)
+    if owner is None or owner() is not patch:
+        _claim(cache, patch, _past_length(cache, hidden))
     if prefix:
         sums = cast(RunningSums, cache.layers[cache.revpatch_layer])
-        if sums.get_seq_length() != past:
-            raise ValueError(_filled_without(past, sums.get_seq_length()))
+        if (past := _past_length(cache, hidden)) != sums.get_seq_length():
+            raise ValueError(_half_way(patch) if sums.half_way else _filled_without(past))
         sums.begin(gates, mask, hidden)
+
+
+def _past_length(cache: Cache, hidden: Tensor) -> int:
+    return int(cache.get_seq_length()) - hidden.shape[1]
 
 
 def _claim(cache: Cache, patch: Owner, past: int) -> None:
     """Notes in an empty cache whose it is, and adds the gates' layer behind those of the blocks."""
     if past > 0:
-        raise ValueError(_filled_without(past, 0))
+        raise ValueError(_filled_without(past))
     if hasattr(cache, "revpatch_layer"):  # emptied with reset(), after another patch has used it
         del cache.layers[cache.revpatch_layer :]
     if patch.config.gate == "prefix":
@@ -172,8 +188,16 @@ def _claim(cache: Cache, patch: Owner, past: int) -> None:
     cache.revpatch_owner = weakref.ref(patch)
 
 
-def _filled_without(past: int, seen: int) -> str:
+def _filled_without(past: int) -> str:
     return (
-        f"the cache holds {past} past tokens and the gates have seen {seen}: it was filled without this patch; start "
-        "from an empty cache"
+        f"the cache holds {past} past tokens, and some of them were read without this patch (by the base, another "
+        "patch or gates held open): start from an empty cache"
+    )
+
+
+def _half_way(patch: Owner) -> str:
+    return (
+        f"the last call with this cache did not reach the last of the model's {patch.blocks} blocks, and a prefix gate "
+        "needs what all of them saw: take an assistant_model or prompt_lookup_num_tokens in place of "
+        "assistant_early_exit; after an error, start from an empty cache"
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,30 @@ def head_of(model: nn.Module) -> nn.Linear:
                 f"the model's {key} = {getattr(model.config, key)}: scaled or capped logits are not supported"
             )
     return head
+
+
+@torch.no_grad()
+def check_head(model: nn.Module) -> None:
+    """Holds the logits of two tokens against the head's product with the last hidden states.
+
+    Raises:
+        ValueError: as `head_of`; or they differ, as the model does something to its logits under a name not known here.
+    """
+    head = head_of(model)
+    last: list[Tensor] = []
+    hook = body_of(model).register_forward_hook(lambda _, __, output: last.append(output[0]))
+    try:
+        ids = torch.tensor([[0, 1]], device=head.weight.device)
+        found = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    finally:
+        hook.remove()
+    expected = head(last[0]).to(found.dtype)
+    error, size = (found - expected).abs().max(), expected.abs().max()
+    if not error <= torch.finfo(head.weight.dtype).eps * size:  # of one product made twice
+        raise ValueError(
+            f"the model's logits are not its head's product with the last hidden states (they differ by up to "
+            f"{float(error):.3g}, and are up to {float(size):.3g}): scaled, capped or shifted logits are not supported"
+        )
 
 
 def width_of(model: nn.Module) -> int:

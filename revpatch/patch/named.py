@@ -13,7 +13,7 @@ from revpatch.config import SidecarConfig
 from revpatch.patch.block import Switchboard
 from revpatch.patch.families import blocks_of, width_of
 from revpatch.patch.patched_model import DEFAULT_NAME as DEFAULT_NAME
-from revpatch.patch.patched_model import Patch, check_fits, switchboard
+from revpatch.patch.patched_model import Patch, check_fits, free_switchboard, switchboard
 
 
 def add_patch(model: nn.Module, patch: Patch | SidecarConfig, name: str) -> Patch:
@@ -49,7 +49,7 @@ def set_patch(model: nn.Module, name: str) -> None:
     Raises:
         ValueError: there is no patch of that name, or `patch_disabled` or `active_patch` is in force.
     """
-    board = _free(model)
+    board = free_switchboard(model)
     patch = _named(board, name)
     if board.active is not None:
         board.active = patch
@@ -63,7 +63,7 @@ def remove_patch(model: nn.Module, name: str) -> Patch:
         ValueError: there is no patch of that name, it is the chosen one, or `patch_disabled` or `active_patch` is in
             force.
     """
-    board = _free(model)
+    board = free_switchboard(model)
     if _named(board, name) is board.attached:
         raise ValueError(f"the patch {name!r} is the chosen one: set_patch another first, or detach(model)")
     return board.patches.pop(name)
@@ -78,10 +78,3 @@ def _named(board: Switchboard, name: str) -> Patch:
     if name not in board.patches:
         raise ValueError(f"no patch named {name!r} on the model; there: {', '.join(board.patches)}")
     return board.patches[name]
-
-
-def _free(model: nn.Module) -> Switchboard:
-    board = switchboard(model)
-    if board.held:
-        raise ValueError("patch_disabled or active_patch is in force: leave it before patches are switched")
-    return board

@@ -9,20 +9,31 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import StaticCache
 
+PACKED = ("cu_seq_lens_q", "cu_seq_lens_k")
+"""By these a call says that a row holds several sequences: `generate_batch` does, and collators that pack."""
+
 
 class PaddingReader:
     """Finds the padding mask of a call of `body` from the arguments of its forward."""
 
     def __init__(self, body: nn.Module) -> None:
         self.names = list(inspect.signature(body.forward).parameters)
+        self.window: int | None = getattr(body.config, "sliding_window", None)
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """(batch, now), not 0 for real tokens; None if the call says nothing of padding.
 
         Raises:
-            ValueError: the mask says more than which tokens are padding.
+            ValueError: the mask says more than which tokens are padding, or a row holds several sequences.
         """
         given = dict(zip(self.names, args, strict=False)) | kwargs
+        for key in PACKED:
+            if given.get(key) is not None:
+                raise ValueError(
+                    f"{key} says that a row holds several sequences, and a prefix or seq gate would average over them "
+                    "all: call generate instead of generate_batch, give each sequence a row of its own, or train with "
+                    "gate: token"
+                )
         mask, inputs = given.get("attention_mask"), given.get("input_ids")
         inputs = given.get("inputs_embeds") if inputs is None else inputs
         if mask is None or inputs is None:
@@ -34,18 +45,26 @@ class PaddingReader:
         if not isinstance(cache, StaticCache):
             _refuse(mask)
         # What `generate` makes of a padding mask for a cache of this kind, before the body is called.
-        pairs = mask.get("full_attention") if isinstance(mask, dict) else mask
-        return None if pairs is None else _of_pairs(pairs, int(cache.get_seq_length()), now)
+        past = int(cache.get_seq_length())
+        if not isinstance(mask, dict):
+            return _of_pairs(mask, past, now, now)
+        if "full_attention" in mask:
+            pairs, window = mask["full_attention"], now
+        elif "sliding_attention" in mask and self.window is not None and past == 0:
+            pairs, window = mask["sliding_attention"], self.window
+        else:
+            _refuse(mask)
+        return None if pairs is None else _of_pairs(pairs, past, now, window)
 
 
-def _of_pairs(mask: Tensor, past: int, now: int) -> Tensor:
+def _of_pairs(mask: Tensor, past: int, now: int, window: int) -> Tensor:
     """The padding mask that a causal mask (batch, 1, now, keys) was made of; ValueError if it was made of more."""
     if not isinstance(mask, Tensor) or mask.dim() != 4:
         _refuse(mask)
     seen = mask[:, 0, :, past : past + now]
     seen = seen if seen.dtype == torch.bool else seen >= 0
-    real = seen[:, -1]
-    causal = torch.ones(now, now, dtype=torch.bool, device=seen.device).tril() & real[:, None, :]
+    real = seen.diagonal(dim1=1, dim2=2)  # a token sees itself, unless it is padding
+    causal = torch.ones(now, now, dtype=torch.bool, device=seen.device).tril().triu(1 - window) & real[:, None, :]
     if bool(((seen != causal) & real[:, :, None]).any()):
         _refuse(mask)
     return real

@@ -106,6 +106,18 @@ def switchboard(model: nn.Module) -> Switchboard:
     return block._switchboard[0]
 
 
+def free_switchboard(model: nn.Module) -> Switchboard:
+    """The same, to switch something on it.
+
+    Raises:
+        ValueError: the model carries no patch, or `patch_disabled` or `active_patch` is in force.
+    """
+    board = switchboard(model)
+    if board.held:
+        raise ValueError("patch_disabled or active_patch is in force: leave it before patches or gates are switched")
+    return board
+
+
 @contextlib.contextmanager
 def active_patch(model: nn.Module, patch: Patch | None) -> Iterator[None]:
     """Runs the model with another patch on the same base, or with none.
@@ -142,7 +154,7 @@ def set_gate(model: nn.Module, mode: GateMode) -> None:
     """Sets the gates: as learned, all held at 1 ("on"), or the patch bypassed ("off").
 
     Raises:
-        ValueError: another mode, or the model carries no patch.
+        ValueError: another mode, the model carries no patch, or `patch_disabled` or `active_patch` is in force.
 
     >>> import revpatch
     >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -152,7 +164,7 @@ def set_gate(model: nn.Module, mode: GateMode) -> None:
     """
     if mode not in ("learned", "on", "off"):
         raise ValueError(f"gate mode {mode!r} is unknown: choose 'learned', 'on' or 'off'")
-    board = switchboard(model)
+    board = free_switchboard(model)
     board.active = None if mode == "off" else board.attached
     board.gate_open = mode == "on"
 
@@ -185,7 +197,7 @@ def patch_state(patch: Patch | nn.Module) -> dict[str, Tensor]:
     return {name: state[name].detach().to("cpu", torch.float32, copy=True).contiguous() for name in sorted(state)}
 
 
-def load_patch(patch: Patch | nn.Module, tensors: dict[str, Tensor]) -> None:
+def load_tensors(patch: Patch | nn.Module, tensors: dict[str, Tensor]) -> None:
     """Copies `patch_state` tensors into a patch, or into the one a model carries. All or nothing.
 
     Raises:

@@ -17,7 +17,7 @@ from revpatch.ledger.layers import check_comparable
 from revpatch.ledger.references import Located, locate
 from revpatch.loading import DTYPES, load_base, load_hashed, whose
 from revpatch.patch.families import blocks_of, width_of
-from revpatch.patch.patched_model import Patch, attach, base_sha256, check_fits, load_patch, switchboard
+from revpatch.patch.patched_model import Patch, attach, base_sha256, check_fits, load_tensors, switchboard
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class Subject:
         try:
             patch = Patch(width_of(self.model), len(blocks_of(self.model)), entry.sidecar)
             check_fits(self.model, patch)
-            load_patch(patch, tensors)
+            load_tensors(patch, tensors)
         except ValueError as error:
             raise ValueError(f"{entry.reference}: {error}") from error
         return patch.requires_grad_(False).to(self.device)

@@ -14,7 +14,7 @@ from torch import nn
 
 from revpatch.config import Config
 from revpatch.ledger.restoring import Origin
-from revpatch.patch.patched_model import attach, load_patch, switchboard
+from revpatch.patch.patched_model import attach, load_tensors, switchboard
 from revpatch.stream.corpus import Corpus
 from revpatch.stream.quarantine import Quarantine
 from revpatch.stream.replay import ReplayMixture
@@ -208,7 +208,7 @@ class RunState:
         """Takes up the patch of a restored run: the first phase starts from it, and is held to it as to a commit."""
         check_origin(origin, self.identity)
         self.watch.measure()  # the base: the patch is still the identity
-        load_patch(self.patch, origin.tensors)
+        load_tensors(self.patch, origin.tensors)
         self.teacher.follow(self.patch)
         self.record.parent = origin.sha256
         if self.peers.rank == 0:

@@ -19,7 +19,7 @@ from revpatch.config import BaseConfig, Config, ConfigError, TeacherConfig
 from revpatch.loading import DTYPES
 from revpatch.loading import load_base as load
 from revpatch.monitoring.terminal import console
-from revpatch.patch.families import blocks_of, head_of
+from revpatch.patch.families import blocks_of, check_head
 from revpatch.patch.patched_model import Patch, base_sha256
 from revpatch.training.engine import Engine
 from revpatch.training.launch import Peers
@@ -77,14 +77,18 @@ def load_base(config: BaseConfig, device: torch.device) -> nn.Module:
     """
     try:
         base = load(config.model, config.revision, DTYPES[config.dtype])
-        head_of(base)
     except ValueError as error:
         words = str(error).removeprefix(f"{config.model}: ")
         raise ConfigError(
             f"base.model = {config.model}: {words}; check the folder's weights, or take the model from where it came "
             "again"
         ) from error
-    return base.to(device).requires_grad_(False)
+    base = base.to(device).requires_grad_(False)
+    try:
+        check_head(base)
+    except ValueError as error:
+        raise ConfigError(f"base.model = {config.model}: {error}") from error
+    return base
 
 
 def compile_base(base: nn.Module, backend: str | Callable[..., Any] = "inductor") -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from transformers import (
 )
 
 from revpatch.config import SidecarConfig
+from revpatch.patch.patched_model import attach
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -63,6 +65,18 @@ def logits() -> Logits:
 def sidecar_config() -> Callable[..., SidecarConfig]:
     """A SidecarConfig with a small bottleneck."""
     return lambda **knobs: SidecarConfig(**{"bottleneck": 4, **knobs})
+
+
+@pytest.fixture
+def patched(sidecar_config: Callable[..., SidecarConfig]) -> Callable[..., Any]:
+    """patched(family, dtype=float32, strength=1.0, **knobs): a model with a patch that looks trained."""
+
+    def _patched(family: str = "gpt2", dtype: torch.dtype = torch.float32, strength: float = 1.0, **knobs: Any) -> Any:
+        model = _build(family, dtype=dtype)
+        make_it_look_trained(attach(model, sidecar_config(**knobs)), 1, strength).to(dtype)
+        return model
+
+    return _patched
 
 
 def _build(

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from batches import left_padded
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache
 
 from revpatch.config import SidecarConfig
 from revpatch.patch.families import FAMILIES
-from revpatch.patch.patched_model import Patch, active_patch, attach, detach, patch_disabled, set_gate, switchboard
+from revpatch.patch.patched_model import Patch, active_patch, attach, detach, patch_disabled, set_gate
 
 every_family = pytest.mark.parametrize("family", sorted(FAMILIES))
 every_causal_gate = pytest.mark.parametrize("gate", ["prefix", "token"])
@@ -28,26 +29,6 @@ Build = Callable[..., nn.Module]
 Logits = Callable[..., Tensor]
 Config = Callable[..., SidecarConfig]
 Randomize = Callable[..., Any]
-
-
-@pytest.fixture
-def patched(build: Build, sidecar_config: Config, randomize: Randomize) -> Callable[..., Any]:
-    """patched(family, dtype=float32, strength=1.0, **knobs): a model with a patch that looks trained."""
-
-    def _patched(family: str = "gpt2", dtype: torch.dtype = torch.float32, strength: float = 1.0, **knobs: Any) -> Any:
-        model = build(family, dtype=dtype)
-        randomize(attach(model, sidecar_config(**knobs)), 1, strength).to(dtype)
-        return model
-
-    return _patched
-
-
-def _batch(time: int = 12) -> tuple[Tensor, Tensor]:
-    """Three rows, two of them padded on the left."""
-    ids = torch.randint(3, 61, (3, time), generator=torch.Generator().manual_seed(7))
-    mask = torch.ones_like(ids)
-    mask[0, :4], mask[2, :1] = 0, 0
-    return ids.masked_fill(mask == 0, 0), mask
 
 
 def _in_chunks(model: Any, ids: Tensor, mask: Tensor | None, cuts: list[int], cache: Any = None) -> Tensor:
@@ -94,7 +75,7 @@ def test_cache_agrees(
     """To 1e-5 in float32, where rounding hides much; in float64, and with wilder sidecars, to a few thousand eps."""
     dtype = torch.float64 if exactly else torch.float32
     model = patched(family, dtype, 1.0 if exactly else 0.3, gate=gate, placement=placement)
-    ids, mask = _batch()
+    ids, mask = left_padded()
     given = mask if padded else None
     real = mask.bool() if padded else torch.ones_like(mask).bool()
     error = _largest(_in_chunks(model, ids, given, cuts)[real], logits(model, ids, given)[real])
@@ -111,7 +92,7 @@ def test_cache_agrees_with_sidecars_on_some_blocks(
     """A bare DynamicCache() has no layers at first and gets them one by one, in the middle of the first call."""
     for family in ("gpt2", "llama"):
         model = patched(family, gate=gate, placement=placement, layers=layers)
-        ids, mask = _batch()
+        ids, mask = left_padded()
         cache = DynamicCache() if bare else DynamicCache(config=model.config)
         found = _in_chunks(model, ids, mask, [4, 1, 7], cache)
         assert _largest(found[mask.bool()], logits(model, ids, mask)[mask.bool()]) <= TOLERANCE
@@ -124,7 +105,7 @@ def test_padding_of_one_sequence_token_by_token(
 ) -> None:
     """A single sequence is stepped through, but not its padding, which no gate may count."""
     model = patched("llama", gate=gate, placement=placement)
-    ids, mask = (tensor[:1] for tensor in _batch())
+    ids, mask = (tensor[:1] for tensor in left_padded())
     found = _in_chunks(model, ids, mask, [1] * 12)[:, 4:]
     assert _largest(found, logits(model, ids, mask)[:, 4:]) <= TOLERANCE
     assert _largest(found, logits(model, ids[:, 4:])) <= TOLERANCE
@@ -134,7 +115,7 @@ def test_cache_agrees_in_bfloat16(build: Build, sidecar_config: Config, randomiz
     """Past scores stay in float32, so that a long prefix does not lose its last tokens."""
     model: Any = build("llama", dtype=torch.bfloat16)
     randomize(attach(model, sidecar_config()))
-    ids, mask = _batch()
+    ids, mask = left_padded()
     cache = DynamicCache(config=model.config)
     found = _in_chunks(model, ids, mask, [1] * 12, cache)
     assert {layer.keys.dtype for layer in cache.layers[3:]} == {torch.float32}
@@ -142,89 +123,10 @@ def test_cache_agrees_in_bfloat16(build: Build, sidecar_config: Config, randomiz
     assert _largest(found.float()[mask.bool()], logits(model, ids, mask).float()[mask.bool()]) <= 12 * 4 * 2**-8
 
 
-GENERATION: dict[str, dict[str, Any]] = {
-    "greedy": {"do_sample": False},
-    "sampling": {"do_sample": True, "top_p": 0.9, "temperature": 0.8},
-    "beam search": {"do_sample": False, "num_beams": 4},
-    "several samples": {"do_sample": True, "top_k": 20, "num_return_sequences": 3},
-    "sampled beams": {"do_sample": True, "num_beams": 2, "num_return_sequences": 2},
-}
-
-
-@pytest.mark.parametrize("family", ["gpt2", "qwen3"])
 @every_causal_gate
-@every_placement
-@pytest.mark.parametrize("how", sorted(GENERATION))
-def test_generate_is_the_same_with_and_without_cache(
-    patched: Callable[..., Any], family: str, gate: str, placement: str, how: str
-) -> None:
-    model = patched(family, gate=gate, placement=placement)
-    ids, mask = _batch(8)
-
-    def run(**more: Any) -> Tensor:
-        torch.manual_seed(3)
-        knobs = {"max_new_tokens": 8, "min_new_tokens": 8, "pad_token_id": 0}
-        found: Tensor = model.generate(ids, attention_mask=mask, **knobs, **GENERATION[how], **more)
-        return found
-
-    cached = run(use_cache=True)
-    assert cached.shape[1] == 16
-    assert torch.equal(cached, run(use_cache=False))
-    with patch_disabled(model):
-        assert not torch.equal(cached, run(use_cache=True))
-    if how == "greedy":
-        for mode in ("on", "off"):
-            set_gate(model, mode)
-            assert torch.equal(run(use_cache=True), run(use_cache=False))
-
-
-@every_placement
-def test_generate_off_is_the_bases(build: Build, sidecar_config: Config, randomize: Randomize, placement: str) -> None:
-    model: Any = build("gpt2")
-    ids, mask = _batch(8)
-
-    def run() -> Tensor:
-        found: Tensor = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0)
-        return found
-
-    base = run()
-    randomize(attach(model, sidecar_config(placement=placement)))
-    with patch_disabled(model):
-        assert torch.equal(run(), base)
-    set_gate(model, "off")
-    assert torch.equal(run(), base)
-    detach(model)
-    assert torch.equal(run(), base)
-
-
-@every_causal_gate
-@every_placement
-def test_generate_that_takes_back_tokens(patched: Callable[..., Any], gate: str, placement: str) -> None:
-    """Prompt lookup guesses tokens ahead and crops the cache where it guessed wrong."""
-    model = patched("llama", gate=gate, placement=placement)
-    ids = torch.tensor([[5, 9, 17, 5, 9, 17, 5, 9]])
-    knobs = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
-    greedy = model.generate(ids, **knobs, use_cache=False)
-    assert torch.equal(model.generate(ids, **knobs, prompt_lookup_num_tokens=3), greedy)
-
-
-@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
-@every_causal_gate
-def test_assisted_decoding(patched: Callable[..., Any], build: Build, family: str, gate: str) -> None:
-    """A smaller model guesses; the patched one keeps what it would have written itself."""
-    model, assistant = patched(family, gate=gate), build(family, blocks=1)
-    ids = _batch()[0][1:2]
-    knobs = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
-    expected = model.generate(ids, **knobs, use_cache=False)
-    assert torch.equal(model.generate(ids, **knobs, assistant_model=assistant), expected)
-    attach(assistant, switchboard(model).attached.config)
-    assert torch.equal(model.generate(ids, **knobs, assistant_model=assistant), expected), "with a patch of its own"
-
-
-@every_causal_gate
-@every_placement
+@pytest.mark.parametrize(("full", "placement"), [(1, "residual"), (0, "coupled")], ids=["some layers", "all layers"])
 def test_sliding_windows(
-    logits: Logits, sidecar_config: Config, randomize: Randomize, gate: str, placement: str
+    logits: Logits, sidecar_config: Config, randomize: Randomize, gate: str, full: int, placement: str
 ) -> None:
     """The cache forgets keys beyond the window; the gates' past goes back to the first token."""
     config = Qwen2Config(
@@ -238,13 +140,13 @@ def test_sliding_windows(
         pad_token_id=0,
         use_sliding_window=True,
         sliding_window=4,
-        max_window_layers=1,
+        max_window_layers=full,
         eos_token_id=2,
     )
     model: Any = Qwen2ForCausalLM(config).eval()
-    assert config.layer_types == ["full_attention", "sliding_attention", "sliding_attention"]
+    assert config.layer_types == full * ["full_attention"] + (3 - full) * ["sliding_attention"]
     randomize(attach(model, sidecar_config(gate=gate, placement=placement)))
-    ids, mask = _batch()
+    ids, mask = left_padded()
     expected = logits(model, ids, mask)
     for cuts in ([1] * 12, [5, 3, 4]):
         found = _in_chunks(model, ids, mask, cuts)
@@ -286,7 +188,7 @@ def test_cropped_copied_and_chosen_caches(
     patched: Callable[..., Any], logits: Logits, gate: str, placement: str
 ) -> None:
     model = patched("qwen2", gate=gate, placement=placement)
-    ids, _ = _batch()
+    ids, _ = left_padded()
     cache = DynamicCache(config=model.config)
     _in_chunks(model, ids[:, :8], None, [6, 2], cache)
     shared = copy.deepcopy(cache)
@@ -297,9 +199,18 @@ def test_cropped_copied_and_chosen_caches(
 
     again = _in_chunks(model, ids[:, 8:], None, [4], copy.deepcopy(shared))
     assert _largest(again, logits(model, ids)[:, 8:]) <= TOLERANCE
-    order = torch.tensor([2, 0, 0])
+    filled, order = copy.deepcopy(shared), torch.tensor([2, 0, 0])
     shared.reorder_cache(order)
     assert _largest(_in_chunks(model, ids[order][:, 8:], None, [4], shared), logits(model, ids[order])[:, 8:]) <= 1e-5
+
+    for choose, rows in (
+        (lambda cache: cache.batch_repeat_interleave(2), torch.tensor([0, 0, 1, 1, 2, 2])),
+        (lambda cache: cache.batch_select_indices(torch.tensor([2, 0])), torch.tensor([2, 0])),
+    ):
+        chosen = copy.deepcopy(filled)
+        choose(chosen)
+        found = _in_chunks(model, ids[rows][:, 8:], None, [1, 3], chosen)
+        assert _largest(found, logits(model, ids[rows])[:, 8:]) <= TOLERANCE
 
     cache.reset()
     assert _largest(_in_chunks(model, ids, None, [7, 5], cache), logits(model, ids)) <= TOLERANCE
@@ -308,7 +219,7 @@ def test_cropped_copied_and_chosen_caches(
 @every_placement
 def test_sequence_gate_refuses_a_cache(patched: Callable[..., Any], placement: str) -> None:
     model = patched("gpt2", gate="seq", placement=placement)
-    ids, mask = _batch(6)
+    ids, mask = left_padded(6)
     with pytest.raises(ValueError, match=r"SeqGate depends on the whole sequence.*use_cache=False"):
         model(ids, attention_mask=mask, use_cache=True)
     with pytest.raises(ValueError, match=r"SeqGate depends on the whole sequence.*use_cache=False"):
@@ -324,7 +235,7 @@ def test_a_cache_filled_without_the_patch_is_refused(
 ) -> None:
     """By the base, by gates held open, or by another patch: its keys and values are of another model."""
     model = patched("gpt2", gate=gate, placement=placement)
-    ids, _ = _batch()
+    ids, _ = left_padded()
     other = randomize(Patch(16, 3, sidecar_config(gate=gate, placement=placement)), seed=2)
 
     def base(cache: DynamicCache) -> None:
@@ -347,15 +258,34 @@ def test_a_cache_filled_without_the_patch_is_refused(
             _in_chunks(model, ids[:, 5:], None, [7], cache)
 
 
-def test_a_cache_left_behind_by_the_patch_is_refused(patched: Callable[..., Any]) -> None:
-    """Tokens that the base read in between are missing from the gates' past."""
-    model = patched("gpt2")
-    ids, _ = _batch()
+@every_causal_gate
+@pytest.mark.parametrize("mode", ["off", "on"])
+def test_a_cache_that_went_on_without_the_patch_is_refused(
+    patched: Callable[..., Any], logits: Logits, gate: str, mode: str
+) -> None:
+    """Tokens that the base, or gates held open, read in between are not what the patch would have made of them."""
+    model = patched("gpt2", gate=gate, layers=[1, 2])
+    ids, _ = left_padded()
     cache = DynamicCache(config=model.config)
     _in_chunks(model, ids[:, :3], None, [3], cache)
-    with patch_disabled(model):
-        _in_chunks(model, ids[:, 3:5], None, [2], cache)
-    with pytest.raises(ValueError, match=r"holds 5 past tokens and the gates have seen 3"):
+    set_gate(model, mode)
+    _in_chunks(model, ids[:, 3:5], None, [2], cache)
+    set_gate(model, "learned")
+    with pytest.raises(ValueError, match=r"holds 5 past tokens.*without this patch.*empty cache"):
+        _in_chunks(model, ids[:, 5:], None, [7], cache)
+    cache.reset()
+    assert _largest(_in_chunks(model, ids, None, [5, 7], cache), logits(model, ids)) <= TOLERANCE
+
+
+def test_sums_that_miss_tokens_are_refused(patched: Callable[..., Any]) -> None:
+    """As those of tokens that the model read while the patch was detached."""
+    model, ids = patched("gpt2"), left_padded()[0]
+    cache = DynamicCache(config=model.config)
+    _in_chunks(model, ids[:, :3], None, [3], cache)
+    patch = detach(model)
+    _in_chunks(model, ids[:, 3:5], None, [2], cache)
+    attach(model, patch)
+    with pytest.raises(ValueError, match=r"holds 5 past tokens.*without this patch.*empty cache"):
         _in_chunks(model, ids[:, 5:], None, [7], cache)
 
 
@@ -364,7 +294,7 @@ def test_an_emptied_cache_serves_another_patch(
     patched: Callable[..., Any], sidecar_config: Config, randomize: Randomize, logits: Logits, gate: str
 ) -> None:
     model = patched("llama", gate=gate)
-    ids, mask = _batch()
+    ids, mask = left_padded()
     cache = DynamicCache(config=model.config)
     _in_chunks(model, ids, mask, [12], cache)
     cache.reset()
@@ -385,7 +315,7 @@ def test_the_active_patch_decides_what_the_cache_keeps(
 ) -> None:
     model = patched("gpt2", layers=attached)
     other = randomize(Patch(16, 3, sidecar_config(layers=active)), seed=2)
-    ids, mask = _batch()
+    ids, mask = left_padded()
     with active_patch(model, other):
         found = _in_chunks(model, ids, mask, [6, 6])
         assert _largest(found[mask.bool()], logits(model, ids, mask)[mask.bool()]) <= TOLERANCE
@@ -398,34 +328,41 @@ class _OtherCache(Cache):
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @every_causal_gate
 def test_a_static_cache(patched: Callable[..., Any], logits: Logits, family: str, gate: str) -> None:
-    """By calls and by `generate`, which hands the body a mask of pairs at first; used again after reset."""
+    """Used again after reset."""
     model = patched(family, gate=gate)
-    ids, mask = _batch()
+    ids, mask = left_padded()
     expected = logits(model, ids, mask)
     cache = StaticCache(config=model.config, max_cache_len=20)
     for _ in range(2):
         found = _in_chunks(model, ids, mask, [5, 1, 6], cache)
         assert _largest(found[mask.bool()], expected[mask.bool()]) <= TOLERANCE
         cache.reset()
-    for attention in ("eager", "sdpa"):
-        model.set_attn_implementation(attention)
-        for beams in (1, 3):
-            knobs = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "num_beams": beams}
-            plain = model.generate(ids, attention_mask=mask, **knobs, use_cache=False, pad_token_id=0)
-            static = model.generate(ids, attention_mask=mask, **knobs, cache_implementation="static", pad_token_id=0)
-            assert torch.equal(static, plain)
 
 
 def test_a_mask_of_pairs_that_is_not_only_padding_is_refused(patched: Callable[..., Any]) -> None:
-    model, ids = patched("llama"), _batch()[0]
+    model, ids = patched("llama"), left_padded()[0]
     mask = torch.zeros(3, 1, 12, 20, dtype=torch.bool)
     mask[..., :12] = True  # every token sees every other
     with pytest.raises(ValueError, match=r"\(batch, time\).*two-dimensional"):
         _in_chunks(model, ids, mask, [12], StaticCache(config=model.config, max_cache_len=20))
 
 
+@every_causal_gate
+def test_rows_of_several_sequences(patched: Callable[..., Any], logits: Logits, gate: str) -> None:
+    """As `generate_batch` packs them: a gate that averages would do so over strangers."""
+    model, ids = patched("llama", gate=gate), left_padded()[0]
+    ends = torch.tensor([0, 5, 12], dtype=torch.int32)
+    if gate == "token":
+        assert torch.equal(logits(model, ids, cu_seq_lens_q=ends), logits(model, ids))
+        return
+    with pytest.raises(ValueError, match=r"cu_seq_lens_q says.*several sequences.*generate_batch.*gate: token"):
+        logits(model, ids, cu_seq_lens_q=ends)
+    with patch_disabled(model):
+        logits(model, ids, cu_seq_lens_q=ends)
+
+
 def test_other_kinds_of_cache_are_refused_for_a_prefix_gate_only(patched: Callable[..., Any], logits: Logits) -> None:
-    ids, _ = _batch()
+    ids, _ = left_padded()
     model = patched("llama")
     with pytest.raises(ValueError, match="prefix gate keeps its past in a DynamicCache or a StaticCache, found _Other"):
         _in_chunks(model, ids, None, [12], _OtherCache(layer_class_to_replicate=DynamicLayer))
@@ -436,7 +373,7 @@ def test_other_kinds_of_cache_are_refused_for_a_prefix_gate_only(patched: Callab
 
 def test_deepcopy_of_a_patched_model_is_apart(patched: Callable[..., Any], logits: Logits) -> None:
     model = patched("llama")
-    ids, mask = _batch()
+    ids, mask = left_padded()
     expected = logits(model, ids, mask)
     twin = copy.deepcopy(model)
     assert torch.equal(logits(twin, ids, mask), expected)

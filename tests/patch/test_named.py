@@ -117,8 +117,10 @@ def test_refusals_change_nothing(
         with pytest.raises(ValueError, match=words):
             call()
     with patch_disabled(model):
-        for switch in (set_patch, remove_patch):
+        base = logits(model, _ids())
+        for switch, to in ((set_patch, "b"), (remove_patch, "b"), (set_gate, "learned"), (set_gate, "on")):
             with pytest.raises(ValueError, match="is in force: leave it"):
-                switch(model, "b")
+                switch(model, to)
+            assert torch.equal(logits(model, _ids()), base)
     assert patch_names(model) == ["a", "b"]
     assert torch.equal(logits(model, _ids()), before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertLMHeadModel
 
 from revpatch.config import SidecarConfig
-from revpatch.patch.families import FAMILIES, blocks_of, body_of, family_of, head_of, width_of
+from revpatch.patch.families import FAMILIES, blocks_of, body_of, check_head, family_of, head_of, width_of
 from revpatch.patch.gates import GATES
 from revpatch.patch.patched_model import (
     Patch,
@@ -24,7 +25,7 @@ from revpatch.patch.patched_model import (
     base_sha256,
     detach,
     is_patched,
-    load_patch,
+    load_tensors,
     patch_disabled,
     patch_state,
     recording,
@@ -32,6 +33,7 @@ from revpatch.patch.patched_model import (
     switchboard,
 )
 from revpatch.patch.sidecar import SidecarOutput
+from revpatch.saving import save_patch
 
 every_family = pytest.mark.parametrize("family", sorted(FAMILIES))
 every_gate = pytest.mark.parametrize("gate", sorted(GATES))
@@ -445,12 +447,12 @@ def test_state_round_trips_exactly(
     randomize(patch, seed=9)
     assert all(torch.equal(state[name], frozen[name]) for name in state), "the state must be a copy"
     assert _largest(logits(model, ids), expected) > 0.05
-    load_patch(model, state)
+    load_tensors(model, state)
     assert torch.equal(logits(model, ids), expected)
     assert [id(p) for p in patch.parameters()] == identities, "an optimizer holds these"
     assert all(p.requires_grad for p in patch.parameters())
     fresh = Patch(16, 3, config)
-    load_patch(fresh, state)
+    load_tensors(fresh, state)
     assert all(torch.equal(tensor, state[name]) for name, tensor in patch_state(fresh).items())
 
 
@@ -500,7 +502,7 @@ def test_loading_is_all_or_nothing(
     other: dict[str, Any] = patch_state(randomize(Patch(16, 3, sidecar_config()), seed=2))
     spoil(other)
     with pytest.raises(ValueError, match=words):
-        load_patch(patch, other)
+        load_tensors(patch, other)
     after = patch_state(patch)
     assert all(torch.equal(after[name], before[name]) for name in before)
 
@@ -509,9 +511,18 @@ def test_state_of_another_kind_of_patch_is_refused(sidecar_config: Config) -> No
     state = patch_state(Patch(16, 3, sidecar_config(placement="coupled")))
     for config in (sidecar_config(), sidecar_config(placement="coupled", layers=[0, 1])):
         with pytest.raises(ValueError, match="check gate, placement and layers"):
-            load_patch(Patch(16, 3, config), state)
+            load_tensors(Patch(16, 3, config), state)
     with pytest.raises(ValueError, match="expected shape"):
-        load_patch(Patch(16, 3, sidecar_config(placement="coupled", bottleneck=5)), state)
+        load_tensors(Patch(16, 3, sidecar_config(placement="coupled", bottleneck=5)), state)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_patch_of_gpt2_is_small(tmp_path: Path, suffix: str) -> None:
+    """Five megabytes in float32 at the defaults, against the 498 MB of GPT-2."""
+    patch = Patch(768, 12, SidecarConfig())
+    save_patch(patch, tmp_path / f"patch{suffix}")
+    assert all(tensor.dtype == torch.float32 for tensor in patch_state(patch).values())
+    assert (tmp_path / f"patch{suffix}").stat().st_size <= 5e6
 
 
 def test_sidecars_are_found_by_their_block(sidecar_config: Config, randomize: Randomize) -> None:
@@ -616,6 +627,25 @@ def test_a_head_that_is_not_linear_is_refused(build: Build) -> None:
     model.lm_head = nn.Linear(16, 61)
     with pytest.raises(ValueError, match="without a bias"):
         head_of(model)
+
+
+@every_family
+@every_dtype
+def test_logits_are_held_against_the_head(build: Build, family: str, dtype: torch.dtype) -> None:
+    """Whatever the key is called that makes more of them than the head's product."""
+    model = cast(Any, build(family, dtype=dtype))
+    check_head(model)
+    for change in (lambda x: x * 0.9, lambda x: 30 * torch.tanh(x / 30) * 1.02, lambda x: x + 0.3):
+
+        def changed(_: nn.Module, __: Any, out: Any, change: Callable[[Tensor], Tensor] = change) -> None:
+            out.logits = change(out.logits)
+
+        hook = model.register_forward_hook(changed)
+        with pytest.raises(ValueError, match=r"logits are not its head's product.*scaled, capped or shifted"):
+            check_head(model)
+        hook.remove()
+    check_head(model)
+    assert not body_of(model)._forward_hooks
 
 
 # The base's identity

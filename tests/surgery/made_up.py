@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from revpatch.config import SidecarConfig
 from revpatch.ledger.history import Ledger
-from revpatch.patch.patched_model import Patch, attach, load_patch, patch_state
+from revpatch.patch.patched_model import Patch, attach, load_tensors, patch_state
 from revpatch.stream.shard_set import ShardSet
 
 Tensors = dict[str, Tensor]
@@ -33,7 +33,7 @@ def taught(
     """A patch after a few steps that lower the loss on a corpus, or raise it; in all layers or in one."""
     base = AutoModelForCausalLM.from_pretrained(toy.base, dtype=torch.float32)
     patch = attach(base, SidecarConfig(bottleneck=4))
-    load_patch(patch, patch_tensors(strength=0) if start is None else start)
+    load_tensors(patch, patch_tensors(strength=0) if start is None else start)
     learning = [p for name, p in patch.sidecars.named_parameters() if layer in (None, int(name[:2]))]
     optimizer = torch.optim.Adam(learning, lr=2e-2)
     with ShardSet(toy.shards(corpus)) as shards:

@@ -7,7 +7,7 @@ import torch
 from made_up import patch_tensors, plus
 
 from revpatch.config import SidecarConfig
-from revpatch.patch.patched_model import Patch, load_patch
+from revpatch.patch.patched_model import Patch, load_tensors
 from revpatch.surgery.arithmetic import bypassed, check_finite, layers_of, taken_out, weighted
 
 
@@ -42,7 +42,7 @@ def test_weights_are_taken_as_they_are() -> None:
 def test_a_bypassed_sidecar_is_the_identity_to_the_bit_and_the_others_are_as_they_were(placement: str) -> None:
     tensors = patch_tensors(strength=1.0, placement=placement)
     patch = Patch(32, 2, SidecarConfig.model_validate({"bottleneck": 4, "placement": placement}))
-    load_patch(patch, bypassed(tensors, [1]))
+    load_tensors(patch, bypassed(tensors, [1]))
     u = torch.randn(2, 5, 32)
     first, second = (patch.sidecar(layer) for layer in (0, 1))
     assert first is not None and second is not None

@@ -11,6 +11,7 @@ from ranks import Runs, RunServer
 from toy import BLOCK_SIZE, POSITIONS, Toy
 from transformers import (
     AutoTokenizer,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen2Config,
@@ -20,10 +21,12 @@ from transformers import (
 )
 
 import revpatch
+from revpatch.config import BaseConfig, ConfigError
 from revpatch.ledger.audit import verify
 from revpatch.patch.families import FAMILIES
 from revpatch.patch.patched_model import base_sha256
 from revpatch.stream.build import build_shards
+from revpatch.training.startup import load_base
 
 KINDS: dict[str, tuple[Any, Any, bool]] = {
     "llama": (LlamaConfig, LlamaForCausalLM, False),
@@ -45,6 +48,20 @@ def save_base(toy: Toy, family: str, folder: Path) -> None:
 
 def test_every_family_is_trained_here_or_everywhere() -> None:
     assert FAMILIES.keys() == KINDS.keys() | {"gpt2"}
+
+
+def test_a_base_that_scales_its_logits_is_refused(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = GPT2LMHeadModel.forward
+
+    def scaled(model: GPT2LMHeadModel, *args: Any, **kwargs: Any) -> Any:
+        out = forward(model, *args, **kwargs)
+        out.logits = out.logits / 4
+        return out
+
+    monkeypatch.setattr(GPT2LMHeadModel, "forward", scaled)
+    config = BaseConfig.model_validate({"model": str(toy.base), "dtype": "float32"})
+    with pytest.raises(ConfigError, match=r"base\.model = .*base_model: the model's logits are not its head's product"):
+        load_base(config, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("family", KINDS)
