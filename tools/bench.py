@@ -30,7 +30,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from bench_loss import LOSSES, check_losses
+from bench_loss import HAS_LIGER, LOSSES, check_losses
 from bench_measure import flops_of, measure, peak_of
 from bench_oracle import check
 from bench_ours import CACHE_BYTES
@@ -115,7 +115,8 @@ def main() -> None:
 def head(workload: Workload, rounds: str, note: str) -> str:
     """What was measured, on what."""
     split = f"; ours in {workload.accumulation} micro-batches"
-    return "\n".join(filter(None, (f"{workload}{split}{rounds}", machine("transformers", "peft"), note)))
+    packages = ("transformers", "peft", *(("liger-kernel",) if HAS_LIGER else ()))
+    return "\n".join(filter(None, (f"{workload}{split}{rounds}", machine(*packages), note)))
 
 
 def weigh(names: list[str], workload: Workload, arguments: argparse.Namespace) -> None:

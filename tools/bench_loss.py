@@ -1,10 +1,14 @@
-"""The loss over the head alone: from hidden states to d(hidden), as the textbook has it, compiled, and ours.
+"""The loss over the head alone: from hidden states to d(hidden), as the textbook has it, compiled, fused, and ours.
 
-CE on new and replayed tokens and KL on the replayed, given last hidden states; the head is frozen.
+CE on new and replayed tokens and KL on the replayed, given last hidden states; the head is frozen. Of the fused
+libraries, Liger's chunked distillation loss needs only torch and runs on a CPU (`pip install --no-deps liger-kernel`;
+found to be right with 0.8.5). It is timed where it is installed; as the project doesn't need it, it is no requirement.
+Liger's other losses and Cut Cross-Entropy are written in Triton, for GPUs.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 
 import torch
@@ -63,6 +67,18 @@ def ours(
     return loss + replay
 
 
+def liger(
+    hidden: Tensor, teacher: Tensor, head: Tensor, targets: Tensor, first: int, replay_weight: float, kl_weight: float
+) -> Tensor:
+    """Liger's chunks for CE and KL on replay (its generalised JSD with beta 0 is KL(teacher ‖ student)), with what it
+    takes by default: compiled, 1024 tokens. The new tokens have no teacher, and the textbook's CE."""
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    fused = LigerFusedLinearJSDLoss(weight_hard_loss=replay_weight, weight_soft_loss=kl_weight, beta=0.0)
+    replay: Tensor = fused(hidden[first:], head, teacher, head, targets[first:])
+    return F.cross_entropy((hidden[:first] @ head.T).float(), targets[:first]) + replay
+
+
 def exact(loss: Loss) -> tuple[Tensor, Tensor]:
     """The loss and its gradient in float64, over tokens that are few enough."""
     hidden = loss.hidden.detach().double().requires_grad_()
@@ -81,6 +97,9 @@ LOSSES: dict[str, Callable[[Workload], Loss]] = {
     "textbook": lambda workload: Loss(workload, textbook),
     "textbook, compiled": lambda workload: Loss(workload, torch.compile(textbook, dynamic=False)),
 }
+HAS_LIGER = importlib.util.find_spec("liger_kernel") is not None
+if HAS_LIGER:
+    LOSSES["Liger"] = lambda workload: Loss(workload, liger)
 
 
 def check_losses(workload: Workload) -> dict[str, float]:

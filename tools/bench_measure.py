@@ -93,11 +93,15 @@ def own_peak(name: str, workload: Workload) -> int:
 
 def peak_of(name: str, workload: Workload, threads: int) -> float:
     """`own_peak` of a peer in a process that does nothing else."""
-    script = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import torch; torch.set_num_threads({threads})"
-        f"\nfrom bench_measure import own_peak\nfrom bench_workload import Workload\n"
-        f"print(own_peak({name!r}, {workload!r}))"
-    )
+    script = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import torch
+torch.set_num_threads({threads})
+from bench_measure import own_peak
+from bench_workload import Workload
+print(own_peak({name!r}, {workload!r}))
+"""
     return float(last_line([sys.executable, "-c", script], f"the memory of {name}"))
 
 
