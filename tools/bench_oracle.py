@@ -10,12 +10,15 @@ from bench_ours import Ours, Parts, Peer
 from bench_workload import KL_WEIGHT, REPLAY_WEIGHT, SHAPES, Workload, name_of
 from torch import Tensor
 
+from revpatch.training.head_loss import MIN_ROWS
+
 LIMIT = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Largest relative error of ours, of the loss and of the gradient."""
 PEERS_LIMIT = {torch.float32: 1e-4, torch.bfloat16: 1e-1}
 """The same of the others: a peer beyond it does other work than it says."""
-CHECKED_BLOCKS, CHECKED_TOKENS = 2, 160
-"""New blocks, as many replayed, and tokens of each: more rows than a chunk of the loss over GPT-2's head has."""
+CHECKED_BLOCKS, CHECKED_TOKENS = 2, MIN_ROWS + 32
+"""New blocks, as many replayed, and tokens of each: one alone has more rows than a chunk of the loss over GPT-2's head,
+which the step of a micro-batch of one goes through too."""
 CHECKED_WEIGHTS = (0.7, 1.3)
 """Of replay and KL: with equal ones, two terms in one another's place would go unseen."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -101,14 +101,18 @@ class Ours(Peer):
         self.objective.config = self.objective.config.model_copy(update=weights)
 
     def backward(self, new: Tensor, replay: Tensor) -> float:
-        parts = math.gcd(self.workload.accumulation, len(new), len(replay))
-        losses = []
-        for some, again in zip(new.chunk(parts), replay.chunk(parts), strict=True):
-            keys = [row.numpy().tobytes() for row in again] if self.cached else None
-            loss = self.objective(some, again, keys).loss
-            (loss / parts).backward()
-            losses.append(loss.detach())
-        return float(torch.stack(losses).mean())
+        total = 0.0
+        for loss in self.losses(new, replay):
+            loss.backward()
+            total += loss.item()
+        return total
+
+    def losses(self, new: Tensor, replay: Tensor) -> Iterator[Tensor]:
+        """Of the micro-batches, one after the other; their sum is the step's."""
+        count = math.gcd(self.workload.accumulation, len(new), len(replay))
+        for some, again in zip(new.chunk(count), replay.chunk(count), strict=True):
+            keys = [(row.numpy().tobytes(), 0) for row in again] if self.cached else None  # a set of its own each
+            yield self.objective(some, again, keys).loss / count
 
     def parts(self) -> Parts:
         student, teacher = _patched(copy.deepcopy(self.base).double(), self.patch, self.teacher)

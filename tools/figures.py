@@ -62,7 +62,7 @@ def machine(*packages: str) -> str:
 
 
 def show(title: str, rows: list[Figure], file: Path | None) -> None:
-    """Prints the table and, if a file is named, writes {"head": the title, "figures": [...]}."""
+    """Prints the table and, if a file is named, writes the figures there."""
     table = Table(title=title, title_justify="left")
     for column in ("figure", "asked", "measured", "unit", "holds"):
         table.add_column(column)
@@ -72,12 +72,17 @@ def show(title: str, rows: list[Figure], file: Path | None) -> None:
         table.add_row(row.name, row.asked, measured, row.unit, "yes" if row.holds else "NO")
     Console(width=None if os.isatty(1) else 120).print(table)
     if file is not None:
-        content = {"head": title, "figures": [asdict(row) for row in rows]}
-        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_figures(title, rows, file)
+
+
+def write_figures(title: str, rows: list[Figure], file: Path) -> None:
+    """Writes {"head": the title, "figures": [...]}."""
+    content = {"head": title, "figures": [asdict(row) for row in rows]}
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def read_figures(file: Path) -> list[Figure]:
-    """What `show` wrote.
+    """What `write_figures` wrote.
 
     Raises ValueError, with the file's name, if it can't be read or holds something else.
     """
