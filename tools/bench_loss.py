@@ -62,8 +62,8 @@ def ours(
 ) -> Tensor:
     """As the objective calls it."""
     loss, *_ = frozen_head_loss(hidden[:first], targets[:first], head)
-    weights = {"ce_weight": replay_weight, "kl_weight": kl_weight}
-    replay, *_ = frozen_head_loss(hidden[first:], targets[first:], head, teacher=teacher, **weights)
+    states, ids = hidden[first:], targets[first:]
+    replay, *_ = frozen_head_loss(states, ids, head, teacher, ce_weight=replay_weight, kl_weight=kl_weight)
     return loss + replay
 
 
