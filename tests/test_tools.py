@@ -14,76 +14,262 @@ import torch
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def tools(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(TOOLS))
 
 
-def workload() -> Any:
+def workload(dtype: torch.dtype = torch.float32) -> Any:
     from bench_workload import Workload
 
-    return Workload("tiny", 4, 2, 64, torch.float32)
+    return Workload("tiny", 4, 2, 64, dtype)
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_the_arithmetic_past_one_machine_is_what_torch_counts(
-    tools: None, monkeypatch: pytest.MonkeyPatch, cached: bool
-) -> None:
+def test_the_arithmetic_past_one_machine_is_what_torch_counts(monkeypatch: pytest.MonkeyPatch, cached: bool) -> None:
     import scale_model
-    from bench import flops_of
-    from bench_peers import Ours
+    from bench_measure import flops_of
+    from bench_ours import Ours
 
     for name, value in {"VOCABULARY": 211, "BLOCK": 64, "BOTTLENECK": 4}.items():
         monkeypatch.setattr(scale_model, name, value)
     ours = Ours(workload(), cached=cached)
-    ours.step()
-    assert flops_of(ours) == pytest.approx(scale_model.Shape(2, 32).step(4, 2, cached), rel=0.02)
+    work = scale_model.Shape(2, 32).step(4, 2, cached)
+    assert flops_of(ours) == pytest.approx(work.total, rel=0.02)
     assert scale_model.Shape(2, 32).trained == sum(p.numel() for p in ours.patch.parameters())
+    machine = scale_model.Machine(peak=100.0, float32=1.0, efficiency=0.5, bus=1.0, latency=0.0)
+    assert machine.seconds(work) == pytest.approx((work.base / 50 + work.sidecars / 0.5) / 1e12)
 
 
-def test_a_wrong_gradient_is_not_timed(tools: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    import bench_peers
-    from bench import check
+def test_a_wrong_gradient_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench_oracle import check
+    from bench_ours import Ours
 
-    ours = bench_peers.Ours(workload())
-    assert check("ours", ours, torch.float32) < 1e-5
+    ours = Ours(workload())
+    assert check("ours", ours) < 1e-5
     right = ours.objective.forward
     monkeypatch.setattr(ours.objective, "forward", lambda *args: right(*args)._replace(loss=1.001 * right(*args).loss))
     with pytest.raises(SystemExit, match="No times are given"):
-        check("ours", ours, torch.float32)
+        check("ours", ours)
+
+
+def test_terms_in_one_anothers_place_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench_oracle import check
+    from bench_ours import Ours
+
+    ours = Ours(workload())
+    right = ours.weigh
+    monkeypatch.setattr(ours, "weigh", lambda replay, kl: right(kl, replay))
+    with pytest.raises(SystemExit, match="No times are given"):
+        check("ours", ours)
+
+
+@pytest.mark.parametrize("wrong", [1.001, float("nan")])
+def test_a_cache_that_gives_back_other_states_is_seen(monkeypatch: pytest.MonkeyPatch, wrong: float) -> None:
+    from bench_oracle import check
+    from bench_ours import Ours
+
+    ours = Ours(workload(), cached=True)
+    assert check("ours-cached", ours) < 1e-5
+    get = ours.teacher.cache.get
+    ours.teacher.forget()
+
+    def other(*args: Any) -> Any:
+        found = get(*args)
+        return None if found is None else tuple(wrong * states for states in found)
+
+    monkeypatch.setattr(ours.teacher.cache, "get", other)
+    with pytest.raises(SystemExit, match="No times are given"):
+        check("ours-cached", ours)
+
+
+def test_a_step_that_fills_the_cache_finds_nothing_in_it_and_the_next_one_all() -> None:
+    from bench_ours import Ours, OursFilling
+
+    for ours, rate in ((OursFilling(workload()), 0.0), (Ours(workload(), cached=True), 1.0)):
+        ours.step()
+        ours.teacher.cache.take_rate()
+        ours.step()
+        assert ours.teacher.cache.take_rate() == rate
+
+
+def test_a_peer_that_multiplies_float32_is_held_to_that_whatever_the_bases_are() -> None:
+    from bench_oracle import check
+    from bench_peers import Textbook
+
+    textbook = Textbook(workload(torch.bfloat16))
+    assert check("textbook-fp32", textbook) < 1e-5
+    right = textbook.loss
+    textbook.loss = lambda *args: 1.001 * right(*args)  # type: ignore[method-assign]
+    with pytest.raises(SystemExit, match="float32"):
+        check("textbook-fp32", textbook)
+
+
+def found(dtype: torch.dtype = torch.float32) -> Any:
+    """What a benchmark of LoRA without the textbook's loop might have measured."""
+    from bench_rows import Found
+
+    names = ("ours", "ours-cached", "ours-filling", "lora-lm")
+    seconds = {name: [1.0 + number, 2.0 + number] for number, name in enumerate(names)}
+    seconds |= {"loss: ours": [1.0], "loss: textbook": [3.0], "rate": [4.0, 4.0]}
+    counted = dict.fromkeys(names, 2)
+    return Found(workload(dtype), seconds, counted, dict.fromkeys(names, 2.0**20), dict.fromkeys(names, 1e-7))
+
+
+def test_all_that_was_asked_is_in_the_table_measured_or_not(tmp_path: Path) -> None:
+    from bench_rows import merged, rows_of
+    from figures import Figure, read_figures, write_figures
+
+    rows = {row.name: row for row in merged(rows_of(found()), [])}
+    asked = [row for row in rows.values() if row.asked]
+    assert len(asked) == 11
+    assert [row.measured for row in asked if row.measured is not None] == [3.0]  # the loss alone
+    assert rows["lora-lm (float32 base) / ours"].measured == pytest.approx((4 / 1 + 5 / 2) / 2)
+    in_bfloat16 = {row.name: row for row in rows_of(found(torch.bfloat16))}
+    assert in_bfloat16["lora-lm / ours"].measured is not None
+    assert in_bfloat16["share of the bfloat16 matrix-product rate"].measured == pytest.approx((2 / 4 + 1 / 4) / 2)
+
+    file = tmp_path / "ranks.json"
+    name = "global throughput, 2 ranks on 2 cores / 1 on 1"
+    write_figures("", [Figure.at_least(name, 1.85, 1.9, "times"), Figure.plain("step, lora-lm", 1.0, "s")], file)
+    rows = {row.name: row for row in merged([Figure.plain("step, lora-lm", 2.0, "s")], [file])}
+    assert rows[name].holds
+    assert (rows["step, lora-lm"].measured, rows["step, lora-lm (ranks.json)"].measured) == (2.0, 1.0)
+    file.write_text("[]")
+    with pytest.raises(ValueError, match=r"ranks\.json: expected figures"):
+        read_figures(file)
+
+
+def test_the_cost_of_a_cache_is_that_of_filling_it_and_of_what_has_no_room() -> None:
+    from bench_rows import spread_cost
+
+    times, block = found(), 64 * 32 * 4  # medians: 1.5 without, 2.5 all found, 3.5 none found
+    assert spread_cost(times, 0, [1000], 100).measured == pytest.approx(1.0)
+    assert spread_cost(times, 10**9, [1], 10**6).measured == pytest.approx(2.5 / 1.5, rel=1e-3)
+    assert spread_cost(times, 10**14, [10**9], 10).measured == pytest.approx(3.5 / 1.5, rel=1e-3)
+    half = spread_cost(times, 500 * block, [1000], 10**6).measured
+    assert half == pytest.approx((0.5 * 2.5 + 0.5 * 1.5) / 1.5, rel=1e-3)
+    small_first = spread_cost(times, 10 * block, [10**6, 10], 10**6).measured
+    assert small_first == pytest.approx((0.5 * 2.5 + 0.5 * 1.5) / 1.5, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "expected 1 or more"),
+        (["--replay=0"], "replay = 0: expected 1 or more blocks"),
+        (["--block=65"], "the tiny shape reads 2 to 64 tokens"),
+        (["--peers=loar"], "--peers: unknown loar; choose from ours,"),
+        (["--merge=README.md"], "README.md: expected figures"),
+    ],
+)
+def test_a_call_that_can_not_be_measured_is_refused_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: list[str], said: str
+) -> None:
+    import bench
+
+    base = ["bench.py", "--shape=tiny", "--block=32", f"--threads={torch.get_num_threads()}"]
+    monkeypatch.setattr(sys, "argv", [*base, *options] if options else [*base, "--rounds=0"])
+    with pytest.raises(SystemExit) as raised:
+        bench.main()
+    assert raised.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_peer_that_this_cpu_is_too_slow_for_is_named() -> None:
+    from bench import chosen, parse
+
+    _, arguments = parse(["--peers=textbook-bf16,lora-lm"])
+    names, note = chosen(arguments, slow=True)
+    assert names == ["ours", "ours-cached", "ours-filling", "lora-lm"]
+    assert note.startswith("textbook-bf16: left out")
+    assert chosen(arguments, slow=False)[0] == ["ours", "ours-cached", "ours-filling", "textbook-bf16", "lora-lm"]
+
+
+def test_a_step_that_has_no_room_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    import bench_growth
+    from bench_workload import Workload
+
+    monkeypatch.setattr(bench_growth, "free_bytes", lambda: 3 * 10**9)
+    monkeypatch.setattr(bench_growth, "Ours", None)
+    large = Workload("gpt2", 16, 8, 1024, torch.float32, micro_blocks=24)
+    assert str(bench_growth.seconds_of(large)).startswith("not measured: needs 2")
+
+
+def test_the_share_of_the_rate_comes_from_a_measured_file(tmp_path: Path) -> None:
+    import scale_model
+    from figures import Figure, write_figures
+
+    file = tmp_path / "bench.json"
+    rows = [
+        Figure.at_least("share of the bfloat16 matrix-product rate", 0.75, None, "of it"),
+        Figure.plain("share of the float32 matrix-product rate", 0.6, "of it"),
+    ]
+    write_figures("", rows, file)
+    assert scale_model.share_of(file) == (0.6, "measured by bench.py, float32 on a CPU")
+    write_figures("", rows[:1], file)
+    with pytest.raises(ValueError, match=r"bench\.json: expected a share"):
+        scale_model.share_of(file)
+
+
+def test_a_profiled_step_is_the_same_step_and_every_part_of_it_is_seen() -> None:
+    import profile_step
+    from bench_ours import Ours
+
+    plain, marked, watch = Ours(workload()), Ours(workload()), profile_step.Stopwatch()
+    profile_step.mark_all(marked, watch)
+    for _ in range(2):
+        plain.step()
+        seconds = profile_step.step(marked, watch)
+    assert seconds.keys() == set(profile_step.ORDER)
+    assert all(torch.equal(a, b) for a, b in zip(plain.trainable(), marked.trainable(), strict=True))
+
+
+def test_a_peers_memory_is_that_of_its_step_and_its_state() -> None:
+    from bench_measure import peak_of
+    from bench_workload import Workload
+
+    kept = 12 * 128 * 4 * 12 * 192 * 4  # at least what the products of a block, of four, hand on
+    peak = peak_of("ours", Workload("demo", 8, 4, 128, torch.float32, micro_blocks=12), 1)
+    assert kept < peak < 10 * kept
 
 
 @pytest.mark.slow
 def test_the_benchmark_ends_with_its_table_and_its_figures(tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
     command = [sys.executable, str(TOOLS / "bench.py"), "--shape=tiny", "--block=32", "--rounds=1", f"--json={file}"]
-    done = subprocess.run([*command, "--peers=lora-lm,textbook-fp32"], capture_output=True, text=True, check=False)
+    options = ["--peers=lora-lm", "--checkpointing", "--dtype=float32"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    figures = {figure["name"]: figure for figure in json.loads(file.read_text())["figures"]}
-    assert figures["lora-lm / ours"]["measured"] > 0
-    assert figures["lora-kl / ours"] == {
-        "name": "lora-kl / ours",
-        "asked": ">= 2",
+    written = json.loads(file.read_text())
+    assert "frozen bases in float32" in written["head"]
+    figures = {figure["name"]: figure for figure in written["figures"]}
+    assert figures["lora-lm (float32 base) / ours"]["measured"] > 0
+    assert figures["lora-lm / ours"] == {
+        "name": "lora-lm / ours",
+        "asked": ">= 1.3",
         "measured": None,
         "unit": "times",
         "holds": False,
     }
-    assert figures["relative gradient error, ours"]["measured"] < 1e-5
+    assert figures["relative gradient error, ours-checkpointing"]["measured"] < 1e-5
+    assert "peak memory, ours-checkpointing (float32 base)" in figures
     assert "lora-lm / ours" in done.stdout
 
 
 @pytest.mark.parametrize("weights", [{}, {"gate_l1_weight": 0.1}, {"gate_l1_weight": 0.1, "patch_l2_weight": 0.1}])
-def test_steps_leave_nothing_in_memory(tools: None, weights: dict[str, float]) -> None:
+def test_steps_leave_nothing_in_memory(weights: dict[str, float]) -> None:
     """What is recomputed in the backward pass was once never freed, if no gradient was asked of one of its outputs."""
-    from bench import resident
-    from bench_peers import Ours
+    from bench_ours import Ours
     from bench_workload import Workload
 
-    ours = Ours(Workload("demo", 4, 4, 128, torch.float32))
+    from revpatch.training.cost import resident_bytes
+
+    ours = Ours(Workload("demo", 2, 2, 128, torch.float32))
     ours.objective.config = ours.objective.config.model_copy(update=weights)
     sizes = []
-    for _ in range(3):
-        for _ in range(6):
+    for steps in (3, 6):
+        for _ in range(steps):
             ours.step()
-        sizes.append(resident("VmRSS"))
-    assert sizes[-1] - sizes[0] < 60 * 2**20, f"grew by {(sizes[-1] - sizes[0]) / 2**20:.0f} MiB in 12 steps"
+        sizes.append(resident_bytes())
+    assert sizes[1] - sizes[0] < 20 * 2**20, f"grew by {(sizes[1] - sizes[0]) / 2**20:.0f} MiB in 6 steps, of 46 once"

@@ -1,25 +1,32 @@
-"""The loss over the head alone: from hidden states to d(hidden), as the textbook has it, compiled, and ours.
+"""The loss over the head alone: from hidden states to d(hidden), as the textbook has it, compiled, fused, and ours.
 
-Fused libraries (Liger, Cut Cross-Entropy) are written in Triton for GPUs; none of them runs on a CPU.
+CE on new and replayed tokens and KL on the replayed, given last hidden states; the head is frozen. Of the fused
+libraries, Liger's chunked distillation loss needs only torch and runs on a CPU (`pip install --no-deps liger-kernel`;
+found to be right with 0.8.5). It is timed where it is installed; as the project doesn't need it, it is no requirement.
+Liger's other losses and Cut Cross-Entropy are written in Triton, for GPUs.
 """
 
 from __future__ import annotations
 
-import sys
+import importlib.util
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from bench_workload import KL_WEIGHT, SHAPES, Workload
+from bench_oracle import CHECKED_WEIGHTS, LIMIT, PEERS_LIMIT, checked_workload, refuse_beyond
+from bench_workload import KL_WEIGHT, REPLAY_WEIGHT, SHAPES, Workload
 from torch import Tensor
 
 from revpatch.training.head_loss import frozen_head_loss
 
+LossFunction = Callable[[Tensor, Tensor, Tensor, Tensor, int, float, float], Tensor]
+"""(hidden, the teacher's, head, targets, new tokens, weight of replay, weight of KL) to the loss."""
+
 
 class Loss:
-    """CE on new and replayed tokens and KL on the replayed, given last hidden states; the head is frozen."""
+    """One way of computing it, on random states."""
 
-    def __init__(self, workload: Workload, function: Callable[..., Tensor]) -> None:
+    def __init__(self, workload: Workload, function: LossFunction) -> None:
         generator = torch.Generator().manual_seed(0)
         shape = SHAPES[workload.shape]
         tokens = (workload.new + workload.replay) * workload.block
@@ -30,60 +37,83 @@ class Loss:
         self.head = (0.05 * torch.randn(shape["vocab_size"], shape["n_embd"], generator=generator)).to(dtype)
         self.targets = torch.randint(shape["vocab_size"], (tokens,), generator=generator)
         self.function = function
+        self.weights = (REPLAY_WEIGHT, KL_WEIGHT)
 
-    def step(self) -> Tensor:
-        """d(loss)/d(hidden)."""
-        loss = self.function(self.hidden, self.teacher, self.head, self.targets, self.first)
+    def step(self) -> tuple[Tensor, Tensor]:
+        """The loss and d(loss)/d(hidden)."""
+        loss = self.function(self.hidden, self.teacher, self.head, self.targets, self.first, *self.weights)
         (gradient,) = torch.autograd.grad(loss, self.hidden)
-        return gradient
+        return loss.detach(), gradient
 
 
-def textbook(hidden: Tensor, teacher: Tensor, head: Tensor, targets: Tensor, first: int) -> Tensor:
+def textbook(
+    hidden: Tensor, teacher: Tensor, head: Tensor, targets: Tensor, first: int, replay_weight: float, kl_weight: float
+) -> Tensor:
     """All logits at once, F.cross_entropy and F.kl_div."""
     logits, target = (hidden @ head.T).float(), (teacher @ head.T).float()
     new, replay = logits[:first], logits[first:]
     kl = F.kl_div(replay.log_softmax(-1), target.log_softmax(-1), log_target=True, reduction="batchmean")
-    return F.cross_entropy(new, targets[:first]) + F.cross_entropy(replay, targets[first:]) + KL_WEIGHT * kl
+    replayed = F.cross_entropy(replay, targets[first:])
+    return F.cross_entropy(new, targets[:first]) + replay_weight * replayed + kl_weight * kl
 
 
-def ours(hidden: Tensor, teacher: Tensor, head: Tensor, targets: Tensor, first: int) -> Tensor:
+def ours(
+    hidden: Tensor, teacher: Tensor, head: Tensor, targets: Tensor, first: int, replay_weight: float, kl_weight: float
+) -> Tensor:
     """As the objective calls it."""
     loss, *_ = frozen_head_loss(hidden[:first], targets[:first], head)
-    replay, *_ = frozen_head_loss(hidden[first:], targets[first:], head, teacher=teacher, kl_weight=KL_WEIGHT)
+    states, ids = hidden[first:], targets[first:]
+    replay, *_ = frozen_head_loss(states, ids, head, teacher, ce_weight=replay_weight, kl_weight=kl_weight)
     return loss + replay
 
 
-def exact(loss: Loss) -> Tensor:
-    """The textbook's gradient in float64, over tokens that are few enough."""
+def liger(
+    hidden: Tensor, teacher: Tensor, head: Tensor, targets: Tensor, first: int, replay_weight: float, kl_weight: float
+) -> Tensor:
+    """Liger's chunks for CE and KL on replay (its generalised JSD with beta 0 is KL(teacher ‖ student)), with what it
+    takes by default: compiled, 1024 tokens. The new tokens have no teacher, and the textbook's CE."""
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    fused = LigerFusedLinearJSDLoss(weight_hard_loss=replay_weight, weight_soft_loss=kl_weight, beta=0.0)
+    replay: Tensor = fused(hidden[first:], head, teacher, head, targets[first:])
+    return F.cross_entropy((hidden[:first] @ head.T).float(), targets[:first]) + replay
+
+
+def exact(loss: Loss) -> tuple[Tensor, Tensor]:
+    """The loss and its gradient in float64, over tokens that are few enough."""
     hidden = loss.hidden.detach().double().requires_grad_()
-    value = _wide_textbook(hidden, loss.teacher.double(), loss.head.double(), loss.targets, loss.first)
+    replay_weight, kl_weight = loss.weights
+    q = (hidden @ loss.head.double().T).log_softmax(-1)
+    nll = -q.gather(-1, loss.targets[:, None]).squeeze(-1)
+    p = (loss.teacher.double() @ loss.head.double().T).log_softmax(-1)
+    kl = (p.exp() * (p - q[loss.first :])).sum(-1).mean()
+    value = nll[: loss.first].mean() + replay_weight * nll[loss.first :].mean() + kl_weight * kl
     (gradient,) = torch.autograd.grad(value, hidden)
-    return gradient
-
-
-def _wide_textbook(hidden: Tensor, teacher: Tensor, head: Tensor, targets: Tensor, first: int) -> Tensor:
-    q = (hidden @ head.T).log_softmax(-1)
-    nll = -q.gather(-1, targets[:, None]).squeeze(-1)
-    p = (teacher @ head.T).log_softmax(-1)
-    kl = (p.exp() * (p - q[first:])).sum(-1).mean()
-    return nll[:first].mean() + nll[first:].mean() + KL_WEIGHT * kl
+    return value.detach(), gradient
 
 
 LOSSES: dict[str, Callable[[Workload], Loss]] = {
     "ours": lambda workload: Loss(workload, ours),
     "textbook": lambda workload: Loss(workload, textbook),
-    "textbook, compiled": lambda workload: Loss(workload, torch.compile(textbook)),
+    "textbook, compiled": lambda workload: Loss(workload, torch.compile(textbook, dynamic=False)),
 }
+HAS_LIGER = importlib.util.find_spec("liger_kernel") is not None
+if HAS_LIGER:
+    LOSSES["Liger"] = lambda workload: Loss(workload, liger)
 
 
-def loss_errors(losses: dict[str, Loss], workload: Workload, limit: float) -> dict[str, float]:
-    """Relative gradient errors against float64, on a short workload; ours beyond the limit ends the benchmark."""
-    short = Workload(workload.shape, 1, 1, min(64, workload.block), workload.dtype)
+def check_losses(workload: Workload) -> dict[str, float]:
+    """Relative gradient errors against float64, on a short workload; one beyond its limit ends the benchmark."""
+    short = checked_workload(workload)
     found = {}
-    for name in losses:
-        small = LOSSES[name](short)
-        truth = exact(small)
-        found[name] = float((small.step().double() - truth).norm() / truth.norm())
-    if not found["ours"] < limit:
-        sys.exit(f"the loss alone: gradient off by {found['ours']:.2g}, at most {limit:g} is right: no times are given")
+    for name, make in LOSSES.items():
+        small = make(short)
+        small.weights = CHECKED_WEIGHTS
+        right_loss, right = exact(small)
+        loss, gradient = small.step()
+        wrong_loss = float((loss.double() - right_loss).abs() / right_loss.abs())
+        found[name] = float((gradient.double() - right).norm() / right.norm())
+        limit = (LIMIT if name == "ours" else PEERS_LIMIT)[workload.dtype]
+        refuse_beyond(limit, f"the loss alone, {name}", wrong_loss, found[name], workload.dtype)
+    torch._dynamo.reset()  # what is timed is compiled for its own shape and weights
     return found

@@ -1,12 +1,14 @@
 """How two ranks on two cores compare with one rank on one, and what they send each other.
 
-    python tools/bench_ranks.py [--rounds 3] [--shape gpt2|demo] [--steps 3] [--json FILE]
+    python tools/bench_ranks.py [--rounds 3] [--shape gpt2|demo] [--steps 3] [--engine deepspeed|accelerate]
+                                [--json FILE]
 
 Each rank is bound to a core of its own with one thread, holds the whole frozen base and trains on 2 new and 1 replayed
 blocks of 256 tokens a step (gpt2) or 8 and 8 of 128 (demo), so that the global batch grows with the ranks. The engine
-is the trainer's, on gloo. One rank and two are started in turn, round by round; the figure is the ratio of the median
-global throughputs. The bytes are counted in the profiler's record of the process group over one optimizer step, and
-held against full data-parallel fine-tuning, which sends 4 bytes for each parameter of the model.
+is the trainer's (DeepSpeed with ZeRO 0 by default), on gloo. One rank and two are started in turn, round by round; the
+figure is the ratio of the median global throughputs. The bytes are counted in the profiler's record of the process
+group over one optimizer step, and held against full data-parallel fine-tuning, which sends 4 bytes for each parameter
+of the model: that is counted in the same way, on a tiny model under DistributedDataParallel.
 """
 
 from __future__ import annotations
@@ -24,14 +26,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_workload import SHAPES, Workload
+from bench_rows import two_ranks, wire
+from bench_workload import SHAPES, Workload, base_dtype, name_of
 from figures import Figure, machine, show
+from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
+from wire import bytes_sent
 
 from revpatch.config import Config
 from revpatch.patch.patched_model import attach
 from revpatch.training.engine import MicroBatch, make_engine
-from revpatch.training.launch import Launch, bfloat16_is_slow, process_group
+from revpatch.training.launch import Launch, process_group
 from revpatch.training.lean import make_lean
 from revpatch.training.objective import PatchObjective
 from revpatch.training.teacher import Teacher
@@ -40,21 +45,21 @@ BATCH = {"gpt2": (2, 1, 256), "demo": (8, 8, 128), "tiny": (2, 1, 32)}
 """New and replayed blocks a rank, tokens a block."""
 
 
-def rank(shape: str, steps: int, out: Path) -> None:
+def rank(shape: str, steps: int, engine_kind: str, out: Path) -> None:
     """What each rank does; rank 0 writes seconds and bytes."""
     launch = Launch.from_environment()
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[launch.local_rank % len(cores)]})
     torch.set_num_threads(1)
     new, replay, block = BATCH[shape]
-    dtype = torch.float32 if bfloat16_is_slow() else torch.bfloat16
-    workload = Workload(shape, new, replay, block, dtype)
+    dtype = base_dtype()
+    workload = Workload(shape, new, replay, block, dtype, new + replay)
     with process_group(launch, launch.device(), 30.0) as peers:
         base = workload.model(dtype).eval().requires_grad_(False)
         patch = attach(base, workload.sidecar)
         make_lean(base)
         objective = PatchObjective(base, patch, Teacher(base), workload.objective)
-        engine = make_engine(_config(workload, peers.world), objective, peers)
+        engine = make_engine(_config(workload, peers.world, engine_kind), objective, peers)
         batch = [MicroBatch(*workload.tokens(seed=peers.rank))]
         engine.train_step(batch, 1e-4)
         peers.gather(None)
@@ -65,49 +70,59 @@ def rank(shape: str, steps: int, out: Path) -> None:
         seconds = (time.perf_counter() - start) / steps
         with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as record:
             engine.train_step(batch, 1e-4)
+        ddp = ddp_bytes_a_parameter() if peers.world > 1 else 0.0
         if peers.rank == 0:
             full = sum(p.numel() for p in base.parameters()) * 4
             tokens = peers.world * (new + replay) * block
-            found = {"seconds": seconds, "tokens": tokens, "bytes": _sent(record), "full": full}
-            out.write_text(json.dumps(found), encoding="utf-8")
+            found = {
+                "seconds": seconds,
+                "tokens": tokens,
+                "bytes": sum(bytes_sent(record).values()),
+                "full": full,
+                "ddp": ddp,
+            }
+            out.write_text(json.dumps(found | {"dtype": name_of(dtype)}), encoding="utf-8")
 
 
-def _config(workload: Workload, world: int) -> Config:
+def ddp_bytes_a_parameter() -> float:
+    """Gradient bytes that full fine-tuning all-reduces in a step, counted on a tiny model, for each parameter."""
+    workload = Workload("tiny", 1, 1, 32, torch.float32)
+    model = DistributedDataParallel(workload.model())
+    tokens, _ = workload.tokens()
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as record:
+        model(input_ids=tokens, labels=tokens).loss.backward()
+    return bytes_sent(record)["gloo:all_reduce"] / sum(p.numel() for p in model.parameters())
+
+
+def _config(workload: Workload, world: int, engine_kind: str) -> Config:
     """The trainer's config of this workload; nothing in it is read from disk."""
     batch = {"new_blocks": workload.new * world, "replay_blocks": workload.replay * world}
     return Config.model_validate(
         {
             "output_dir": "unused",
             "base": {"model": "unused", "block_size": workload.block},
-            "batch": {**batch, "micro_blocks": workload.new + workload.replay},
+            "batch": {**batch, "micro_blocks": workload.micro_blocks},
             "replay": {"base": "unused"},
             "phases": [{"name": "unused", "shards": "unused", "steps": 1000}],
-            "engine": {"kind": "accelerate"},
+            "engine": {"kind": engine_kind},
         }
     )
 
 
-def _sent(record: Any) -> int:
-    found = 0
-    for event in record.events():
-        if event.name.startswith("gloo:"):
-            found += sum(4 * torch.Size(shape).numel() for shape in event.input_shapes if shape)
-    return found
-
-
-def launch(world: int, arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
+def launch(world: int, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """One start of so many ranks, and what rank 0 found."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     out = folder / "found.json"
     torchrun = [str(Path(sys.executable).parent / "torchrun"), f"--nproc_per_node={world}", f"--master_port={port}"]
-    command = [*torchrun, __file__, "--rank-out", str(out), "--shape", arguments.shape, "--steps", str(arguments.steps)]
+    options = [f"--{name}={getattr(arguments, name)}" for name in ("shape", "steps", "engine")]
+    command = [*torchrun, __file__, f"--rank-out={out}", *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{world} ranks failed:\n{done.stdout}{done.stderr}")
-    found: dict[str, float] = json.loads(out.read_text(encoding="utf-8"))
+    found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
     return found
 
 
@@ -116,11 +131,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--shape", choices=SHAPES, default="gpt2")
+    parser.add_argument("--engine", choices=("deepspeed", "accelerate"), default="deepspeed")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rank-out", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.rank_out is not None:
-        rank(arguments.shape, arguments.steps, arguments.rank_out)
+        rank(arguments.shape, arguments.steps, arguments.engine, arguments.rank_out)
         return
     speeds: dict[int, list[float]] = {1: [], 2: []}
     with tempfile.TemporaryDirectory() as folder:
@@ -131,15 +147,17 @@ def main() -> None:
     one, two = (statistics.median(values) for values in speeds.values())
     new, replay, block = BATCH[arguments.shape]
     rows = [
-        Figure.at_least("global throughput, 2 ranks on 2 cores / 1 on 1", 1.85, two / one, "times"),
-        Figure.at_most("gradient bytes on the wire, ours / full DDP", 0.01, found["bytes"] / found["full"], "of it"),
+        two_ranks(two / one),
+        wire(found["bytes"] / found["full"]),
         Figure.plain("bytes all-reduced a step, ours", found["bytes"], "bytes"),
-        Figure.plain("bytes of full DDP", found["full"], "bytes"),
+        Figure.plain("bytes of full DDP, 4 a parameter", found["full"], "bytes"),
+        Figure.plain("bytes of full DDP a parameter, counted on a tiny model", found["ddp"], "bytes"),
         Figure.plain("1 rank", one, "tokens/s"),
         Figure.plain("2 ranks", two, "tokens/s"),
     ]
-    title = f"{arguments.shape} shape, {new} new + {replay} replayed blocks of {block} tokens a rank\n{machine()}"
-    show(title, rows, arguments.json)
+    batch = f"{new} new + {replay} replayed blocks of {block} tokens a rank"
+    what = f"{arguments.shape} shape, frozen base in {found['dtype']}, {arguments.engine}, {batch}"
+    show(f"{what}\n{machine()}", rows, arguments.json)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from revpatch.config import ObjectiveConfig, OptimizerConfig, SidecarConfig
+from revpatch.config import BatchConfig, ObjectiveConfig, OptimizerConfig, SidecarConfig
+from revpatch.training.launch import bfloat16_is_slow
 
 SHAPES = {
     "gpt2": {"n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257, "n_positions": 1024},
@@ -21,11 +22,24 @@ MAX_GRAD_NORM = 1.0
 LEARNING_RATE = 1e-4
 
 
+def base_dtype() -> torch.dtype:
+    """In which frozen bases are stored by default: bfloat16, but float32 where this CPU is faster in that."""
+    return torch.float32 if bfloat16_is_slow() else torch.bfloat16
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """As people write it: "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
 @dataclass(frozen=True)
 class Workload:
     """One full step: `new` and `replay` blocks of `block` tokens through a model of `shape`.
 
-    `dtype` is that in which frozen bases are stored; what is trained is float32 everywhere.
+    `dtype` is that in which frozen bases are stored; what is trained is float32 everywhere. Ours splits a step into
+    micro-batches of at most `micro_blocks` blocks, as the trainer does.
+
+    Raises ValueError for a step that is none, a block that the shape can't read, and blocks that can't be split.
     """
 
     shape: str
@@ -33,6 +47,22 @@ class Workload:
     replay: int
     block: int
     dtype: torch.dtype
+    micro_blocks: int = BatchConfig().micro_blocks
+
+    def __post_init__(self) -> None:
+        for name in ("new", "replay", "micro_blocks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: expected 1 or more blocks")
+        positions = SHAPES[self.shape]["n_positions"]
+        if not 2 <= self.block <= positions:
+            raise ValueError(f"block = {self.block}: a model of the {self.shape} shape reads 2 to {positions} tokens")
+        _ = self.accumulation
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches a step, as the trainer splits it on one rank."""
+        batch = BatchConfig(new_blocks=self.new, replay_blocks=self.replay, micro_blocks=self.micro_blocks)
+        return batch.accumulation(1)
 
     def config(self) -> GPT2Config:
         """Without dropout, which would make every loss another and cost the peers time."""
@@ -71,5 +101,5 @@ class Workload:
         return (
             f"GPT-2 with {s['n_layer']} blocks of width {s['n_embd']}, vocabulary {s['vocab_size']}, random weights; "
             f"{self.new} new and {self.replay} replayed blocks of {self.block} tokens; frozen bases in "
-            f"{str(self.dtype).removeprefix('torch.')}"
+            f"{name_of(self.dtype)}"
         )

@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -40,9 +41,9 @@ class Figure:
         return cls(name, f"<= {limit:g}", _rounded(measured), unit, measured is not None and measured <= limit)
 
     @classmethod
-    def plain(cls, name: str, measured: float, unit: str) -> Figure:
-        """A figure that nothing was asked of."""
-        return cls(name, "", _rounded(measured), unit, True)
+    def plain(cls, name: str, measured: float | str, unit: str) -> Figure:
+        """A figure that nothing was asked of, or in words why there is none."""
+        return cls(name, "", measured if isinstance(measured, str) else _rounded(measured), unit, True)
 
 
 def machine(*packages: str) -> str:
@@ -61,7 +62,7 @@ def machine(*packages: str) -> str:
 
 
 def show(title: str, rows: list[Figure], file: Path | None) -> None:
-    """Prints the table and, if a file is named, writes {"figures": [...]}."""
+    """Prints the table and, if a file is named, writes the figures there."""
     table = Table(title=title, title_justify="left")
     for column in ("figure", "asked", "measured", "unit", "holds"):
         table.add_column(column)
@@ -71,7 +72,32 @@ def show(title: str, rows: list[Figure], file: Path | None) -> None:
         table.add_row(row.name, row.asked, measured, row.unit, "yes" if row.holds else "NO")
     Console(width=None if os.isatty(1) else 120).print(table)
     if file is not None:
-        file.write_text(json.dumps({"figures": [asdict(row) for row in rows]}, indent=2) + "\n", encoding="utf-8")
+        write_figures(title, rows, file)
+
+
+def write_figures(title: str, rows: list[Figure], file: Path) -> None:
+    """Writes {"head": the title, "figures": [...]}."""
+    content = {"head": title, "figures": [asdict(row) for row in rows]}
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def read_figures(file: Path) -> list[Figure]:
+    """What `write_figures` wrote.
+
+    Raises ValueError, with the file's name, if it can't be read or holds something else.
+    """
+    try:
+        return [Figure(**row) for row in json.loads(file.read_text(encoding="utf-8"))["figures"]]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{file}: expected figures that a tool here wrote with --json, found {type(error).__name__}: {error}"
+        ) from None
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table as docs carry it."""
+    lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
 def _rounded(value: float | None) -> float | None:

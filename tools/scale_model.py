@@ -1,10 +1,14 @@
 """The arithmetic of a step past one machine: FLOPs, bytes and the wire for 8, 64 and 1024 GPUs.
 
-    python tools/scale_model.py [--peak 312] [--efficiency 0.35] [--bus 25] [--latency 30] [--markdown]
+    python tools/scale_model.py [--peak 312] [--float32 19.5] [--efficiency 0.35 | --measured BENCH.json] [--bus 25]
+                                [--latency 30] [--markdown]
 
 Nothing here was measured on a GPU. Assumed, each a flag:
-- a GPU's bfloat16 peak, TFLOP/s (312 is an A100's data sheet), and the share of it that a step reaches. The share is
-  the unknown: bench.py measures it on CPUs (share of the matrix-product rate), and nobody has measured it on a GPU;
+- a GPU's bfloat16 peak, TFLOP/s, for the products with frozen weights and attention, and its float32 peak for those
+  of the sidecars, which are float32 on any base (312 and 19.5 are an A100's data sheet; with TF32 allowed the latter
+  is 156);
+- the share of both peaks that a step reaches. That is the unknown: `--measured` takes it from what bench.py wrote with
+  --json (its share of the matrix-product rate, of a CPU), and nobody has measured it on a GPU;
 - the bus bandwidth of an all-reduce between nodes, GB/s a GPU, and its latency, microseconds a ring hop. Ring
   all-reduce: 2·(n−1)/n · bytes / bus + 2·(n−1) · latency / 8, a node of 8 counting as one hop in eight;
 - a step: 4 new and 2 replayed blocks of 1024 tokens a GPU (weak scaling), or 256 and 128 in all (strong scaling, from
@@ -23,7 +27,10 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
+from figures import markdown, read_figures
 from rich.console import Console
 from rich.table import Table
 
@@ -38,17 +45,31 @@ TOLERATED = 0.01
 """Share of the time that the other ranks may wait for rank 0's probes."""
 
 
+class Work(NamedTuple):
+    """Operations, by the type in which they are done."""
+
+    base: float
+    """Products with frozen weights, and attention: in the base's type."""
+    sidecars: float
+    """In float32."""
+
+    @property
+    def total(self) -> float:
+        return self.base + self.sidecars
+
+
 @dataclass(frozen=True)
 class Machine:
     """Assumed; see the head of this file."""
 
     peak: float
+    float32: float
     efficiency: float
     bus: float
     latency: float
 
-    def seconds(self, flops: float) -> float:
-        return flops / (self.peak * 1e12 * self.efficiency)
+    def seconds(self, work: Work) -> float:
+        return (work.base / self.peak + work.sidecars / self.float32) / (1e12 * self.efficiency)
 
     def all_reduce(self, size: float, world: int) -> float:
         return 2 * (world - 1) / world * size / (self.bus * 1e9) + 2 * (world - 1) * self.latency * 1e-6 / 8
@@ -85,17 +106,22 @@ class Shape:
             2 * VOCABULARY * d * tokens,
         )
 
-    def forward(self) -> float:
+    def forward(self) -> Work:
         """One block of tokens through everything."""
-        return sum(self.parts())
+        linear, attention, sidecars, head = self.parts()
+        return Work(linear + attention + head, sidecars)
 
-    def step(self, new: float, replay: float, cached: bool) -> float:
+    def step(self, new: float, replay: float, cached: bool) -> Work:
         """One step on so many blocks."""
         linear, attention, sidecars, head = self.parts()
         # Before the first sidecar nothing learns. Sidecars: recomputed, then gradients of inputs and of weights.
-        backward = (linear + 2.5 * attention) * (1 - 1 / self.blocks) + 3 * sidecars + head
-        teacher = head if cached else self.forward()
-        return (new + replay) * (self.forward() + backward) + replay * teacher
+        backward = (linear + 2.5 * attention) * (1 - 1 / self.blocks) + head
+        forward = self.forward()
+        teacher = Work(head, 0.0) if cached else forward
+        return Work(
+            (new + replay) * (forward.base + backward) + replay * teacher.base,
+            (new + replay) * 4 * sidecars + replay * teacher.sidecars,
+        )
 
 
 def weak(machine: Machine) -> list[list[str]]:
@@ -103,16 +129,17 @@ def weak(machine: Machine) -> list[list[str]]:
     rows = []
     for name, (blocks, width) in MODELS.items():
         shape = Shape(blocks, width)
-        flops = shape.step(NEW, REPLAY, cached=False)
-        seconds = machine.seconds(flops)
-        probe = machine.seconds(PROBE_BLOCKS * shape.forward())
+        work = shape.step(NEW, REPLAY, cached=False)
+        seconds = machine.seconds(work)
+        probe = PROBE_BLOCKS * machine.seconds(shape.forward())
         for world in WORLDS:
             ours, full = 4 * shape.trained, 4 * shape.parameters
             rows.append(
                 [
                     name,
                     f"{world:,}",
-                    f"{flops / 1e12:.1f}",
+                    f"{work.total / 1e12:.1f}",
+                    f"{work.sidecars / 1e12:.2f}",
                     f"{1e3 * seconds:.0f}",
                     f"{ours / 1e6:.1f} / {full / 1e6:,.0f}",
                     f"{100 * ours / full:.2f} %",
@@ -132,7 +159,7 @@ def strong(machine: Machine) -> list[list[str]]:
     for name, (blocks, width) in MODELS.items():
         shape = Shape(blocks, width)
         whole = machine.seconds(shape.step(GLOBAL_NEW, GLOBAL_REPLAY, cached=False))
-        probe = machine.seconds(PROBE_BLOCKS * shape.forward())
+        probe = PROBE_BLOCKS * machine.seconds(shape.forward())
         shares = [f"{100 * probe / (PROBE_EVERY * whole / world):.1f} %" for world in (8, 64, 128)]
         pays = TOLERATED * PROBE_EVERY * whole / probe
         rows.append([name, f"{1e3 * whole / 8:.0f}", f"{probe:.1f}", *shares, f"{pays:.0f}"])
@@ -143,6 +170,7 @@ WEAK = (
     "model",
     "GPUs",
     "TFLOP a step and GPU",
+    "of which sidecars",
     "step, ms",
     "MB reduced, ours / full",
     "ours / full",
@@ -155,10 +183,22 @@ WEAK = (
 STRONG = ("model", "step on 8, ms", "a probe on one GPU, s", "waiting: 8 GPUs", "64", "128", "`all` pays from")
 
 
-def show(title: str, columns: tuple[str, ...], rows: list[list[str]], markdown: bool) -> None:
-    if markdown:
-        print(f"\n{title}\n\n| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
-        print("\n".join(f"| {' | '.join(row)} |" for row in rows))
+def share_of(file: Path) -> tuple[float, str]:
+    """The share of the matrix-product rate that bench.py measured, of bfloat16 if there is one, and a word on it.
+
+    Raises ValueError for a file that has none.
+    """
+    shares = {row.name: row.measured for row in read_figures(file)}
+    for dtype in ("bfloat16", "float32"):
+        share = shares.get(f"share of the {dtype} matrix-product rate")
+        if isinstance(share, float):
+            return share, f"measured by bench.py, {dtype} on a CPU"
+    raise ValueError(f"{file}: expected a share of the matrix-product rate, as bench.py writes it, found none")
+
+
+def show(title: str, columns: tuple[str, ...], rows: list[list[str]], as_markdown: bool) -> None:
+    if as_markdown:
+        print(f"\n{title}\n\n{markdown(columns, rows)}")
         return
     table = Table(*columns, title=title, title_justify="left")
     for row in rows:
@@ -169,14 +209,24 @@ def show(title: str, columns: tuple[str, ...], rows: list[list[str]], markdown: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peak", type=float, default=312.0)
-    parser.add_argument("--efficiency", type=float, default=0.35)
+    parser.add_argument("--float32", type=float, default=19.5)
+    reached = parser.add_mutually_exclusive_group()
+    reached.add_argument("--efficiency", type=float, default=0.35)
+    reached.add_argument("--measured", type=Path)
     parser.add_argument("--bus", type=float, default=25.0)
     parser.add_argument("--latency", type=float, default=30.0)
     parser.add_argument("--markdown", action="store_true")
     arguments = parser.parse_args()
-    machine = Machine(arguments.peak, arguments.efficiency, arguments.bus, arguments.latency)
-    assumed = f"{machine.peak:g} TFLOP/s × {machine.efficiency:g}, bus {machine.bus:g} GB/s, {machine.latency:g} µs"
-    title = f"Weak scaling: {NEW} new and {REPLAY} replayed blocks a GPU ({assumed}; assumed, not measured)"
+    share, source = arguments.efficiency, "assumed"
+    if arguments.measured is not None:
+        try:
+            share, source = share_of(arguments.measured)
+        except ValueError as error:
+            parser.error(str(error))
+    machine = Machine(arguments.peak, arguments.float32, share, arguments.bus, arguments.latency)
+    peaks = f"{machine.peak:g} TFLOP/s, sidecars {machine.float32:g}; of these a share of {share:g}, {source}"
+    assumed = f"{peaks}; bus {machine.bus:g} GB/s, {machine.latency:g} µs; nothing measured on a GPU"
+    title = f"Weak scaling: {NEW} new and {REPLAY} replayed blocks a GPU ({assumed})"
     show(title, WEAK, weak(machine), arguments.markdown)
     title = (
         f"Strong scaling: {GLOBAL_NEW} new and {GLOBAL_REPLAY} replayed blocks in all; share of the time that all wait"

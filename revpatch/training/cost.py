@@ -17,8 +17,14 @@ def memory_in_use(device: torch.device) -> float:
         most = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         return float(most)
+    return float(resident_bytes())
+
+
+def resident_bytes(peak: bool = False) -> int:
+    """What this process has resident, in bytes; with `peak` the most that it has had."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return 1024.0 * int(status.split("VmRSS:")[1].split()[0])
+    key = "VmHWM:" if peak else "VmRSS:"
+    return 1024 * int(status.split(key)[1].split()[0])
 
 
 def flops_a_token(base: nn.Module, patch: Patch) -> int:

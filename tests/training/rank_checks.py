@@ -29,6 +29,9 @@ from revpatch.training.rollback import restore, state_sha256
 from revpatch.training.schedule import learning_rate
 from revpatch.training.trainer import Trainer
 
+sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
+from wire import bytes_sent
+
 
 def batches_of(phase: Phase, steps: int) -> list[list[MicroBatch]]:
     with phase.batches.stream(steps) as stream:
@@ -122,15 +125,12 @@ def one_step(trainer: Trainer) -> dict[str, Any]:
     run_steps(trainer, batches[:2], 1e-3)
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as record:
         trainer.meter.add(*trainer.engine.train_step(phase.batches.to_device(batches[2]), 1e-3))
-    moved: dict[str, int] = {}
-    reads = []
-    for event in record.events():
-        if event.name in READS:
-            reads.append(" < ".join(above(event)))
-        if event.name.startswith("gloo:"):
-            elements = sum(int(np.prod(shape)) for shape in event.input_shapes if shape)
-            moved[event.name] = moved.get(event.name, 0) + 4 * elements
-    return {"moved": moved, "reads": reads, "parameters": sum(p.numel() for p in trainer.patch.parameters())}
+    reads = [" < ".join(above(event)) for event in record.events() if event.name in READS]
+    return {
+        "moved": bytes_sent(record),
+        "reads": reads,
+        "parameters": sum(p.numel() for p in trainer.patch.parameters()),
+    }
 
 
 def disagreement(trainer: Trainer) -> dict[str, Any]:
