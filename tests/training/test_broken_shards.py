@@ -147,10 +147,15 @@ def test_quarantine_takes_it_out_for_all_ranks_from_one_step_on(runs: Runs, dama
 def test_a_run_goes_on_after_a_quarantine_as_though_it_had_not_been_killed(runs: Runs) -> None:
     DAMAGE["corrupt"](broken_shard(runs, 0))
     quarantine = ["--set", "stream.on_error=quarantine", "--set", "stream.shuffle_blocks=8"]
+    quarantine += ["--set", "phases.0.steps=30", "--set", "snapshot.every=5"]
+    epoch = "first epoch 1 begins at 26, with 0 blocks left over of the one before"  # 100 blocks, 4 a step
     assert runs.run("through", *quarantine) == [0, 0], runs.log("through").read_text()
-    step = {"rank": 0, "target": "revpatch.training.engine:AccelerateEngine.train_step", "call": 19, "when": "before"}
+    assert epoch in " ".join(runs.log("through").read_text().split())
+    step = {"rank": 0, "target": "revpatch.training.engine:AccelerateEngine.train_step", "call": 27, "when": "before"}
     assert 0 not in runs.run("killed", *quarantine, kill=step)
     assert runs.run("killed", *quarantine) == [0, 0]
+    assert runs.events("killed", "resume")[0]["snapshot"] == "step000000000025.pt"
+    assert epoch in " ".join(runs.log("killed").read_text().split()), "though it begins at the first step made again"
     assert runs.commits("killed") == runs.commits("through")
     key = "shard", "step", "location"
     assert [[e[k] for k in key] for e in runs.events("killed", "quarantine")] == [
