@@ -30,7 +30,7 @@ def build(
         ),
     ],
     tokenizer: Annotated[str, typer.Option(help="Hugging Face name or local folder of the tokenizer.")],
-    out: Annotated[Path, typer.Option(help="Folder to write; it must not exist.")],
+    out: Annotated[Path, typer.Option(help="Folder to write: new or empty, or this very build's.")],
     block_size: Annotated[int, typer.Option(min=2, help="Tokens a block.")] = 1024,
     text_column: Annotated[str, typer.Option(help="Field or column that holds the text.")] = "text",
     holdout: Annotated[

@@ -8,7 +8,8 @@ machine does falls on all alike, and medians are compared.
 
 "bare" is encode_batch_fast on texts that are in memory, with one thread, in batches of a building chunk's size. Two
 such processes at once show what the machine can give to two workers: on a busy or a virtual one, less than twice as
-much. "building" is all of `build_shards`, from the file to the manifest, start of the workers included.
+much. "building" is all of `build_shards`, from the file to the manifest, start of the workers included. Exits
+with 1 if a figure does not hold.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import os
 import random
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -178,6 +180,7 @@ def main() -> None:
         for tokenizer in (demo, train_tokenizer(texts, 50_000)):
             figures += figures_of(len(tokenizer), measure(source, texts, tokenizer, arguments.rounds))
     show(title, figures, arguments.json)
+    sys.exit(0 if all(figure.holds for figure in figures) else 1)
 
 
 if __name__ == "__main__":

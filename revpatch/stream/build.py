@@ -82,9 +82,10 @@ def build_shards(
 
     A folder that is there already is left alone if it is this very build and refused otherwise.
     Raises what `find_inputs` and the readers do; ValueError for impossible numbers, too little text, or a tokenizer
-    that is not fast or has no EOS; FileExistsError for an `out` that holds something else or an unfinished build of
-    another recipe; BlockingIOError when another build into `out` is at work; OSError when the disk is full or a
-    worker dies. After the last of these, or after being killed, the same call goes on.
+    that is not fast or has no EOS; FileExistsError for an `out` that holds something else
+    (what was built by then is kept) or an unfinished build of another recipe; BlockingIOError when another build into
+    `out` is at work; FileNotFoundError when a side that was installed before a kill is gone; OSError when the disk is
+    full or a worker dies. After the last of these, or after being killed, the same call goes on.
     """
     _check_numbers(block_size, holdout, max_tokens, workers)
     sources = [sources] if isinstance(sources, (str, Path)) else list(sources)
@@ -164,8 +165,14 @@ def _opened(
     keep = False
     try:
         yield unfinished
-    except (CorpusError, FileExistsError):
+    except CorpusError:
         raise
+    except FileExistsError as error:
+        keep = True
+        raise FileExistsError(
+            f"{error}. What was built now is kept in {unfinished.folder}: once the other is out of the way, the same "
+            "command puts it there"
+        ) from error
     except BaseException as error:
         keep = unfinished.checkpoint is not None
         if isinstance(error, OSError) and error.errno in _NO_ROOM:
@@ -201,6 +208,7 @@ def _fill(
     saved = time.monotonic()
     waiting: deque[Chunk] = deque()
     sizes = [found.bytes for found in inputs if found.bytes is not None]
+    in_all = sum(sizes) if sizes else None
 
     def works() -> Iterator[Work]:
         for chunk in read_chunks(inputs, text_column, unfinished.folder, encoder.holdout, position):
@@ -214,7 +222,7 @@ def _fill(
         else:
             rows.add_documents(encoded)
         if progress is not None:
-            progress(Progress(*rows.counts(), chunk.bytes_read, sum(sizes) if sizes else None))
+            progress(Progress(*rows.counts(), chunk.bytes_read, in_all))
         if rows.full:
             break
         if time.monotonic() - saved >= CHECKPOINT_SECONDS:
@@ -255,6 +263,11 @@ def _manifest(split: str, row: Row, recipe: dict[str, Any]) -> Manifest:
 def _install(manifests: dict[str, Manifest], folders: dict[str, Path], unfinished: UnfinishedBuild) -> None:
     for split, folder in folders.items():
         check_installable(folder, manifests[split])
+        if not (unfinished.folder / split).is_dir() and not (folder / MANIFEST_NAME).is_file():
+            raise FileNotFoundError(
+                f"{folder}: a call of this build that was killed had put it there, and now it is gone: put it back, or "
+                f"delete {unfinished.folder} to build anew"
+            )
     for split in reversed(folders):  # the probe first: a set without its probe would look whole
         built = unfinished.folder / split
         if built.is_dir():  # not when an earlier call was killed after it had installed this one

@@ -5,8 +5,9 @@ A chunk is many short documents, of one input or several, or one piece of a long
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from revpatch.stream.documents import Document, Input, LongDocument, Meter, Reading
@@ -42,39 +43,47 @@ def read_chunks(
     """All chunks from `start` on. Inputs before it are not opened; documents before it are read over."""
     texts: list[str] = []
     characters = 0
-    end, bytes_read = start, 0
+    end, before = start, 0
     for end, bytes_read, document, pieces_taken in _read_on(inputs, text_column, spool, start):
         if isinstance(document, Document):
+            before = bytes_read()
             texts.append(document.text)
             characters += len(document.text)
             if len(texts) == CHUNK_DOCUMENTS or characters >= CHUNK_CHARACTERS:
-                yield Chunk(Work(texts), end, bytes_read)
+                yield Chunk(Work(texts), end, before)
                 texts, characters = [], 0
         else:
             if texts:
-                yield Chunk(Work(texts), Position(end.input, end.documents - 1), bytes_read)
+                yield Chunk(Work(texts), Position(end.input, end.documents - 1), before)
                 texts, characters = [], 0
             yield from _pieces(document, end, bytes_read, holdout, pieces_taken)
     if texts:
-        yield Chunk(Work(texts), end, bytes_read)
+        yield Chunk(Work(texts), end, before)
 
 
 def _read_on(
     inputs: Sequence[Input], text_column: str, spool: Path, start: Position
-) -> Iterator[tuple[Position, int, Document | LongDocument, int]]:
-    """Each document, the position and bytes read after it, and how many of its pieces have been taken before."""
+) -> Iterator[tuple[Position, Callable[[], int], Document | LongDocument, int]]:
+    """Each document, the position after it, bytes read so far, and how many of its pieces have been taken before."""
+    before = sum(found.bytes or 0 for found in inputs[: start.input])
     for number in range(start.input, len(inputs)):
-        before = sum(found.bytes or 0 for found in inputs[:number])
         here = start if number == start.input else Position(number)
         meter = Meter()
+        bytes_read = partial(_bytes_read, before, meter if inputs[number].bytes is not None else None)
         documents = inputs[number].read(Reading(text_column, spool, here.documents, meter))
         for taken, document in enumerate(documents, here.documents + 1):
-            bytes_read = before + (meter.bytes if inputs[number].bytes is not None else 0)
             pieces_taken = here.pieces if taken == here.documents + 1 else 0
             yield Position(number, taken), bytes_read, document, pieces_taken
+        before += inputs[number].bytes or 0
 
 
-def _pieces(document: LongDocument, end: Position, bytes_read: int, holdout: float, taken: int) -> Iterator[Chunk]:
+def _bytes_read(before: int, meter: Meter | None) -> int:
+    return before + (meter.bytes if meter is not None else 0)
+
+
+def _pieces(
+    document: LongDocument, end: Position, bytes_read: Callable[[], int], holdout: float, taken: int
+) -> Iterator[Chunk]:
     held_out = bool(holdout) and document.text.is_held_out(holdout)
     pieces = document.text.pieces()
     piece = next(pieces, "")
@@ -85,7 +94,7 @@ def _pieces(document: LongDocument, end: Position, bytes_read: int, holdout: flo
         last = following is None
         if number > taken:
             after = end if last else Position(end.input, end.documents - 1, number)
-            yield Chunk(Work([piece], is_piece=True), after, bytes_read, held_out, last)
+            yield Chunk(Work([piece], is_piece=True), after, bytes_read(), held_out, last)
         if following is None:
             return
         piece = following

@@ -37,6 +37,7 @@ from revpatch.stream.long_text import LongText, not_utf8
 Documents = Iterator[Document | LongDocument]
 _BUFFER_BYTES = 2**18
 _PARQUET_ROWS = 128
+_PARQUET_BUFFER = 2**20  # without one a whole column of a row group is held, compressed
 
 
 def file_input(path: Path) -> Input:
@@ -89,7 +90,7 @@ def read_jsonl(path: Path, reading: Reading) -> Documents:
 def read_parquet(path: Path, reading: Reading) -> Documents:
     size, skip = path.stat().st_size, reading.skip
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with pyarrow.parquet.ParquetFile(path, buffer_size=_PARQUET_BUFFER, pre_buffer=False) as file:
             if reading.text_column not in file.schema_arrow.names:
                 raise missing_column(str(path), reading.text_column, file.schema_arrow.names)
             row = 0
@@ -139,7 +140,7 @@ def json_document(text: str, where: str, name: str, text_column: str) -> Documen
     """The document of a JSON object. Raises ValueError where it is none, or has no such text."""
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{where}: expected one JSON object, found {excerpt(text)} ({error}); "
             "mend the line; an object must not be spread over lines"

@@ -1,4 +1,5 @@
-"""The shards of a local folder, used where they lie: opened when asked for and hashed before their first use."""
+"""The shards of a local folder, used where they lie: opened when asked for and hashed before their first use,
+and again when another file has taken the place of one since."""
 
 from __future__ import annotations
 
@@ -9,12 +10,14 @@ from revpatch.stream.placed_shard import PlacedShard
 
 _OPEN_FILES = 64
 
+_Stamp = tuple[int, int, int]
+
 
 class LocalFiles:
     """Open files of one set. For one thread at a time."""
 
     def __init__(self) -> None:
-        self._verified: set[int] = set()
+        self._verified: dict[int, _Stamp] = {}
         self._files: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, least recently used first
 
     def acquire(self, placed: PlacedShard) -> int:
@@ -42,10 +45,17 @@ class LocalFiles:
         except OSError as error:
             raise placed.error("a file that can be read", str(error)) from error
         try:
-            if placed.index not in self._verified:
+            stamp = _stamp_of(descriptor)
+            if self._verified.get(placed.index) != stamp:
                 placed.verify(descriptor)
-                self._verified.add(placed.index)
+                self._verified[placed.index] = stamp
         except BaseException:
             os.close(descriptor)
             raise
         return descriptor
+
+
+def _stamp_of(descriptor: int) -> _Stamp:
+    """What differs when the file is another one, or was changed."""
+    stat = os.fstat(descriptor)
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns

@@ -45,12 +45,17 @@ class PlacedShard:
 
     def check(self, descriptor: int, size: int, sha256: str) -> None:
         """Compare the size and hash of an open copy, whose first `size` bytes count. Raises ShardError."""
-        if size == self.shard.bytes and sha256 == self.shard.sha256:
+        self.check_size(descriptor, size)
+        if sha256 == self.shard.sha256:
             return
         offset, where = self._damage(descriptor, size)
-        if size != self.shard.bytes:
-            raise self.error(f"{self.shard.bytes} bytes", f"{size} ({where})", offset)
         raise self.error(f"sha256 {self.shard.sha256}", f"{sha256} ({where})", offset)
+
+    def check_size(self, descriptor: int, size: int) -> None:
+        """Compare the size of an open copy. Raises ShardError, with the offset where the damage shows."""
+        if size != self.shard.bytes:
+            offset, where = self._damage(descriptor, size)
+            raise self.error(f"{self.shard.bytes} bytes", f"{size} ({where})", offset)
 
     def _damage(self, descriptor: int, size: int) -> tuple[int | None, str]:
         """The offset at which the damage shows first, or None, and a description."""

@@ -1,13 +1,12 @@
 """`wds:URL`: documents out of tars of raw text, one a .txt member, one a .json member.
 
-The URL is a path, http(s), or `pipe:COMMAND`, opened as webdataset opens it. Python's tarfile takes a tar that is cut
-or overwritten for one that ends there, so what follows the last member is looked at: zeros up to the end, and at least
-one block of them.
+The URL is a path, or anything that remote.py opens: http(s), `pipe:COMMAND`, what else fsspec knows. A tar that is
+compressed with gzip is known by its first bytes. Python's tarfile takes a tar that is cut or overwritten for one that
+ends there, so what follows the last member is looked at: zeros up to the end, and at least one block of them.
 """
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import io
 import logging
@@ -21,12 +20,13 @@ from typing import IO, Any, BinaryIO, cast
 
 import braceexpand
 
-from revpatch.stream import long_text
+from revpatch.stream import long_text, remote
 from revpatch.stream.documents import Document, Input, LongDocument, Meter, Reading, file_identity
 from revpatch.stream.files import decoded, json_document, scanned_documents, spooled_document
 
 _log = logging.getLogger(__name__)
 _CHUNK = 2**16
+_GZIP = b"\x1f\x8b"
 
 
 def tar_inputs(spec: str) -> list[Input]:
@@ -40,7 +40,7 @@ def tar_inputs(spec: str) -> list[Input]:
 
 
 def _tar_input(url: str) -> Input:
-    if url.startswith(("pipe:", "http:", "https:")) or "://" in url:
+    if remote.is_remote(url):
         return Input(f"wds:{url}", {"url": url}, None, partial(_read, url))
     path = Path(url)
     if not path.is_file():
@@ -52,11 +52,12 @@ def _read(url: str, reading: Reading) -> Iterator[Document | LongDocument]:
     others: Counter[str] = Counter()
     matched = False
     try:
-        with _opened(url) as raw:
-            stream = _Watched(raw, reading.meter, compressed=url.lower().endswith((".gz", ".tgz")))
+        with _Download(url) if remote.is_remote(url) else io.FileIO(url) as raw:
+            stream = _Watched(raw, reading.meter)
             with tarfile.open(fileobj=cast(Any, stream), mode="r|") as tar:
                 skip = reading.skip
                 for member in tar:
+                    cast(Any, tar).members = []  # tarfile keeps all it has seen, which nobody asks for again
                     name = member.name.lower()
                     if not member.isfile():
                         continue
@@ -77,24 +78,6 @@ def _read(url: str, reading: Reading) -> Iterator[Document | LongDocument]:
         raise ValueError(f"wds:{url}: expected members that end in .txt or .json, found {left_out}; name other tars")
     if others:
         _log.warning("wds:%s: members that are neither .txt nor .json are left out: %s", url, left_out)
-
-
-@contextlib.contextmanager
-def _opened(url: str) -> Iterator[BinaryIO]:
-    """The tar's bytes. Raises _BadTar when the command or the download that gave them all ended with a failure."""
-    from webdataset.gopen import gopen  # which imports torch, and takes seconds: only where it is needed
-
-    raw = cast(BinaryIO, io.FileIO(url) if Path(url).is_file() else gopen(url, "rb"))
-    try:
-        yield raw
-    except BaseException:
-        with contextlib.suppress(OSError):  # a command whose output nobody wants any more fails, as it should
-            raw.close()
-        raise
-    try:
-        raw.close()
-    except OSError as error:
-        raise _BadTar(f"the command that gives it failed: {error}") from error
 
 
 def _documents_of_member(
@@ -128,28 +111,67 @@ class _BadTar(Exception):
     """What is wrong with the tar's bytes."""
 
 
+class _Download(io.RawIOBase):
+    """A remote tar, read once from its beginning; `tell` counts the bytes.
+
+    Reading raises FileNotFoundError and ConnectionError for what the host or the command didn't give, and ValueError
+    as `remote.stream` does.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._chunks = remote.stream(url)
+        self._rest = memoryview(b"")
+        self._taken = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._taken
+
+    def readinto(self, buffer: Any) -> int:
+        if not self._rest:
+            self._rest = memoryview(self._next())
+        count = min(len(buffer), len(self._rest))
+        buffer[:count], self._rest = self._rest[:count], self._rest[count:]
+        self._taken += count
+        return count
+
+    def close(self) -> None:
+        self._chunks.close()
+        super().close()
+
+    def _next(self) -> bytes:
+        try:
+            return next(self._chunks, b"")
+        except ValueError:  # says it all, such as a package that is missing
+            raise
+        except Exception as error:  # each implementation of fsspec raises errors of its own
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ConnectionError
+            found = f"{remote.describe(error)}, after {self._taken} bytes"
+            raise kind(f"wds:{self._url}: expected a tar, found {found}; check the URL or the command") from error
+
+
 class _Watched:
     """What tarfile's stream mode asks of a file, `read` alone; knows where the last byte that is no zero was."""
 
-    def __init__(self, raw: BinaryIO, meter: Meter, *, compressed: bool) -> None:
+    def __init__(self, raw: io.RawIOBase, meter: Meter) -> None:
         self._raw = raw
-        self._file = cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if compressed else raw
+        buffered = io.BufferedReader(raw, _CHUNK)
+        compressed = buffered.peek(len(_GZIP)).startswith(_GZIP)
+        self._file = cast(BinaryIO, gzip.GzipFile(fileobj=buffered)) if compressed else buffered
         self._meter = meter
         self._read = 0
         self._last_byte = 0
 
     def read(self, size: int) -> bytes:
-        try:
-            data = self._file.read(size)
-        except OSError as error:
-            if error.errno is None:  # webdataset's word for a command that failed
-                raise _BadTar(f"the command that gives it failed: {error}") from error
-            raise
+        data = self._file.read(size)
         written = len(data.rstrip(b"\0"))
         if written:
             self._last_byte = self._read + written
         self._read += len(data)
-        self._meter.bytes = self._read if self._file is self._raw else self._raw.tell()
+        self._meter.bytes = self._raw.tell()
         return data
 
     def check_end(self, end: int) -> None:

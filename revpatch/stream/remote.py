@@ -12,7 +12,7 @@ import random
 import select
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any, TypeVar
 
 import fsspec
@@ -56,7 +56,7 @@ def url_in(location: str, name: str) -> str:
     return f"{location.rstrip('/')}/{name}"
 
 
-def stream(url: str) -> Iterator[bytes]:
+def stream(url: str) -> Generator[bytes, None, None]:
     """The content of a remote file, in pieces of at most 1 MiB; one attempt.
 
     Raises ValueError when the protocol is unknown or needs a package that is not installed, OSError for a command that
@@ -120,7 +120,7 @@ def _is_http(location: str) -> bool:
     return location.startswith(("http://", "https://"))
 
 
-def _stream_fsspec(url: str) -> Iterator[bytes]:
+def _stream_fsspec(url: str) -> Generator[bytes, None, None]:
     options: dict[str, Any] = {}
     if _is_http(url):
         # Streamed in one request. The size, which is not used then, saves a HEAD request, whose failures of every kind
@@ -149,7 +149,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
     return filesystem, path
 
 
-def _stream_pipe(command: str) -> Iterator[bytes]:
+def _stream_pipe(command: str) -> Generator[bytes, None, None]:
     from webdataset import utils as webdataset_utils  # which imports torch, and takes seconds
     from webdataset.gopen import Pipe
 

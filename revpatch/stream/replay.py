@@ -139,6 +139,12 @@ class ReplayMixture:
         block = hash64(SAMPLE_VERSION, _BLOCK, self.seed, step, lane) % self._blocks[which]
         return which.astype(np.int64), block.astype(np.int64)
 
+    def want(self, step: int, start: int = 0, stop: int | None = None) -> None:
+        """Have the shards of the blocks of `locate` fetched in the background."""
+        which, block_ids = self.locate(step, start, stop)
+        for i in np.unique(which).tolist():
+            self.sets[i].want(np.unique(self.sets[i].shards_of(block_ids[which == i])).tolist())
+
     def read(
         self, step: int, start: int = 0, stop: int | None = None, quarantine: Quarantine | None = None
     ) -> tuple[Int64s, list[tuple[str, int]]]:

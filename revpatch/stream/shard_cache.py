@@ -174,7 +174,7 @@ class ShardCache:
         if sha256 in self._fetched:
             _log.warning(
                 "%s was fetched a second time: a cache of %d bytes does not hold the shards that are read in turn; "
-                "raise stream.shard_cache_gb, or lower stream.shuffle_blocks",
+                "raise stream.shard_cache_gb, or lower stream.shuffle_blocks (a remote replay.base must fit it whole)",
                 placed.location,
                 self._folder.max_bytes,
             )

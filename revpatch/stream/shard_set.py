@@ -111,8 +111,9 @@ class ShardSet:
             path = Path(placed.location)
             if not path.is_file():
                 raise placed.error("a file", "nothing")
-            if path.stat().st_size != placed.shard.bytes:
-                raise placed.error(f"{placed.shard.bytes} bytes", f"{path.stat().st_size}")
+            if (size := path.stat().st_size) != placed.shard.bytes:
+                with path.open("rb") as file:
+                    placed.check_size(file.fileno(), size)
 
     def verify(self) -> None:
         """Hash every shard that has not been. Raises ShardError for the first one that is broken."""

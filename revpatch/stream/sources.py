@@ -12,6 +12,7 @@ so that the same sources give the same documents.
 from __future__ import annotations
 
 import glob
+import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -45,14 +46,14 @@ def read_documents(sources: Iterable[str | Path], text_column: str = "text") -> 
 
 def is_raw_source(spec: str) -> bool:
     """Whether this names text to build shards from, not a folder of shards: `hf:`, `wds:`, files, globs, or a folder of
-    them."""
+    them. Raises ValueError for a folder of both."""
     if spec.startswith(("hf:", "wds:")):
         return True
     if is_remote(spec):
         return False
     path = Path(spec)
     if path.is_dir():
-        return not (path / MANIFEST_NAME).exists() and any(_files_below(path))
+        return not (path / MANIFEST_NAME).exists() and _is_folder_of_text(path)
     return known_ending(path.name) is not None or glob.has_magic(spec)
 
 
@@ -101,12 +102,37 @@ def _with_known_ending(path: Path) -> Path:
     return path
 
 
+def _is_folder_of_text(folder: Path) -> bool:
+    text = next(_files_below(folder), None)
+    if text is None:
+        return False
+    sets = sorted(manifest.parent.name for manifest in folder.glob(f"*/{MANIFEST_NAME}"))
+    if sets:
+        raise ValueError(
+            f"{folder}: expected a set of shards or a folder of text, found both: the sets {', '.join(sets[:5])}, and "
+            f"{text.relative_to(folder)}; name one of the sets, or move the text into a folder of its own"
+        )
+    return True
+
+
 def _files_below(folder: Path) -> Iterator[Path]:
-    """As a glob, it leaves hidden files and folders out."""
-    for path in folder.rglob("*"):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if not hidden and known_ending(path.name) is not None and path.is_file():
-            yield path
+    """As a glob, it leaves hidden files and folders out and follows links; what it has seen it does not enter again."""
+    seen = set()
+    for parent, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
+        stat = Path(parent).stat()
+        if (stat.st_dev, stat.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((stat.st_dev, stat.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in names:
+            path = Path(parent, name)
+            if not name.startswith(".") and known_ending(name) is not None and path.is_file():
+                yield path
+
+
+def _refuse(error: OSError) -> None:
+    raise error
 
 
 def _whole_documents(found: Input, text_column: str) -> Iterator[Document]:

@@ -11,6 +11,7 @@ A killed build leaves it, and the same command goes on from the last checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -47,7 +48,11 @@ class UnfinishedBuild:
     def close(self, *, keep: bool) -> None:
         """Let go of the folder, and remove it unless a later build shall go on from it."""
         if not keep:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            # First out of the way: a build that begins meanwhile may lock a file in it, and lose it.
+            aside = self.folder.with_name(f"{self.folder.name}-{os.urandom(4).hex()}")
+            with contextlib.suppress(FileNotFoundError):
+                self.folder.rename(aside)
+            shutil.rmtree(aside, ignore_errors=True)
         os.close(self._lock)
 
     def _acquire(self) -> int:

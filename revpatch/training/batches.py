@@ -95,7 +95,8 @@ class Batches:
         self._new = _part(batch.new_blocks, peers)
         self._replayed = _part(batch.replay_blocks, peers)
         self._wanted = self._last = 0
-        remote = not all(shards.is_local for shards in corpus.sets)
+        rehearsed = () if replay is None else replay.sets
+        remote = not all(shards.is_local for shards in (*corpus.sets, *rehearsed))
         self._ahead = copy.deepcopy(mixture) if remote else None  # with a memory of its own of where it is
 
     def stream(self, steps: int, done: int = 0) -> Prefetcher[Ready]:
@@ -177,6 +178,8 @@ class Batches:
         for later in range(self._wanted + 1, until + 1):
             for shards, _, numbers in self.corpus.locate(mixture.block_ids(later - 1, *self._new)):
                 shards.want(np.unique(shards.shards_of(numbers)).tolist())
+            if self.replay is not None:
+                self.replay.want(self.first_step + later - 1, *self._replayed)
         self._wanted = max(self._wanted, until)
 
     def _tensor(self, tokens: NDArray[np.int64]) -> Tensor:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from revpatch.stream.manifest import MANIFEST_NAME, tokenizer_fingerprint
 from revpatch.stream.sources import find_inputs, is_raw_source, name_of_source
 from revpatch.training.launch import Peers
 from revpatch.training.preflight import locations
+
+_POLL_SECONDS = 1.0
 
 
 def needs_building(config: Config) -> bool:
@@ -83,7 +86,10 @@ def _build_all(config: Config, world: int) -> dict[str, str]:
                 f"{place} is named by {', '.join(named)}: a probe must be held out. Set build.holdout to the fraction "
                 "of its documents that the probe gets, or name other text"
             )
-        folder = _build(config, place, tokenizer, config.build.holdout if shared else 0.0, world)
+        try:
+            folder = _build(config, place, tokenizer, config.build.holdout if shared else 0.0, world)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{named[0]} = {place}: {error}") from error
         for key in named:
             folders[key] = f"{folder}_probe" if shared and key in probes else str(folder)
     return folders
@@ -100,15 +106,22 @@ def _build(config: Config, place: str, tokenizer: Any, holdout: float, world: in
         return folder
     waiting = f"; {world - 1} other ranks wait, at most {config.engine.timeout_minutes:g} minutes" if world > 1 else ""
     say(f"building the shards of {place} in {folder}, on first use{waiting}")
-    with shown_progress() as progress:
-        build_shards(
-            [place],
-            tokenizer,
-            config.base.block_size,
-            folder,
-            text_column=build.text_column,
-            holdout=holdout,
-            workers=build.workers or len(os.sched_getaffinity(0)),
-            progress=progress,
-        )
+    deadline = time.monotonic() + 60 * config.engine.timeout_minutes
+    while not (folder / MANIFEST_NAME).is_file():
+        try:
+            with shown_progress() as progress:
+                build_shards(
+                    [place],
+                    tokenizer,
+                    config.base.block_size,
+                    folder,
+                    text_column=build.text_column,
+                    holdout=holdout,
+                    workers=build.workers or len(os.sched_getaffinity(0)),
+                    progress=progress,
+                )
+        except BlockingIOError:  # another run builds them just now
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(_POLL_SECONDS)
     return folder

@@ -26,7 +26,7 @@ class Interruption:
     def __init__(self) -> None:
         self.requested = False
         self.training = False
-        self._since = 0.0
+        self._terminated: float | None = None  # when the first SIGTERM came
         received, sent = os.pipe()
         os.set_blocking(sent, False)
         for number in SIGNALS:
@@ -44,14 +44,17 @@ class Interruption:
                     self._handle(number)
 
     def _handle(self, number: int) -> None:
-        if self.requested:
-            if number == signal.SIGTERM and time.monotonic() - self._since > ONE_REQUEST_SECONDS:
+        if number == signal.SIGTERM:
+            if self._terminated is not None and time.monotonic() - self._terminated > ONE_REQUEST_SECONDS:
                 os._exit(128 + number)
+            self._terminated = self._terminated or time.monotonic()
+        if self.requested:
             return
         name = signal.Signals(number).name
         if not self.training:
             sys.stderr.write(f"revpatch: {name} before the first step\n")
             sys.stderr.flush()
             os._exit(EXIT_CODE)
-        self.requested, self._since = True, time.monotonic()
-        sys.stderr.write(f"revpatch: {name}: a snapshot is written after this step or the next; SIGTERM to exit now\n")
+        self.requested = True
+        again = "another SIGTERM" if self._terminated is not None else "two SIGTERMs"
+        sys.stderr.write(f"revpatch: {name}: a snapshot is written after this step or the next; {again} to exit now\n")

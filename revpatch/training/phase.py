@@ -37,6 +37,7 @@ class Phase:
     @classmethod
     def of(cls, index: int, config: PhaseConfig, batches: Batches, progress: PhaseProgress) -> Phase:
         """A phase where a snapshot left it."""
+        epochs = batches.mixture.epochs(progress.step - 1) if progress.step else []
         return cls(
             index,
             config,
@@ -49,6 +50,7 @@ class Phase:
             progress.rollbacks,
             progress.lr_factor,
             progress.step,
+            epochs,
         )
 
     def progress(self) -> PhaseProgress:

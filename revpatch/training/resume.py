@@ -12,13 +12,13 @@ from typing import Any
 from revpatch.config import Config, ConfigError, SidecarConfig
 from revpatch.config_file import dump_config, load_config
 from revpatch.durable import write_atomically
-from revpatch.ledger.history import JOURNAL_NAME, Ledger
+from revpatch.ledger.history import JOURNAL_NAME, Ledger, effective
 from revpatch.ledger.journal import Journal
 from revpatch.ledger.layers import SAME_MAP
 from revpatch.ledger.restoring import Origin, is_restored, origin_of
 from revpatch.ledger.run_lock import LOCK_NAME, lock_run
 from revpatch.monitoring.terminal import log_to
-from revpatch.training.snapshot import Snapshot, newest_snapshot
+from revpatch.training.snapshot import ANEW, Snapshot, newest_snapshot
 
 CONFIG_NAME = "config.yaml"
 OUTPUTS = ("train.log", "ledger", "replay", "snapshot", "tensorboard", "report.html", CONFIG_NAME)
@@ -56,9 +56,9 @@ def stand(config: Config, fresh: bool, overwrite: bool) -> Standing:
 
     Raises:
         FileExistsError: the folder holds other things; or a run, and `fresh` asks for a new one without `overwrite`.
-        ConfigError: the run there was begun with another config; another process writes to it; or to go on would set
-            aside a patch that a revert, merge or import has made since.
-        EntryError, JournalError: the ledger or a snapshot there is damaged.
+        ConfigError: the run there was begun with another config; another process writes to it; its snapshots are
+            damaged or gone; or to go on would set aside a patch that a revert, merge or import has made since.
+        EntryError, JournalError: the ledger there is damaged.
     """
     directory = Path(config.output_dir).absolute()
     named = f"output_dir = {config.output_dir}"
@@ -221,6 +221,12 @@ def go_back(standing: Standing, config: Config, ledger: Ledger, **fields: Any) -
 def _check_history(standing: Standing) -> None:
     journal = Journal(standing.directory / "ledger" / JOURNAL_NAME)
     snapshot = standing.snapshot
+    if snapshot is None and (past := next(filter(_needs_snapshot, effective(journal.records())), None)) is not None:
+        raise ConfigError(
+            f"{standing.directory}: expected a snapshot in snapshot/ to go on from, found none, and line "
+            f"{past['seq'] + 1} of ledger/{JOURNAL_NAME} ({past['event']}) was written "
+            f"after one: put that folder back, {ANEW}"
+        )
     if snapshot is not None and journal.head_after(snapshot.events) != snapshot.head:
         raise ConfigError(
             f"{standing.directory}: snapshot {snapshot.name} was written after {snapshot.events} events of a journal "
@@ -241,6 +247,11 @@ def _check_nothing_made(standing: Standing, named: str) -> None:
             "revert, merge or import. To train on from it make a new run: `revpatch ledger restore "
             f"{standing.directory}@{Path(made[-1].name).stem} --as-new-run NEW`, then train with --set output_dir=NEW"
         )
+
+
+def _needs_snapshot(event: dict[str, Any]) -> bool:
+    """Whether a run has written a snapshot before this event, whatever happened."""
+    return bool(event["event"] == "run_end" or (event["event"] == "phase_start" and event["phase_index"]))
 
 
 def claim(directory: Path, named: str) -> Any:

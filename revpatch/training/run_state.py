@@ -98,7 +98,8 @@ class RunState:
         """Brings model, teacher, probes, replay and ledger to where the run stands, and puts down that it goes on."""
         facts = startup.facts(self.config, self.base, self.patch, self.engine, self.peers)
         if self.config.sidecar.check_invertibility:
-            facts["inverse error, weights ± 0.02"] = str(self.invertibility(self.plan.phases[0], noise=0.02))
+            index = 0 if standing.snapshot is None else standing.snapshot.phase_index
+            facts["inverse error, weights ± 0.02"] = str(self.invertibility(self.plan.phases[index], noise=0.02))
         if self.peers.rank == 0:
             startup.show(facts)
             self.record.introduce(self.config, facts)
@@ -138,7 +139,8 @@ class RunState:
             identity=self.identity,
             digests=self.plan.digests(self.config, None if committed else phase.index),
             replay=list(self.samples),
-            quarantine=[broken for broken in self.quarantine.broken if broken.since < step],
+            # Not what the reading thread has met ahead of the steps; the sample of a phase is made at its end.
+            quarantine=[broken for broken in self.quarantine.broken if broken.since < step + committed],
             committed=self.committed,
             first=self.watch.first,
             random=random_state(self.peers.device),

@@ -2,6 +2,7 @@
 
     RUN/snapshot/step000000000300.pt        at step 300 of the run, in the middle of a phase
     RUN/snapshot/step000000000300_end.pt    the same, after the phase that ends there was committed
+    RUN/snapshot/step000000000300_start.pt  the same, in the phase after that, before its first step
 
 A snapshot knows no world size and no ZeRO stage: the patch and Adam's moments are by parameter name, the place in the
 data is the step. It is packed as an entry of the ledger is (tensors and plain values, hashed, read without unpickling),
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from revpatch.config import ConfigError
 from revpatch.durable import write_atomically
 from revpatch.ledger.entry import EntryError, read_entry, serialise
 from revpatch.stream.quarantine import Broken
@@ -31,6 +33,7 @@ from revpatch.training.rollback import GoodState
 log = logging.getLogger("revpatch")
 
 VERSION = 1
+ANEW = "or begin another run: elsewhere (--set output_dir=...), or with --fresh --overwrite, which deletes this one"
 
 Measurements = dict[str, Measurement]
 
@@ -83,7 +86,8 @@ class Snapshot:
     @property
     def name(self) -> str:
         """Its file's name; they sort by age."""
-        return f"step{self.step:012d}{'_end' if self.phase is None else ''}.pt"
+        place = "_end" if self.phase is None else "" if self.phase.step else "_start"
+        return f"step{self.step:012d}{place}.pt"
 
     def pack(self) -> bytes:
         """The bytes of its file."""
@@ -110,12 +114,17 @@ class Snapshot:
 
     @classmethod
     def read(cls, path: Path) -> Snapshot:
-        """Reads a file that `pack` made. Raises EntryError for one that is damaged or something else."""
+        """Reads a file that `pack` made.
+
+        Raises EntryError for one that is damaged or something else, and ConfigError for one of another version.
+        """
         found, metadata = read_entry(path)
-        if metadata.get("snapshot") != VERSION:
-            raise EntryError(
-                f"{path}: expected a snapshot of version {VERSION}, found {metadata.get('snapshot', 'none')!r}; go on "
-                "with the revpatch that wrote it"
+        if "snapshot" not in metadata:
+            raise EntryError(f"{path}: expected a snapshot, found something else")
+        if metadata["snapshot"] != VERSION:
+            raise ConfigError(
+                f"{path}: expected a snapshot of version {VERSION}, found {metadata['snapshot']!r}: go on with the "
+                f"revpatch that wrote it, {ANEW}"
             )
         tensors = _Tensors(found)
         progress = metadata.get("phase")
@@ -224,9 +233,10 @@ def set_random_state(state: dict[str, Tensor]) -> None:
 
 
 def newest_snapshot(directory: Path) -> Snapshot | None:
-    """The newest snapshot in the folder that is whole; those that are damaged are named, and renamed `NAME.damaged`.
+    """The newest snapshot in the folder that is whole, or None if none was ever written there.
 
-    Raises OSError.
+    Those that are damaged are named, and renamed `NAME.damaged`. Raises ConfigError when all are, or one is of another
+    version, and OSError.
     """
     for path in sorted(directory.glob("step*.pt"), reverse=True):
         try:
@@ -234,6 +244,11 @@ def newest_snapshot(directory: Path) -> Snapshot | None:
         except EntryError as error:
             log.warning("snapshot %s can't be used, an older one is looked for: %s", path.name, error)
             path.replace(path.with_name(f"{path.name}.damaged"))
+    if damaged := sorted(path.name for path in directory.glob("*.damaged")):
+        raise ConfigError(
+            f"{directory}: expected a snapshot to go on from, found damaged ones alone ({', '.join(damaged)}). Nothing "
+            f"else was changed: put back a whole one from a copy, {ANEW}"
+        )
     return None
 
 

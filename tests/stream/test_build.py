@@ -124,7 +124,7 @@ def test_rebuilding_gives_the_same_bytes(corpus: Corpus, tokenizer: Any, tmp_pat
 
 
 def test_the_same_build_again_is_left_alone_and_another_is_refused(
-    corpus: Corpus, tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    corpus: Corpus, tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
     texts = [make_text(i) for i in range(30)]
@@ -137,7 +137,15 @@ def test_the_same_build_again_is_left_alone_and_another_is_refused(
     with pytest.raises(FileExistsError, match=r"differs in.* tokens"):
         build_shards([corpus([*texts, "more"])], tokenizer, 8, out)
     assert {path: path.stat().st_ino for path in out.iterdir()} == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.jsonl", "out"], "no temporary folder is left"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.building", "corpus.jsonl", "out"]
+
+    out.rename(tmp_path / "away")
+    with monkeypatch.context() as patch:  # the work was kept
+        patch.setattr("revpatch.stream.build.encode_in_order", lambda *_: pytest.fail("nothing is left to encode"))
+        assert build_shards([tmp_path / "corpus.jsonl"], tokenizer, 8, out).tokens > first.tokens
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["away", "corpus.jsonl", "out"], (
+        "no other folder is left"
+    )
 
 
 def test_a_folder_of_other_things_is_refused_before_any_work(corpus: Corpus, tokenizer: Any, tmp_path: Path) -> None:

@@ -156,6 +156,13 @@ def test_killing_while_it_is_installed_is_made_good(
     assert (tmp_path / "set_probe").exists()
     monkeypatch.setattr(module, "install_folder", real)
     monkeypatch.setattr(module, "encode_in_order", lambda *_: pytest.fail("nothing is left to encode"))
+    (tmp_path / "set_probe").rename(tmp_path / "away")
+    with pytest.raises(
+        FileNotFoundError, match=r"set_probe: .* now it is gone: put it back, or delete .*\.set\.building"
+    ):
+        build_shards(corpus / "text", tokenizer, out=out, **build)
+    assert not out.exists(), "a set without its probe would look whole"
+    (tmp_path / "away").rename(tmp_path / "set_probe")
     build_shards(corpus / "text", tokenizer, out=out, **build)
     assert Manifest.read(out).tokens == json.loads(whole["set/manifest.json"])["tokens"]
 

@@ -201,7 +201,7 @@ def test_tars_that_are_not_to_be_had(tmp_path: Path, caplog: pytest.LogCaptureFi
     path.write_bytes(tar({"a.txt": b"text", "b.x.cls": b"3", "c": b"4"}))
     assert texts_of(f"wds:{path}") == ["text"]
     assert "left out: 1 .x.cls, 1 .no ending" in caplog.text
-    with pytest.raises(ValueError, match="exit 7"):
+    with pytest.raises(ConnectionError, match="expected a tar, found OSError: the command ended with exit code 7"):
         texts_of(f"wds:pipe:cat '{path}'; exit 7")
     with pytest.raises(FileNotFoundError, match=r"t1\.tar: no such file"):
         texts_of(f"wds:{tmp_path}/t{{1..2}}.tar")

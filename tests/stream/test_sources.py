@@ -99,3 +99,30 @@ def test_a_broken_gzip_file_is_named(tmp_path: Path, damage: str) -> None:
 )
 def test_places_of_shards_are_not_taken_for_text(place: str) -> None:
     assert not is_raw_source(place)
+
+
+def test_a_linked_folder_is_read_as_a_glob_reads_it_and_a_circle_is_not_run_in(tmp_path: Path) -> None:
+    for name in ("corpus", "elsewhere", "corpus/.hidden"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text(name)
+    (tmp_path / "corpus/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/back").symlink_to(tmp_path / "corpus")
+    assert [document.text for document in read_documents([tmp_path / "corpus"])] == ["corpus", "elsewhere"]
+
+
+def test_a_folder_of_sets_with_a_stray_text_is_no_corpus(tmp_path: Path, built: Path) -> None:
+    built.rename(tmp_path / "data")
+    (tmp_path / "parent").mkdir()
+    (tmp_path / "data").rename(tmp_path / "parent/mine")
+    assert not is_raw_source(str(tmp_path / "parent"))
+    (tmp_path / "parent/notes.txt").write_text("x")
+    with pytest.raises(
+        ValueError, match=r"parent: expected a set of shards or a folder of text, found both: .* mine, and"
+    ):
+        is_raw_source(str(tmp_path / "parent"))
+
+
+def test_json_that_is_nested_too_deeply_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"text": "x", "n": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
+    with pytest.raises(ValueError, match=r"a\.jsonl:2: expected one JSON object, found .*recursion"):
+        list(read_documents([tmp_path / "a.jsonl"]))

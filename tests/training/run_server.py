@@ -5,9 +5,9 @@
 
 The processes are forked, so that each is what `python -m revpatch` would be, seconds earlier. `kill` names a rank and
 a moment at which it sends itself SIGKILL: the n-th call of "module:function", before it, after it, or ("half") when it
-has written half of what it was to write. `wait_at` names a call before which it makes a file OUTPUT.waiting, and waits.
-`harm` names probes, by phase and step, that find every loss worse by 1 nat. `swap` has one rank find another folder.
-`limit` is the most bytes that a file may get, as on a disk that is full.
+has written half of what it was to write. `wait_at` names a call before which it makes a file OUTPUT.waiting, and waits
+until that is removed. `harm` names probes, by phase and step, that find every loss worse by 1 nat. `swap` has one rank
+find another folder. `limit` is the most bytes that a file may get, as on a disk that is full.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ def die() -> None:
 
 def wait_in(file: Path) -> None:
     file.touch()
-    time.sleep(60)
+    deadline = time.monotonic() + 60
+    while file.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
 
 
 def arm(target: str, call: int, when: str, act: Callable[[], None]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from collections import Counter
@@ -45,7 +46,10 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
     "a header destroyed": overwrite(5 * STRIDE, b"\0" * 512),
     "zeroed": overwrite(0, b"\0" * BLOCKS_PER_SHARD * STRIDE),
     "missing": Path.unlink,
+    "swapped": lambda path: path.write_bytes(path.with_name("shard-000002.tar").read_bytes()),
 }
+SEEN_AT_THE_START = ("cut inside a member", "cut on a member's boundary", "cut inside a header", "missing")
+"""These have another size, which is looked at before the run begins."""
 
 
 @pytest.fixture
@@ -76,16 +80,50 @@ def broken_shard(runs: Runs, index: int) -> Path:
 def test_stop_names_the_shard_and_stops_all_ranks(runs: Runs, damage: str) -> None:
     path = broken_shard(runs, 1)
     DAMAGE[damage](path)
-    began = time.monotonic()
     codes = runs.run("run", "--set", "stream.shuffle_blocks=8", timeout=60)
     assert codes == [2, 2], runs.log("run").read_text()
-    assert time.monotonic() - began < 30
     words = runs.log("run").read_text()
     assert str(path) in words and "shard 1 of" in words
-    if path.exists() and path.stat().st_size == Manifest.read(path.parent).shards[1].bytes:  # else it is seen before
-        assert "rank 0 on" in words or "rank 1 on" in words
-        assert "All ranks stop here" in words
-        assert damage == "corrupt" or "offset" in words
+    assert ("offset" in words) == (damage not in ("corrupt", "missing"))
+    assert ("All ranks stop here" in words) == (damage not in SEEN_AT_THE_START)
+    assert re.search(r"rank [01] on \S+: ", words)
+
+
+def stopped(runs: Runs, words: str, place: str) -> None:
+    """The shard, its place and a rank are named, and no rank has trained on."""
+    assert place in words and "shard 1 of 5" in words and "All ranks stop here" in words
+    assert re.search(r"rank [01] on \S+: ", words)
+    assert not runs.events("run", "commit")
+
+
+@pytest.mark.parametrize("damage", ["cut inside a member", "missing", "swapped"])
+def test_stop_names_a_shard_that_breaks_after_the_start(runs: Runs, damage: str) -> None:
+    waiting, path = runs.folder / "run.log.waiting", broken_shard(runs, 1)
+    runs.start("run", wait_at={"target": "revpatch.training.watch:Watch.measure", "call": 1})
+    deadline = time.monotonic() + 60
+    while not waiting.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    DAMAGE[damage](path)
+    waiting.unlink()
+    assert runs.server.wait(60) == [2, 2], runs.log("run").read_text()
+    words = runs.log("run").read_text()
+    stopped(runs, words, str(path))
+    assert damage == "missing" or "at offset" in words
+
+
+@pytest.mark.parametrize(
+    ("end", "found"),
+    [("exit 7", "the command ended with exit code 7, after 700 bytes"), ("true", "ends at byte 700, .* at offset 0")],
+)
+def test_stop_names_a_command_that_fails_or_gives_too_little(runs: Runs, end: str, found: str) -> None:
+    whole = f"cat {runs.folder}/new/{{name}}"
+    command = f"pipe:case {{name}} in *1.tar) {whole} | head -c 700; {end};; *) {whole};; esac"
+    options = {"phases.0.shards": json.dumps(command), "stream.shard_cache": runs.folder / "cache", "stream.retries": 0}
+    assert runs.run("run", *(x for key, value in options.items() for x in ("--set", f"{key}={value}"))) == [2, 2]
+    words = runs.log("run").read_text()
+    stopped(runs, words, "pipe:case shard-000001.tar in")
+    assert re.search(found, words)
 
 
 @pytest.mark.parametrize("damage", ["corrupt", "cut inside a member", "missing"])
@@ -109,10 +147,15 @@ def test_quarantine_takes_it_out_for_all_ranks_from_one_step_on(runs: Runs, dama
 def test_a_run_goes_on_after_a_quarantine_as_though_it_had_not_been_killed(runs: Runs) -> None:
     DAMAGE["corrupt"](broken_shard(runs, 0))
     quarantine = ["--set", "stream.on_error=quarantine", "--set", "stream.shuffle_blocks=8"]
+    quarantine += ["--set", "phases.0.steps=30", "--set", "snapshot.every=5"]
+    epoch = "first epoch 1 begins at 26, with 0 blocks left over of the one before"  # 100 blocks, 4 a step
     assert runs.run("through", *quarantine) == [0, 0], runs.log("through").read_text()
-    step = {"rank": 0, "target": "revpatch.training.engine:AccelerateEngine.train_step", "call": 19, "when": "before"}
+    assert epoch in " ".join(runs.log("through").read_text().split())
+    step = {"rank": 0, "target": "revpatch.training.engine:AccelerateEngine.train_step", "call": 27, "when": "before"}
     assert 0 not in runs.run("killed", *quarantine, kill=step)
     assert runs.run("killed", *quarantine) == [0, 0]
+    assert runs.events("killed", "resume")[0]["snapshot"] == "step000000000025.pt"
+    assert epoch in " ".join(runs.log("killed").read_text().split()), "though it begins at the first step made again"
     assert runs.commits("killed") == runs.commits("through")
     key = "shard", "step", "location"
     assert [[e[k] for k in key] for e in runs.events("killed", "quarantine")] == [

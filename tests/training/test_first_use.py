@@ -11,9 +11,11 @@ import pytest
 from ranks import Runs, RunServer
 from toy import BLOCK_SIZE, CORPORA, Toy, make_text
 
+from revpatch.config import ConfigError
 from revpatch.stream.build import build_shards
 from revpatch.stream.manifest import Manifest
 from revpatch.stream.shard_set import ShardSet
+from revpatch.training import first_use
 
 
 def write(path: Path, words: str, documents: int = 60) -> Path:
@@ -89,3 +91,33 @@ def test_ranks_that_wait_longer_than_the_time_out_say_for_what(toy: Toy, tmp_pat
         runs.server.wait(timeout=12)  # rank 0 waits for ever
     words = runs.log("run").read_text()
     assert "rank 1 waited for rank 0 to build the shards of" in words and "engine.timeout_minutes = 0.05" in words
+
+
+def test_a_run_waits_for_another_that_builds_the_same(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, calls = write(tmp_path / "new.jsonl", "first"), []
+
+    def build(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) < 3:
+            raise BlockingIOError("another build into this folder is at work")
+        return build_shards(*args, **options)
+
+    monkeypatch.setattr(first_use, "build_shards", build)
+    monkeypatch.setattr(first_use, "_POLL_SECONDS", 0.01)
+    phases = [{"name": "first", "shards": str(source), "steps": 6}]
+    settings = {"folder": str(tmp_path / "built"), "text_column": "body", "workers": 1}
+    config = toy.config(tmp_path, phases=phases, build=settings)
+    folders = first_use._build_all(config, world=1)
+    assert Manifest.read(folders["phases.0.shards"]).blocks and len(calls) == 3
+    source.write_text("no json\n")
+    with pytest.raises(
+        ConfigError, match=r"phases\.0\.shards = .*new\.jsonl: .*new\.jsonl:1: expected one JSON object"
+    ):
+        first_use._build_all(config, world=1)
+    calls.clear()
+    late = config.model_copy(update={"engine": config.engine.model_copy(update={"timeout_minutes": 1e-9})})
+    write(source, "second")
+    with pytest.raises(ConfigError, match=r"phases\.0\.shards = .*another build into this folder is at work"):
+        first_use._build_all(late, world=1)

@@ -166,6 +166,22 @@ def test_a_signal_to_any_rank_ends_the_step_and_writes_a_snapshot(
     assert through.commits(name) == through.commits("through")
 
 
+def test_a_signal_during_a_commit_ends_the_next_phase_before_its_first_step(through: Runs) -> None:
+    name, waiting = "in_a_commit", through.folder / "in_a_commit.log.waiting"
+    commit = {"target": "revpatch.training.trainer:write_replay", "call": 1}
+    pids = through.start(name, "--set", "snapshot.keep=1", wait_at=commit)
+    until(waiting.exists)
+    os.kill(pids[1], signal.SIGTERM)
+    waiting.unlink()
+    assert through.server.wait() == [75, 75], through.log(name).read_text()
+    assert [event["phase"] for event in through.events(name, "interrupted")] == ["second"]
+    step = through.events(name, "interrupted")[0]["step"]
+    suffix = "" if step else "_start"
+    assert [path.name for path in (through.path(name) / "snapshot").iterdir()] == [f"step{12 + step:012d}{suffix}.pt"]
+    assert through.run(name) == [0, 0]
+    assert through.commits(name) == through.commits("through")
+
+
 def test_a_second_sigterm_exits_at_once(through: Runs) -> None:
     probe = "revpatch.training.watch:Watch.measure"
     pids = through.start("twice", world=1, wait_at={"target": probe, "call": 2})
@@ -364,6 +380,15 @@ class TestWhatIsRefusedAndWhatIsNot:
         assert f"snapshot {newest.name} can't be used" in words and "going on" in words
         assert (newest.with_name(f"{newest.name}.damaged")).exists()
 
+    def test_damaged_snapshots_alone(self, runs: Runs, copy: str) -> None:
+        for path in (runs.path(copy) / "snapshot").iterdir():
+            path.write_bytes(path.read_bytes()[:-100])
+        before = (runs.path(copy) / "ledger/journal.jsonl").read_bytes()
+        assert runs.run(copy, world=1) == [2]
+        assert "found damaged ones alone" in runs.log(copy).read_text()
+        assert (runs.path(copy) / "ledger/journal.jsonl").read_bytes() == before
+        assert (runs.path(copy) / "replay/000_first").is_dir()
+
     def test_a_run_that_is_over_and_then_gets_another_phase(self, runs: Runs, copy: str, toy: Toy) -> None:
         assert runs.run(copy, world=1) == [0]
         commits = runs.commits(copy)
@@ -371,6 +396,10 @@ class TestWhatIsRefusedAndWhatIsNot:
         assert runs.run(copy, world=1) == [0]
         assert "is over" in runs.log(copy).read_text()
         assert (runs.path(copy) / "ledger/journal.jsonl").read_bytes() == journal
+        (runs.path(copy) / "snapshot").rename(runs.folder / "away")
+        words = self.refused(runs, copy)
+        assert "expected a snapshot in snapshot/" in words and "--fresh --overwrite" in words
+        (runs.folder / "away").rename(runs.path(copy) / "snapshot")
         phases = [{"name": n, "shards": str(toy.shards(n)), "steps": 12} for n in ("first", "second")]
         third = {"name": "third", "shards": str(toy.shards("first")), "steps": 6}
         option = f"phases={json.dumps([*phases, third])}"

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from revpatch.config import ConfigError
 from revpatch.ledger.entry import EntryError, serialise
 from revpatch.stream.quarantine import Broken
 from revpatch.training.engine_state import EngineState
@@ -109,8 +110,39 @@ def test_only_whole_ones_are_believed_newest_first(tmp_path: Path, caplog: pytes
 
 def test_an_entry_is_no_snapshot(tmp_path: Path) -> None:
     (tmp_path / "x.pt").write_bytes(serialise({}, {"kind": "commit"}))
-    with pytest.raises(EntryError, match="expected a snapshot of version 1, found 'none'"):
+    with pytest.raises(EntryError, match="expected a snapshot, found something else"):
         Snapshot.read(tmp_path / "x.pt")
+
+
+def test_where_none_can_be_read_a_run_is_not_begun_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (8, 12):
+        (tmp_path / f"step{step:012d}.pt").write_bytes(snapshot(step).pack()[:1000])
+    for _ in range(2):  # nor at the second try
+        with pytest.raises(ConfigError, match=r"found damaged ones alone .*12\.pt\.damaged.*--fresh --overwrite"):
+            newest_snapshot(tmp_path)
+    (tmp_path / "step000000000004.pt").write_bytes(snapshot(4).pack())
+    found = newest_snapshot(tmp_path)
+    assert found is not None and found.step == 4
+    monkeypatch.setattr("revpatch.training.snapshot.VERSION", 2)
+    with pytest.raises(
+        ConfigError, match="expected a snapshot of version 2, found 1: go on with the revpatch that wrote"
+    ):
+        newest_snapshot(tmp_path)
+    assert (tmp_path / "step000000000004.pt").exists(), "the revpatch that wrote it finds it"
+
+
+def test_names_sort_by_age(tmp_path: Path) -> None:
+    """Also where a signal comes before the first step of the next phase."""
+    started = snapshot(12)
+    assert started.phase is not None
+    started.phase.step = 0
+    writer = SnapshotWriter(tmp_path, keep=1)
+    for one in (snapshot(12), snapshot(12, in_phase=False), started):
+        writer.write(one)
+        writer.finish()
+        found = newest_snapshot(tmp_path)
+        assert found is not None and found.name == one.name
+        assert [path.name for path in tmp_path.iterdir()] == [one.name]
 
 
 def test_the_newest_are_kept_and_half_written_ones_are_cleared_away(tmp_path: Path) -> None:
