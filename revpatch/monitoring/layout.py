@@ -1,7 +1,7 @@
 """What TensorBoard is told of a run before it begins: the page of its Custom Scalars tab, and its hyperparameters.
 
 A mark is a series beside a probe's losses: at a commit, a rollback or a shard that is taken out it goes from the lowest
-to the highest that the chart has shown and ends there, which draws a vertical line, in the chart and at its step.
+to the highest that the chart has shown within the last three steps, which draws a line that is as good as vertical.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def page_of(report: Report) -> str:
         f'<p class="soft">{escape(report.run.environment["state"])}; losses in nats per token, intervals of '
         f"{report.run.confidence:.0%}</p>",
         "<h2>Checklist</h2>",
-        *([_check(check) for check in report.checks] or ["<p>No phase is committed yet.</p>"]),
+        *([_check(check) for check in report.checks] or [f"<p>{escape(report.unjudged)}</p>"]),
     ]
     if report.matrix is not None:
         body += ["<h2>Every corpus after every phase</h2>", _matrix(report.matrix), _measures(report)]
