@@ -20,7 +20,7 @@ def print_report(report: Report, console: Console) -> None:
         for row in check.rows:
             console.print(Text("    ") + _line(row.passed, f"{row.what}: {row.figure}"), soft_wrap=True)
     if not report.checks:
-        console.print("no phase is committed yet")
+        console.print(report.unjudged)
     if report.matrix is None:
         return
     table = Table("after", title="R = −loss, nats per token", title_justify="left")

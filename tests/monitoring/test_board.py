@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -58,7 +59,7 @@ def test_a_probe_is_shown_against_its_reference_its_phase_and_its_limits(tmp_pat
     assert all(points(read, tag) == [(500, pytest.approx(value))] for tag, value in tags.items())
 
 
-def test_a_mark_is_a_vertical_line_over_what_the_chart_shows(tmp_path):
+def test_a_mark_is_a_line_over_what_the_chart_shows_with_one_point_a_step(tmp_path):
     with Board(tmp_path) as board:
         board.mark(10, "commit")
         board.probe(20, "new", {**PROBED, "loss": 5.0, "guarded": False})
@@ -66,9 +67,20 @@ def test_a_mark_is_a_vertical_line_over_what_the_chart_shows(tmp_path):
         board.mark(40, "rollback")
     read = read_back(tmp_path)
     assert [tag for tag in read.Tags()["scalars"] if tag.startswith("mark/")] == ["mark/new/rollback"]
-    (low, high, end) = points(read, "mark/new/rollback")
-    assert (low, high) == ((40, 3.0), (40, 5.0))
-    assert math.isnan(end[1])
+    low, high, end = points(read, "mark/new/rollback")
+    assert (low, high) == ((38, 3.0), (39, 5.0))
+    assert (end[0], math.isnan(end[1])) == (40, True)
+
+
+def test_a_mark_is_seen_in_a_chart_that_this_process_has_not_drawn_yet(tmp_path):
+    with Board(tmp_path) as board:
+        board.has_shown("new", [3.0])
+        board.has_shown("old", [math.nan])
+        board.mark(40, "quarantine")
+    read = read_back(tmp_path)
+    assert [tag for tag in read.Tags()["scalars"] if tag.startswith("mark/")] == ["mark/new/quarantine"]
+    low, high, _ = points(read, "mark/new/quarantine")
+    assert low[1] < 3.0 < high[1]
 
 
 def test_gates_are_histograms_whose_buckets_hold_the_shares(tmp_path):
@@ -137,10 +149,14 @@ def test_every_layer_has_its_own_chart(tmp_path):
 def test_text_and_numbers_that_are_not_finite(tmp_path):
     with Board(tmp_path) as board:
         board.text(1000, "event/rollback", "**base** rose by 0.1 nats")
+        board.text(1001, "event/quarantine", "one")
+        board.text(1001, "event/quarantine", "two")
         board.scalars(1000, {"objective/total": math.nan, "objective/replay": math.inf})
     read = read_back(tmp_path)
     (event,) = read.Tensors("event/rollback/text_summary")
     assert (event.step, event.tensor_proto.string_val[0]) == (1000, b"**base** rose by 0.1 nats")
+    event = read.Tensors("event/quarantine/text_summary")[-1]
+    assert (event.step, event.tensor_proto.string_val[0]) == (1001, b"one\n\ntwo"), "TensorBoard keeps the last"
     assert math.isnan(points(read, "objective/total")[0][1])
     assert points(read, "objective/replay") == [(1000, math.inf)]
 
@@ -149,6 +165,7 @@ def test_after_a_resume_the_lost_steps_are_hidden(tmp_path):
     with Board(tmp_path) as board:
         for step in (10, 20, 30):
             board.scalars(step, {"loss": 1.0})
+    time.sleep(1.1)  # the files are read in the order of their names, which have the second
     with Board(tmp_path, purge_step=20) as board:
         board.scalars(20, {"loss": 2.0})
     assert points(read_back(tmp_path), "loss") == [(10, 1.0), (20, 2.0)]
