@@ -36,8 +36,8 @@ def launcher(environment: Mapping[str, str], resolve: Callable[..., Any] = socke
     port = environment["MASTER_PORT"]
     if not port.isdigit() or not 0 < int(port) < 2**16:
         return Finding("launcher", "red", found, f"MASTER_PORT={port} is no port: choose one from 1024 to 65535")
-    if advice := _unreachable(environment, launch.world, resolve):
-        return Finding("launcher", "red", found, advice)
+    if wrong := _unreachable(environment, launch.world, resolve):
+        return Finding("launcher", "red", found, wrong)
     tasks = environment.get("SLURM_NTASKS")
     if "SLURM_PROCID" in environment and tasks not in (None, str(launch.world)):
         advice = "one task a rank: start with launch/slurm.sbatch"

@@ -12,6 +12,7 @@ from revpatch.report.matrix import Matrix
 
 MIN_GATE_GAP = 0.1
 MAX_NORM_SHARE = 0.5
+VERDICTS = {True: "pass", False: "fail", None: "not judged"}
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,13 @@ class Matrix:
         """T."""
         return len(self.rows) - 1
 
+    @property
+    def shares(self) -> NDArray[np.float64]:
+        """(rows, sets): where each value lies from its column's worst, 0, to its best, 1."""
+        low, high = np.nanmin(self.values, axis=0), np.nanmax(self.values, axis=0)
+        found: NDArray[np.float64] = (self.values - low) / np.maximum(high - low, 1e-9)
+        return found
+
     def difference(self, row: int, earlier: int, column: int) -> Estimate:
         """R[row, column] − R[earlier, column]."""
         return self._mean([(row, earlier, column)])

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from html import escape
 
-import numpy as np
-
-from revpatch.monitoring.heat_map import colours
-from revpatch.report.checks import Check
+from revpatch.monitoring.heat_map import colours, ink_on
+from revpatch.report.checks import VERDICTS, Check
 from revpatch.report.contents import MEASURES, Report
 from revpatch.report.matrix import Matrix
-
-VERDICTS = {True: "pass", False: "fail", None: "not judged"}
 
 _STYLE = """
 :root{color-scheme:light dark;--fg:#1c1f23;--bg:#fff;--soft:#667;--line:#d8dce2;--card:#f6f7f9}
@@ -84,17 +80,14 @@ def _check(check: Check) -> str:
 
 def _matrix(matrix: Matrix) -> str:
     values = matrix.values
-    low, high = np.nanmin(values, axis=0), np.nanmax(values, axis=0)
-    shares = (values - low) / np.maximum(high - low, 1e-9)
     head = "".join(f"<th>{escape(name)}</th>" for name in matrix.sets)
     rows = []
     for i, row in enumerate(matrix.rows):
         cells = []
         for j, value in enumerate(values[i]):
-            red, green, blue = (int(channel) for channel in colours(shares[i, j]))
-            ink = "#000" if red * 0.3 + green * 0.6 + blue * 0.1 > 120 else "#fff"
+            red, green, blue = (int(channel) for channel in colours(matrix.shares[i, j]))
             own = ' class="own"' if matrix.taught_by[j] == i and i else ""
-            style = f"background:rgb({red},{green},{blue});color:{ink}"
+            style = f"background:rgb({red},{green},{blue});color:{ink_on(red, green, blue)}"
             cells.append(f'<td{own} style="{style}">{value:.3f}</td>')
         rows.append(f"<tr><th>{escape(row)}</th>{''.join(cells)}</tr>")
     return (

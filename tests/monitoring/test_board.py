@@ -3,6 +3,7 @@
 import io
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
 
+from revpatch.config_file import load_config
 from revpatch.monitoring.board import Board
 from revpatch.monitoring.heat_map import MAX_COLUMNS, TITLE_HEIGHT, HeatMap, colours
 from revpatch.monitoring.layout import hyperparameters, layout_of
@@ -204,3 +206,19 @@ def test_importing_is_lazy_and_nothing_is_heard_of_tensorflow(tmp_path):
     )
     assert (process.returncode, process.stdout, process.stderr) == (0, "", "")
     assert points(read_back(tmp_path / "board"), "loss") == [(0, 1.0)]
+
+
+def test_every_chart_of_the_page_has_its_numbers(tmp_path, toy, server):
+    watched = {"tensorboard": True, "peak_tflops": 1.0, "samples": {"max_new_tokens": 1}}
+    file = toy.config_file(tmp_path, monitoring=watched)
+    log = tmp_path / "log"
+    assert server.run("train", file, output=log, world=2, harm=[[0, 6]]) == [0, 0], log.read_text()
+    written = read_back(tmp_path / "run/tensorboard").Tags()["scalars"]
+    charts = [chart for category in layout_of(load_config(file)).values() for chart in category.values()]
+    patterns = [pattern for _, patterns in charts for pattern in patterns]
+    empty = [pattern for pattern in patterns if not any(re.match(pattern, tag) for tag in written)]
+    may_be = [pattern for pattern in patterns if "quarantine" in pattern or "cache_hit_rate" in pattern]
+    assert [pattern for pattern in empty if pattern not in may_be and "limit" not in pattern] == []
+    limits = [pattern for pattern in empty if "limit" in pattern]
+    assert all("/second/" in pattern for pattern in limits), "the last corpus is never guarded"
+    assert {f"sparsity_on_first/layer_{layer:02d}" for layer in (0, 1)} <= set(written)
