@@ -194,6 +194,10 @@ def test_the_report_fits_a_phone_and_a_desk(
     assert page.evaluate("document.scrollingElement.scrollWidth") <= page.evaluate("innerWidth") == width
     sizes = "[...document.querySelectorAll('p,td,th,dd,li,small')].map(e => parseFloat(getComputedStyle(e).fontSize))"
     assert page.evaluate(f"Math.min(...{sizes})") >= 13, "CSS pixels"
+    scale = "e.getBoundingClientRect().width / e.viewBox.baseVal.width"  # what is drawn is scaled to the page
+    text = "parseFloat(getComputedStyle(e.querySelector('text')).fontSize)"
+    sizes = f"[...document.querySelectorAll('svg')].map(e => {text} * {scale})"
+    assert page.evaluate(f"Math.min(...{sizes})") >= 12, "CSS pixels"
     assert [url for url in page.requested if not url.startswith("data:")] == [file.as_uri()], "nothing from elsewhere"
     words = page.evaluate("document.body.innerText")
     for word in ("plasticity", "stability", "locality", "patch magnitude", "ledger usefulness", "BWT", "rolled back"):

@@ -27,7 +27,7 @@ summary{cursor:pointer}.v{display:inline-block;min-width:5.5rem;font-weight:600}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,22rem),1fr));gap:1rem}
 figure{margin:0;padding:.6rem;border:1px solid var(--line);border-radius:.5rem;background:var(--card);min-width:0}
 figcaption{font-weight:600;font-size:.95rem}svg{display:block;width:100%;height:auto}
-svg text{fill:var(--soft);font-size:11px}svg .grid{stroke:var(--line)}.mark{stroke-width:1.5;opacity:.75}
+svg text{fill:var(--soft);font-size:15px}svg .grid{stroke:var(--line)}.mark{stroke-width:1.5;opacity:.75}
 .mark.commit{stroke:#16803c}.mark.rollback{stroke:#c62828}.mark.quarantine{stroke:#b8860b}
 .legend{font-size:.85rem;display:flex;flex-wrap:wrap;gap:.2rem .9rem}
 .legend i{display:inline-block;width:.9rem;height:.2rem;vertical-align:middle;margin-right:.3rem}
