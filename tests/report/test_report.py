@@ -135,6 +135,23 @@ def test_what_needs_no_step_is_no_proof_that_training_went_on(run: Path, tmp_pat
     assert rollback.went_on == ""
 
 
+def test_a_phase_that_was_taken_out_is_told(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run / "ledger", tmp_path / "ledger")
+    shutil.copy(run / "config.yaml", tmp_path)
+    made = {"operation": "revert", "phase": "first"}
+    named = {
+        "kind": "commit",
+        "phase": "revert-first",
+        "phase_index": 2,
+        "step": 0,
+        "file": "002_revert-first_commit.pt",
+    }
+    Journal(tmp_path / "ledger/journal.jsonl").append(
+        "entry", **named, file="002_x_commit.pt", sha256="0", bytes=1, made_by=made
+    )
+    assert report_of(tmp_path).run.happenings[-1].words == "revert made 002_x_commit.pt"
+
+
 def test_a_run_without_probe_sets_is_not_called_uncommitted(run: Path, tmp_path: Path) -> None:
     config = yaml.safe_load((run / "config.yaml").read_text())
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({**config, "probes": {"sets": []}}))

@@ -66,7 +66,7 @@ MOMENTS: dict[str, dict[str, Any]] = {
     "a ledger's entry, half": {"target": "revpatch.ledger.entry:write_atomically", "call": 4, "when": "half"},
     "an entry without its line": {"target": "revpatch.ledger.history:write_entry", "call": 4, "when": "after"},
     "a journal's line, half": {"target": "revpatch.ledger.journal:Journal._write", "call": 14, "when": "half"},
-    "a probe": {"target": "revpatch.training.watch:Watch.measure", "call": 4, "when": "before"},
+    "a probe": {"target": "revpatch.training.watch:Watch.measure", "call": 5, "when": "before"},
     "a rollback, before the state": {"target": "revpatch.training.trainer:restore", "call": 2, "when": "before"},
     "a rollback, before its event": {"target": "revpatch.training.trainer:restore", "call": 2, "when": "after"},
     "a commit, before its entry": {"target": "revpatch.training.trainer:Trainer._commit", "call": 1, "when": "before"},
