@@ -4,6 +4,7 @@
 # HOSTFILE has a line `HOST slots=GPUS` a node; NODE_RANK is the line's number, from 0. The checkout, its .venv, the
 # working directory and the run's folder must be at the same place on all nodes. MASTER_ADDR (default: the first host),
 # MASTER_PORT (29500), SSH_PORT (22). DeepSpeed passes few variables on to the nodes: the ones below are added.
+# COMMAND=doctor looks at all nodes together instead of training.
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 [ ! -d "$ROOT/.venv/bin" ] || export PATH="$ROOT/.venv/bin:$PATH"
@@ -23,16 +24,23 @@ LAUNCH+=(--hostfile "$HOSTFILE" --master_addr "${MASTER_ADDR:-$FIRST}" --master_
 
 OPTIONS=("$@")
 if [[ " ${LAUNCH[*]} " != *" --no_ssh "* ]]; then
-    # No token among them: they are seen in the nodes' lists of processes. The hub's lies in ~/.cache/huggingface.
+    # No token or key among them: they are seen in the nodes' lists of processes. The hub's lies in ~/.cache/huggingface,
+    # that of W&B in ~/.netrc.
     DS_ENV_FILE="$(mktemp)"
     export DS_ENV_FILE
     trap 'rm -f "$DS_ENV_FILE"' EXIT
-    cat ~/.deepspeed_env .deepspeed_env 2>/dev/null >"$DS_ENV_FILE" || true
-    env | grep -E '^(NCCL|GLOO|TORCH|OMP|DS|HF|REVPATCH|PYTORCH)_[A-Z0-9_]+=' | grep -vE '^(HF_TOKEN|DS_ENV_FILE)' \
-        >>"$DS_ENV_FILE" || true
-    # pdsh hands words to a shell there; deepspeed quotes only those with a space.
+    # DeepSpeed reads NAME=VALUE in every line, and ends at a blank one or a comment.
+    cat ~/.deepspeed_env .deepspeed_env 2>/dev/null | grep -E '^[A-Za-z_][A-Za-z0-9_]*=' >"$DS_ENV_FILE" || true
+    env | grep -E '^(NCCL|GLOO|TORCH|OMP|DS|HF|REVPATCH|PYTORCH|WANDB|MLFLOW)_[A-Z0-9_]+=' |
+        grep -vE '^([A-Z0-9_]*(TOKEN|KEY|PASSWORD)[A-Z0-9_]*|DS_ENV_FILE)=' >>"$DS_ENV_FILE" || true
+    # pdsh hands words to a shell there; deepspeed puts those with a space in double quotes and leaves the others as they
+    # are. In the quotes these three mean something; the others are quoted here.
     for i in "${!OPTIONS[@]}"; do
-        [[ "${OPTIONS[i]}" == *" "* ]] || printf -v "OPTIONS[$i]" %q "${OPTIONS[i]}"
+        if [[ "${OPTIONS[i]}" == *" "* ]]; then
+            OPTIONS[i]="$(sed 's/[\\$`]/\\&/g' <<<"${OPTIONS[i]}")"
+        else
+            printf -v "OPTIONS[$i]" %q "${OPTIONS[i]}"
+        fi
     done
 fi
-deepspeed "${LAUNCH[@]}" --module revpatch train "${OPTIONS[@]}"
+deepspeed "${LAUNCH[@]}" --module revpatch "${COMMAND:-train}" "${OPTIONS[@]}"

@@ -42,7 +42,8 @@ done
 say "To look further, from $ROOT:"
 cat <<LINES
   source .venv/bin/activate
-  tensorboard --logdir $OUT/tensorboard
+  tensorboard --logdir $OUT      # http://localhost:6006/#custom_scalars&_smoothingWeight=0 is the overview
+  revpatch report $OUT
   revpatch ledger log $OUT
   revpatch ledger verify $OUT
   revpatch generate --patch $PATCH --prompt "The President" --gate learned

@@ -1,4 +1,4 @@
-"""The command line: `revpatch train | generate | probe | report | shards ... | ledger ...`."""
+"""The command line: `revpatch train | generate | probe | report | doctor | shards ... | ledger ...`."""
 
 from __future__ import annotations
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -30,8 +29,9 @@ def doctor(
     from revpatch.doctor.finding import worst
     from revpatch.doctor.show import print_findings
 
-    hosts = examine(Places() if config is None else Places.of(load_config(config)))
-    if os.environ.get("RANK", "0") == "0":
+    examined = examine(Places() if config is None else Places.of(load_config(config)))
+    hosts = examined.hosts
+    if examined.told:
         if as_json:
             found = {host: [each.as_dict() for each in findings] for host, findings in hosts.items()}
             typer.echo(json.dumps(found, indent=1, ensure_ascii=False))

@@ -47,6 +47,12 @@ def test_each_is_read_and_fits_its_ranks(path: Path) -> None:
         assert path.stem not in FILES_ONLY or (ROOT / place / "manifest.json").is_file(), place
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_the_json_of_every_stage_is_read(stage: int) -> None:
+    found = read_deepspeed_config(str(ROOT / f"configs/deepspeed/zero{stage}.json"))
+    assert found.get("zero_optimization", {}).get("stage", 0) == stage
+
+
 def test_the_long_run_is_twice_50_000_steps_that_repeat() -> None:
     phases = load_config(ROOT / "configs/gpt2_100k_hf.yaml").phases
     assert [(phase.steps, phase.repeat) for phase in phases] == [(50_000, True)] * 2

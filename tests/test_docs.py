@@ -11,6 +11,7 @@ import pytest
 import typer
 
 from revpatch.cli import app
+from revpatch.config_file import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*/README.md"))]
@@ -93,6 +94,15 @@ def mistake_of(arguments: list[str]) -> str | None:
 def test_every_command_in_the_docs_is_one(path: Path) -> None:
     wrong = {" ".join(call): mistake_of(call) for call in calls(path.read_text(encoding="utf-8"))}
     assert not {call: why for call, why in wrong.items() if why}
+
+
+@every_doc
+def test_every_key_that_the_docs_set_is_one(path: Path) -> None:
+    """Those for the demo's config, whose phases and sets are the names; a stand-in such as FOLDER is a value too."""
+    text = path.read_text(encoding="utf-8")
+    for option in re.findall(r"--set ([\w.]+=[^\s`'\")]+)", text):
+        if "=..." not in option and option != "a=b":
+            load_config(ROOT / "configs/demo.yaml", [option])
 
 
 @pytest.mark.parametrize("path", HEADS, ids=lambda path: path.name)

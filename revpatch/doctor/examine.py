@@ -17,6 +17,7 @@ from revpatch.doctor import bandwidth, gpus, machine
 from revpatch.doctor.finding import Finding
 from revpatch.doctor.launcher import launcher, under_launcher
 from revpatch.doctor.packages import versions
+from revpatch.training.first_use import needs_building
 from revpatch.training.launch import Launch, bfloat16_is_slow, process_group
 
 
@@ -27,20 +28,38 @@ class Places:
     output: Path = Path("runs")
     cache: Path | None = Path("~/.cache/revpatch/shards")
     cache_gb: float = 20.0
+    built: Path | None = None
+    """Where the shards of raw sources are kept."""
+    spill: Path | None = None
+    """Where the teacher's states are."""
+    spill_gb: float = 10.0
 
     @classmethod
     def of(cls, config: Config) -> Places:
         """Those that a config names."""
         cache = config.stream.shard_cache
-        return cls(Path(config.output_dir), Path(cache) if cache else None, config.stream.shard_cache_gb)
+        return cls(
+            Path(config.output_dir),
+            Path(cache) if cache else None,
+            config.stream.shard_cache_gb,
+            Path(config.build.folder) if needs_building(config) else None,
+            Path(config.teacher.spill) if config.teacher.spill else None,
+            config.teacher.spill_gb,
+        )
 
 
-def examine(places: Places) -> dict[str, list[Finding]]:
-    """Findings by host name. Under a launcher every rank calls this, and each gets the findings of all hosts.
+@dataclass(frozen=True)
+class Examined:
+    """Findings by host name: those of all hosts if the ranks met, else what this one has found by itself."""
 
-    Raises:
-        ConnectionError: under a launcher, another rank is gone before all have told what they found.
-    """
+    hosts: dict[str, list[Finding]]
+    told: bool = True
+    """Whether this rank is to say them: rank 0 if the ranks met; if not, the first of each machine, and whichever has
+    met what keeps it from joining."""
+
+
+def examine(places: Places) -> Examined:
+    """Looks at everything; under a launcher every rank calls this."""
     variables = launcher(os.environ)
     findings = [variables]
     if not under_launcher(os.environ):
@@ -49,16 +68,22 @@ def examine(places: Places) -> dict[str, list[Finding]]:
         findings += this_machine(places)
         if ranks > 1:
             findings.append(bandwidth.between_local_ranks(ranks, command))
-        return {socket.gethostname(): findings}
-    if variables.colour == "red":
-        return {socket.gethostname(): [variables, *this_machine(places)]}
-    launch = Launch.from_environment()
-    if launch.local_rank == 0:
+        return Examined({socket.gethostname(): findings})
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         findings += this_machine(places)
+    if variables.colour == "red":
+        return Examined({socket.gethostname(): findings})
+    launch = Launch.from_environment()
     try:
-        return _with_the_others(launch, findings)
-    except RuntimeError as error:
-        return {socket.gethostname(): [*findings, bandwidth.failed(str(error).strip().splitlines()[0][:300])]}
+        device = launch.device()
+    except ValueError as error:
+        advice = "start as many ranks on this machine as it has GPUs, or fewer"
+        return Examined({socket.gethostname(): [*findings, Finding("ranks", "red", str(error), advice)]})
+    try:
+        return Examined(_with_the_others(launch, device, findings), told=launch.rank == 0)
+    except (RuntimeError, ConnectionError) as error:
+        findings.append(bandwidth.failed(str(error).strip().splitlines()[0][:300]))
+        return Examined({socket.gethostname(): findings}, told=launch.local_rank == 0)
 
 
 def this_machine(places: Places) -> list[Finding]:
@@ -68,14 +93,17 @@ def this_machine(places: Places) -> list[Finding]:
     slow = not torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else bfloat16_is_slow()
     findings = [
         versions(),
-        gpus.gpus(gpus.nvidia_smi("-L"), gpus.usable_gpus()),
-        gpus.links(gpus.nvidia_smi("topo", "-m")),
+        *gpus.gpus_and_links(gpus.nvidia_smi, gpus.usable_gpus()),
         machine.bfloat16(slow, on_gpu),
         machine.shared_memory(),
         machine.disk("output", places.output, 10.0),
     ]
     if places.cache is not None:
         findings.append(machine.disk("shard cache", places.cache.expanduser(), places.cache_gb))
+    if places.built is not None:
+        findings.append(machine.disk("built shards", places.built, 10.0))
+    if places.spill is not None:
+        findings.append(machine.disk("teacher's spill", places.spill.expanduser(), places.spill_gb))
     findings += [
         machine.hub_cache(Path(constants.HF_HUB_CACHE), constants.HF_HUB_OFFLINE),
         machine.extension_locks(Path(extensions).expanduser()),
@@ -84,8 +112,7 @@ def this_machine(places: Places) -> list[Finding]:
     return findings
 
 
-def _with_the_others(launch: Launch, findings: list[Finding]) -> dict[str, list[Finding]]:
-    device = launch.device()
+def _with_the_others(launch: Launch, device: torch.device, findings: list[Finding]) -> dict[str, list[Finding]]:
     with process_group(launch, device, timeout_minutes=2) as peers:
         measured = bandwidth.measure(device) if launch.world > 1 else None
         if measured is not None and launch.rank == 0:

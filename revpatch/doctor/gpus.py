@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 
 import torch
 
@@ -12,14 +13,39 @@ from revpatch.doctor.finding import Finding
 
 _SLOW = ("SYS", "NODE", "PHB")
 """nvidia-smi's words for a way through the CPU; NV#, PIX and PXB are direct."""
+_SECONDS = 60
 
 
 def nvidia_smi(*arguments: str) -> str | None:
-    """What nvidia-smi prints; None where there is none, or no GPU that it sees."""
+    """What nvidia-smi prints; None where there is none, or no GPU that it sees.
+
+    Raises:
+        TimeoutError: it does not answer.
+    """
     if shutil.which("nvidia-smi") is None:
         return None
-    done = subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, timeout=60, check=False)
+    command = ["nvidia-smi", *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        raise TimeoutError(f"`{' '.join(command)}` does not answer within {_SECONDS} s") from None
     return done.stdout if done.returncode == 0 else None
+
+
+def gpus_and_links(ask: Callable[..., str | None], usable: list[str]) -> list[Finding]:
+    """Both findings.
+
+    Args:
+        ask: `nvidia_smi`.
+        usable: names of the GPUs that torch sees.
+    """
+    try:
+        listed = ask("-L")
+        count = max(len(listed.strip().splitlines()) if listed else 0, len(usable))
+        return [gpus(listed, usable), links(ask("topo", "-m"), count)]
+    except TimeoutError as error:
+        advice = "the driver hangs: `dmesg | grep -i nvrm` may say why; reset the GPU or start the machine anew"
+        return [Finding("GPUs", "red", str(error), advice)]
 
 
 def gpus(listed: str | None, usable: list[str]) -> Finding:
@@ -41,15 +67,19 @@ def gpus(listed: str | None, usable: list[str]) -> Finding:
     return Finding("GPUs", "yellow", "none; ranks run on the CPU", "enough for the demo; larger bases want a GPU")
 
 
-def links(matrix: str | None) -> Finding:
+def links(matrix: str | None, count: int) -> Finding:
     """How the GPUs are connected.
 
     Args:
         matrix: `nvidia-smi topo -m`.
+        count: how many GPUs there are.
     """
     pairs = _pairs(matrix or "")
-    if not pairs:
+    if count < 2:
         return Finding("GPU links", "green", "fewer than two GPUs")
+    if not pairs:
+        advice = "see what `nvidia-smi topo -m` says; NCCL_DEBUG=INFO shows which way nccl takes"
+        return Finding("GPU links", "yellow", f"unknown, between {count} GPUs", advice)
     kinds = ", ".join(f"{list(pairs.values()).count(kind)} x {kind}" for kind in sorted(set(pairs.values())))
     slow = [f"{a}-{b}" for (a, b), kind in pairs.items() if kind in _SLOW]
     if slow:

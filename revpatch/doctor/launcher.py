@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import socket
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,7 +11,8 @@ from revpatch.doctor.finding import Finding
 from revpatch.training.launch import Launch
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_RANKS_HERE = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")
+"""Where launchers say how many ranks they start on a machine: torchrun, deepspeed, Slurm."""
 
 
 def under_launcher(environment: Mapping[str, str]) -> bool:
@@ -34,18 +36,42 @@ def launcher(environment: Mapping[str, str], resolve: Callable[..., Any] = socke
     port = environment["MASTER_PORT"]
     if not port.isdigit() or not 0 < int(port) < 2**16:
         return Finding("launcher", "red", found, f"MASTER_PORT={port} is no port: choose one from 1024 to 65535")
-    address = environment["MASTER_ADDR"]
-    try:
-        resolve(address, int(port))
-    except OSError as error:
-        advice = f"this machine can't find {address} ({error}): use its IP address, or mend /etc/hosts or the DNS"
-        return Finding("launcher", "red", found, advice)
-    here = int(environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE") or launch.world)
-    if address in _LOOPBACK and launch.world > here:
-        advice = f"{launch.world - here} ranks are on other machines, which can't reach this {address}: name the host"
-        return Finding("launcher", "red", found, advice)
+    if wrong := _unreachable(environment, launch.world, resolve):
+        return Finding("launcher", "red", found, wrong)
     tasks = environment.get("SLURM_NTASKS")
     if "SLURM_PROCID" in environment and tasks not in (None, str(launch.world)):
         advice = "one task a rank: start with launch/slurm.sbatch"
         return Finding("launcher", "yellow", f"{found}, SLURM_NTASKS={tasks}", advice)
     return Finding("launcher", "green", found)
+
+
+def _unreachable(environment: Mapping[str, str], world: int, resolve: Callable[..., Any]) -> str | None:
+    """What to do about a name that other machines can't be reached by, or can't reach this one by."""
+    address = environment["MASTER_ADDR"]
+    try:
+        found = _addresses(address, resolve)
+    except OSError as error:
+        return f"this machine can't find {address} ({error}): use its IP address, or mend /etc/hosts or the DNS"
+    here = next((int(environment[name]) for name in _RANKS_HERE if environment.get(name, "").isdigit()), world)
+    if world <= here:
+        return None
+    if found and all(ipaddress.ip_address(each).is_loopback for each in found):
+        others = f"{world - here} ranks are on other machines, which can't reach this"
+        resolved = "" if address in found else f", which is {', '.join(found)} here"
+        return f"{others} {address}{resolved}: name the host by an address of the network, or mend /etc/hosts"
+    name = socket.gethostname()
+    try:
+        own = _addresses(name, resolve)
+    except OSError:
+        return None  # gloo then asks the system for a network card
+    if own and all(ipaddress.ip_address(each).is_loopback for each in own) and "GLOO_SOCKET_IFNAME" not in environment:
+        return (
+            f"this machine takes its own name {name} for {', '.join(own)}, and gloo would listen there: mend "
+            "/etc/hosts, or name the network card with GLOO_SOCKET_IFNAME"
+        )
+    return None
+
+
+def _addresses(host: str, resolve: Callable[..., Any]) -> list[str]:
+    """The IP addresses of a host, without the scope of a link-local one."""
+    return sorted({str(each[4][0]).split("%")[0] for each in resolve(host, None)})

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import resource
 import shutil
+import stat
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from revpatch.doctor.finding import Finding
@@ -32,11 +34,15 @@ def shared_memory(folder: Path = Path("/dev/shm")) -> Finding:
 
 def disk(name: str, folder: Path, needed_gb: float) -> Finding:
     """Whether a folder, which may not be there yet, can be written, and has room for `needed_gb` 10⁹ bytes."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    refused = _refuses_a_file(there)
-    if refused:
-        return Finding(name, "red", f"{folder}: {refused}", "make it this user's, or name another folder")
-    free = shutil.disk_usage(there).free / GB
+    advice = "make it this user's, or name another folder"
+    try:
+        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if _is_there(path))
+        refused = _refuses_a_file(there)
+        if refused:
+            return Finding(name, "red", f"{folder}: {refused}", advice)
+        free = shutil.disk_usage(there).free / GB
+    except OSError as error:
+        return Finding(name, "red", f"{folder} can't be looked at ({error.strerror or error})", advice)
     found = f"{free:.1f} GB free in {folder}"
     if free < 1:
         return Finding(name, "red", found, "make room: a run stops when it can't write its snapshot")
@@ -65,8 +71,13 @@ def extension_locks(folder: Path, now: float | None = None) -> Finding:
         now: seconds since the epoch; None is the clock.
     """
     now = time.time() if now is None else now
-    locks = [path for path in folder.rglob("lock") if path.is_file()] if folder.is_dir() else []
-    stale = [path for path in locks if now - path.stat().st_mtime > STALE_SECONDS]
+    try:
+        locks = _ages(folder, now)
+    except OSError as error:
+        advice = "make it this user's, or name another folder with TORCH_EXTENSIONS_DIR"
+        found = f"{error.filename or folder} can't be looked at ({error.strerror or error})"
+        return Finding("extension locks", "red", found, advice)
+    stale = [path for path, age in locks.items() if age > STALE_SECONDS]
     if stale:
         names = " ".join(str(path) for path in stale)
         return Finding("extension locks", "red", f"{len(stale)} older than ten minutes", f"rm {names}")
@@ -96,6 +107,26 @@ def bfloat16(slow: bool, on_gpu: bool) -> Finding:
         what = f"{where} multiplies in bfloat16 more slowly than in float32"
         return Finding("bfloat16", "yellow", what, "--set base.dtype=float32")
     return Finding("bfloat16", "green", f"no slower than float32 on {where}")
+
+
+def _is_there(path: Path) -> bool:
+    """As `Path.exists`, which hides on some versions of Python that a folder above refuses to be looked into."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def _ages(folder: Path, now: float) -> dict[Path, float]:
+    """The files named `lock` below a folder, and how many seconds old they are."""
+    ages = {}
+    for path in folder.rglob("lock") if _is_there(folder) else []:
+        with suppress(FileNotFoundError):  # its compiler has just finished
+            found = path.stat()
+            if stat.S_ISREG(found.st_mode):
+                ages[path] = now - found.st_mtime
+    return ages
 
 
 def _refuses_a_file(folder: Path) -> str | None:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 _FLUSH_SECONDS = 10
+_PADDING = 0.05
+"""Nats per token that a mark goes beyond the only loss that a chart has shown."""
 
 
 class Board:
@@ -40,6 +42,7 @@ class Board:
         self._trackers = trackers
         self._heat: dict[str, HeatMap] = {}
         self._ranges: dict[str, tuple[float, float]] = {}
+        self._texts: dict[str, tuple[int, list[str]]] = {}
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """One point on the chart of each tag."""
@@ -59,9 +62,15 @@ class Board:
             lines["commit_limit"] = values["before"] + values["tolerance"]
         others = {key: values[key] for key in ("gate", "sparsity", "patch_norm") if values.get(key) is not None}
         self.scalars(step, {f"probe/{name}/{key}": value for key, value in {**lines, **others}.items()})
-        shown = [float(value) for key, value in lines.items() if key != "rise" and np.isfinite(float(value))]
-        low, high = self._ranges.get(name, (np.inf, -np.inf))
-        self._ranges[name] = min([low, *shown]), max([high, *shown])
+        self.has_shown(name, [float(value) for key, value in lines.items() if key != "rise"])
+
+    def has_shown(self, name: str, losses: Sequence[float]) -> None:
+        """What the chart of a probe set holds besides, such as what an earlier process wrote: marks go from the lowest
+        to the highest."""
+        finite = [loss for loss in losses if np.isfinite(loss)]
+        if finite:
+            low, high = self._ranges.get(name, (np.inf, -np.inf))
+            self._ranges[name] = min([low, *finite]), max([high, *finite])
 
     def layers(self, step: int, values: Mapping[str, Mapping[int, float]]) -> None:
         """For each key ("gate", "scale", "patch_norm") a number by layer: `gate/layer_00`, ...; their histogram over
@@ -104,16 +113,23 @@ class Board:
             )
 
     def text(self, step: int, tag: str, markdown: str) -> None:
-        """A note, such as why the patch was rolled back."""
+        """A note, such as why the patch was rolled back. TensorBoard shows the last of a step and tag: notes of one
+        step are joined."""
         if self._writer is not None:
-            self._writer.add_text(tag, markdown, step)
+            last, before = self._texts.get(tag, (step, []))
+            texts = [*before, markdown] if last == step else [markdown]
+            self._texts[tag] = step, texts
+            self._writer.add_text(tag, "\n\n".join(texts), step)
 
     def mark(self, step: int, kind: str) -> None:
-        """A vertical line in the chart of every probe that has been measured; `kind` is one of `layout.MARKS`."""
+        """A line, as good as vertical, in the chart of every probe that has been measured; `kind` is one of
+        `layout.MARKS`. TensorBoard keeps one point a step, so it takes the last three; none is later, or a run that
+        goes on from here would have it purged."""
         for name, (low, high) in self._ranges.items():
-            if self._writer is not None and low <= high:
-                for end in (low, high, np.nan):  # the NaN ends the line: it isn't joined with the next mark
-                    self._writer.add_scalar(f"mark/{name}/{kind}", end, step)
+            if self._writer is not None:
+                low, high = (low, high) if low < high else (low - _PADDING, high + _PADDING)
+                for back, end in ((2, low), (1, high), (0, np.nan)):  # the NaN: it isn't joined with the next mark
+                    self._writer.add_scalar(f"mark/{name}/{kind}", end, step - back)
 
     def introduce(self, layout: Layout, hyperparameters: Mapping[str, Any], metrics: Sequence[str]) -> None:
         """The page of charts; the run's row in the HParams tab, with the tags that are its results."""
@@ -129,7 +145,7 @@ class Board:
             self._writer.file_writer.add_summary(summary)
 
     def finished(self) -> None:
-        """Every phase is committed: says so in the HParams tab."""
+        """Every phase is committed: says so in the HParams tab. Comes after `introduce`."""
         if self._writer is not None:
             self._writer.file_writer.add_summary(self._end)
 

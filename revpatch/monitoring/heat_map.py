@@ -22,6 +22,11 @@ def colours(shares: NDArray[np.floating]) -> NDArray[np.uint8]:
     return picture
 
 
+def ink_on(red: int, green: int, blue: int) -> str:
+    """Black or white, whichever is read on a colour of 0 to 255 a channel."""
+    return "#000000" if red * 0.3 + green * 0.6 + blue * 0.1 > 120 else "#ffffff"
+
+
 class HeatMap:
     """Collects columns; neighbours are averaged when there are more than `MAX_COLUMNS`, so its memory is bounded."""
 

@@ -1,7 +1,7 @@
 """What TensorBoard is told of a run before it begins: the page of its Custom Scalars tab, and its hyperparameters.
 
 A mark is a series beside a probe's losses: at a commit, a rollback or a shard that is taken out it goes from the lowest
-to the highest that the chart has shown and ends there, which draws a vertical line, in the chart and at its step.
+to the highest that the chart has shown within the last three steps, which draws a line that is as good as vertical.
 """
 
 from __future__ import annotations
@@ -31,9 +31,11 @@ def layout_of(config: Config) -> Layout:
     costs = {
         "tokens a second": _lines("speed/tokens_per_second"),
         "seconds of each part of a step": _lines(
-            "time/(step|waiting_for_data|forward|backward|all_reduce|optimizer|logging)"
+            *(f"time/{part}" for part in ("step", "waiting_for_data", "forward", "backward", "all_reduce", "optimizer"))
         ),
-        "seconds of probes, snapshots and samples": _lines("time/(probe|snapshot|samples)"),
+        "seconds of probes, snapshots, samples and log lines": _lines(
+            *(f"time/{what}" for what in ("probe", "snapshot", "samples", "logging"))
+        ),
         "memory of rank 0, 10⁹ bytes": _lines("memory/peak_gb"),
         "gradient bytes reduced a step": _lines("wire/bytes_a_step"),
         "share of the teacher's states found in its cache": _lines("teacher/cache_hit_rate"),
@@ -51,6 +53,12 @@ def layout_of(config: Config) -> Layout:
             **({"mean gate on each held-out set": _of_probes(probes, "gate")} if probes else {}),
             **({"share of tokens whose gate is below 0.1": _of_probes(probes, "sparsity")} if probes else {}),
             **({"patch norm on each held-out set": _of_probes(probes, "patch_norm")} if probes else {}),
+            **{
+                f"{name}: share of tokens whose gate is below 0.1, of each layer": _lines(
+                    rf"sparsity_on_{name}/layer_\d+"
+                )
+                for name in probes
+            },
             "mean gate of each layer": _lines(r"gate/layer_\d+"),
             "patch norm of each layer": _lines(r"patch_norm/layer_\d+"),
             "scale of each layer": _lines(r"scale/layer_\d+"),

@@ -23,7 +23,9 @@ PROJECT = "revpatch"
 def check_trackers(names: Sequence[str]) -> None:
     """Raises ConfigError if the package of a tracker is not installed."""
     for name in names:
-        if find_spec(name) is None:
+        spec = find_spec(name)
+        # Without an origin it is a mere folder of that name, such as the one that W&B itself writes.
+        if spec is None or spec.origin is None:
             raise ConfigError(
                 f"monitoring.trackers names {name}, and that package is not installed: pip install {name}, or leave "
                 "it out"

@@ -12,6 +12,7 @@ from revpatch.report.matrix import Matrix
 
 MIN_GATE_GAP = 0.1
 MAX_NORM_SHARE = 0.5
+VERDICTS = {True: "pass", False: "fail", None: "not judged"}
 
 
 @dataclass(frozen=True)
@@ -114,16 +115,19 @@ def _ledger(run: RunHistory) -> Check:
     for phase, rollback in back:
         what = f"{phase.name} at step {rollback.step - phase.first_step}"
         check.rows.append(Row(f"{what}: restored", *_restored(rollback)))
-        went_on = rollback.went_on != "" if run.ended or rollback.went_on else None
-        words = f"next: {rollback.went_on}" if rollback.went_on else "nothing was journalled since"
+        went_on = True if rollback.went_on else False if run.ended else None
+        words = f"next: {rollback.went_on}" if rollback.went_on else "no step was probed since"
         check.rows.append(Row(f"{what}: went on", words, went_on))
     check.figure = f"{len(back)} rollbacks" if back else "no rollback was needed"
     return check
 
 
-def _restored(rollback: RolledBack) -> tuple[str, bool]:
-    """The guarded probe that had risen most, before and after, and whether all are within their tolerances now."""
+def _restored(rollback: RolledBack) -> tuple[str, bool | None]:
+    """The guarded probe that had risen most, before and as it was measured afterwards, and whether all are within
+    their tolerances now; None if none was measured."""
     restored = _guarded(rollback.restored)
+    if not restored:
+        return f"back to {rollback.to_file}; no guarded probe was measured there", None
     within = all(values["drift"] <= values["tolerance"] for values in restored.values())
     rejected = {name: values for name, values in _guarded(rollback.rejected).items() if name in restored}
     if not rejected:

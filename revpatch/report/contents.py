@@ -34,6 +34,13 @@ class Report:
     measures: dict[str, Estimate | None]
     checks: list[Check]
 
+    @property
+    def unjudged(self) -> str:
+        """Why there is no checklist; empty if there is one."""
+        if self.checks:
+            return ""
+        return "The run has no probe sets: nothing is judged." if self.run.committed else "No phase is committed yet."
+
     def as_fields(self) -> dict[str, Any]:
         """For programs: plain values."""
         matrix = None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 
 _WIDTH, _HEIGHT = 400, 220
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 8, 8, 22
+_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 8, 8, 24
 _MAX_POINTS = 1000
 
 

@@ -13,6 +13,8 @@ from revpatch.training.resume import CONFIG_NAME
 
 Sets = dict[str, dict[str, Any]]
 """What the journal keeps of each probe set, by name; see docs/RUNS.md."""
+_TRAINED_ON = ("probe", "rollback", "phase_start", "run_end")
+"""The events that no run comes to, after a rollback, without training on; or, after its last step, without its end."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +28,9 @@ class ProbePoint:
 
 @dataclass(frozen=True)
 class RolledBack:
-    """A return to an earlier state. `rejected` and `restored` are the probes of the state that was given up and of the
-    one returned to, as they were measured; empty where none was. `went_on`: what was journalled of the phase next, or
-    "" if nothing was yet."""
+    """A return to an earlier state. `rejected`: the probes of the state that was given up, `restored`: those measured
+    after the return; empty where none was. `went_on`: the event that shows that training went on, or "" if there is
+    none yet."""
 
     step: int
     to_file: str
@@ -84,6 +86,8 @@ class RunHistory:
     """For each probe set the phase (from 1) that teaches its corpus; 0 is what is guarded from the start."""
     tolerances: dict[str, float] = field(default_factory=dict)
     confidence: float = 0.95
+    begins_with: str = "base"
+    """The bare base, or the file of the patch that a restored run begins with."""
     happenings: list[Happening] = field(default_factory=list)
     samples: list[tuple[str, list[dict[str, str]]]] = field(default_factory=list)
     """After what (base, or a phase) and the texts, oldest first."""
@@ -123,13 +127,14 @@ class _Reader:
     def __init__(self, run: RunHistory, steps: dict[str, tuple[int, int]]) -> None:
         self.run, self.steps = run, steps
         self.phases: dict[str, PhaseHistory] = {}
-        self.entries: dict[str, Sets] = {}
         self.rejected: dict[tuple[str, int], Sets] = {}
 
     def take(self, event: dict[str, Any], later: list[dict[str, Any]]) -> None:
         """Puts an event where it belongs; `later` are those after it."""
         kind, name = str(event["event"]), str(event.get("phase"))
-        if kind == "run_end":
+        if kind == "run":
+            self.run.begins_with = str(event.get("origin", self.run.begins_with))
+        elif kind == "run_end":
             self.run.ended = True
         elif kind == "samples":
             self.run.samples.append((name, event["texts"]))
@@ -147,8 +152,9 @@ class _Reader:
 
     def _entry(self, event: dict[str, Any]) -> None:
         sets = _numbers(event.get("sets") or {})
-        self.entries[event["file"]] = sets
         phase = self.phases.get(event["phase"])
+        if isinstance(made_by := event.get("made_by"), dict):  # a patch that no phase has trained, after the run
+            self._note(event, self._here(), f"{made_by.get('operation', 'surgery')} made {event['file']}")
         if phase is None:
             return
         if event["kind"] == "start":
@@ -162,11 +168,10 @@ class _Reader:
             training = {key: float(value) for key, value in event.get("training", {}).items()}
             phase.probes.append(ProbePoint(step, _numbers(event["sets"]), training))
         elif kind == "rollback":
-            next_one = next((e["event"] for e in later if e.get("phase") == phase.name and e["event"] != "entry"), "")
-            rejected, restored = self.rejected.get((phase.name, event["step"]), {}), self.entries[event["to_file"]]
-            phase.rollbacks.append(
-                RolledBack(step, event["to_file"], event["reason"], rejected, restored, str(next_one))
-            )
+            next_one = next((str(e["event"]) for e in later if e["event"] in _TRAINED_ON), "")
+            rejected = self.rejected.get((phase.name, event["step"]), {})
+            restored = _numbers(event.get("restored", {}))
+            phase.rollbacks.append(RolledBack(step, event["to_file"], event["reason"], rejected, restored, next_one))
             self._note(event, step, f"{phase.name} rolled back to {event['to_file']}: {event['reason']}")
         elif kind == "commit":
             phase.commit, phase.commit_step = _numbers(event["sets"]), event["step"]

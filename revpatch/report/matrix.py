@@ -1,7 +1,7 @@
 """Every corpus after every phase, and what is read off it: average, backward and forward transfer, forgetting.
 
-R[i, j] is minus the held-out loss (nats per token) of set j after phase i; row 0 is the base. With T phases committed,
-and t(j) the phase that teaches set j (1 to T):
+R[i, j] is minus the held-out loss (nats per token) of set j after phase i; row 0 is what the run begins with: the base,
+or the patch that was restored. With T phases committed, and t(j) the phase that teaches set j (1 to T):
 
     average     mean over j of R[T, j]
     BWT         mean over t(j) < T of R[T, j] − R[t(j), j]          (Lopez-Paz and Ranzato, 2017)
@@ -46,7 +46,7 @@ class Matrix:
     """R, and the losses that it is made of."""
 
     rows: list[str]
-    """"base", then the phases that are committed."""
+    """"base", or the file of the patch that the run begins with; then the phases that are committed."""
     sets: list[str]
     taught_by: list[int]
     """For each set the row of the phase that teaches it; 0 is none."""
@@ -55,11 +55,20 @@ class Matrix:
     losses: list[list[Losses | None]]
     """For each row and set the loss of each block, if the journal has it."""
     confidence: float
+    base: list[float] | None = None
+    """(sets,): R of the bare base, where row 0 is another patch; its losses block by block are not known."""
 
     @property
     def last(self) -> int:
         """T."""
         return len(self.rows) - 1
+
+    @property
+    def shares(self) -> NDArray[np.float64]:
+        """(rows, sets): where each value lies from its column's worst, 0, to its best, 1."""
+        low, high = np.nanmin(self.values, axis=0), np.nanmax(self.values, axis=0)
+        found: NDArray[np.float64] = (self.values - low) / np.maximum(high - low, 1e-9)
+        return found
 
     def difference(self, row: int, earlier: int, column: int) -> Estimate:
         """R[row, column] − R[earlier, column]."""
@@ -77,7 +86,11 @@ class Matrix:
             "FWT": [(t - 1, 0, j) for j, t in taught if t > 1],
             "base text since the base": [(last, 0, j) for j, t in enumerate(self.taught_by) if t == 0 and last],
         }
-        return {name: self._mean(cells) if cells else None for name, cells in asked.items()}
+        found = {name: self._mean(cells) if cells else None for name, cells in asked.items()}
+        if self.base is not None and (old := [j for j, t in enumerate(self.taught_by) if t == 0]):
+            since = [self.values[last, j] - self.base[j] for j in old]
+            found["base text since the base"] = Estimate(float(np.mean(since)))
+        return found
 
     def _mean(self, cells: Sequence[tuple[int, int | None, int]]) -> Estimate:
         """Mean over sets of R[row, j], less R[earlier, j] where `earlier` is given."""
@@ -103,16 +116,17 @@ def matrix_of(run: RunHistory) -> Matrix | None:
     """The matrix of a run; None before its probes were measured first."""
     if not run.phases or not run.phases[0].start:
         return None
-    committed = run.committed
-    of_rows: list[Sets] = [run.phases[0].start, *(phase.commit or {} for phase in committed)]
+    committed, start = run.committed, run.phases[0].start
+    of_rows: list[Sets] = [start, *(phase.commit or {} for phase in committed)]
     sets = [name for name in run.taught_by if all(name in row for row in of_rows)]
     return Matrix(
-        rows=["base", *(phase.name for phase in committed)],
+        rows=[run.begins_with, *(phase.name for phase in committed)],
         sets=sets,
         taught_by=[run.taught_by[name] for name in sets],
         values=np.array([[-row[name]["loss"] for name in sets] for row in of_rows], dtype=np.float64),
         losses=[[_blocks(row[name]) for name in sets] for row in of_rows],
         confidence=run.confidence,
+        base=None if run.begins_with == "base" else [-start[name]["base"] for name in sets],
     )
 
 

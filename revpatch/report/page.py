@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from html import escape
 
-import numpy as np
-
-from revpatch.monitoring.heat_map import colours
-from revpatch.report.checks import Check
+from revpatch.monitoring.heat_map import colours, ink_on
+from revpatch.report.checks import VERDICTS, Check
 from revpatch.report.contents import MEASURES, Report
 from revpatch.report.matrix import Matrix
-
-VERDICTS = {True: "pass", False: "fail", None: "not judged"}
 
 _STYLE = """
 :root{color-scheme:light dark;--fg:#1c1f23;--bg:#fff;--soft:#667;--line:#d8dce2;--card:#f6f7f9}
@@ -31,7 +27,7 @@ summary{cursor:pointer}.v{display:inline-block;min-width:5.5rem;font-weight:600}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,22rem),1fr));gap:1rem}
 figure{margin:0;padding:.6rem;border:1px solid var(--line);border-radius:.5rem;background:var(--card);min-width:0}
 figcaption{font-weight:600;font-size:.95rem}svg{display:block;width:100%;height:auto}
-svg text{fill:var(--soft);font-size:11px}svg .grid{stroke:var(--line)}.mark{stroke-width:1.5;opacity:.75}
+svg text{fill:var(--soft);font-size:15px}svg .grid{stroke:var(--line)}.mark{stroke-width:1.5;opacity:.75}
 .mark.commit{stroke:#16803c}.mark.rollback{stroke:#c62828}.mark.quarantine{stroke:#b8860b}
 .legend{font-size:.85rem;display:flex;flex-wrap:wrap;gap:.2rem .9rem}
 .legend i{display:inline-block;width:.9rem;height:.2rem;vertical-align:middle;margin-right:.3rem}
@@ -49,7 +45,7 @@ def page_of(report: Report) -> str:
         f'<p class="soft">{escape(report.run.environment["state"])}; losses in nats per token, intervals of '
         f"{report.run.confidence:.0%}</p>",
         "<h2>Checklist</h2>",
-        *([_check(check) for check in report.checks] or ["<p>No phase is committed yet.</p>"]),
+        *([_check(check) for check in report.checks] or [f"<p>{escape(report.unjudged)}</p>"]),
     ]
     if report.matrix is not None:
         body += ["<h2>Every corpus after every phase</h2>", _matrix(report.matrix), _measures(report)]
@@ -84,17 +80,14 @@ def _check(check: Check) -> str:
 
 def _matrix(matrix: Matrix) -> str:
     values = matrix.values
-    low, high = np.nanmin(values, axis=0), np.nanmax(values, axis=0)
-    shares = (values - low) / np.maximum(high - low, 1e-9)
     head = "".join(f"<th>{escape(name)}</th>" for name in matrix.sets)
     rows = []
     for i, row in enumerate(matrix.rows):
         cells = []
         for j, value in enumerate(values[i]):
-            red, green, blue = (int(channel) for channel in colours(shares[i, j]))
-            ink = "#000" if red * 0.3 + green * 0.6 + blue * 0.1 > 120 else "#fff"
+            red, green, blue = (int(channel) for channel in colours(matrix.shares[i, j]))
             own = ' class="own"' if matrix.taught_by[j] == i and i else ""
-            style = f"background:rgb({red},{green},{blue});color:{ink}"
+            style = f"background:rgb({red},{green},{blue});color:{ink_on(red, green, blue)}"
             cells.append(f'<td{own} style="{style}">{value:.3f}</td>')
         rows.append(f"<tr><th>{escape(row)}</th>{''.join(cells)}</tr>")
     return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,8 +57,12 @@ class Measurement:
         """Share of tokens whose gate is below `NEARLY_SHUT`, over sidecars; None if it was not measured."""
         if not self.spreads:
             return None
-        shares = np.asarray(self.spreads)
-        return float(shares[:, : round(NEARLY_SHUT * shares.shape[1])].sum(1).mean())
+        return float(np.mean([nearly_shut(spread) for spread in self.spreads]))
+
+
+def nearly_shut(spread: Sequence[float]) -> float:
+    """The share of tokens whose gate is below `NEARLY_SHUT`, of the shares in equal bins from 0 to 1."""
+    return float(np.sum(spread[: round(NEARLY_SHUT * len(spread))]))
 
 
 class Prober:

@@ -22,6 +22,7 @@ from revpatch.monitoring.layout import MARKS, hyperparameters, layout_of
 from revpatch.monitoring.terminal import console
 from revpatch.monitoring.trackers import Trackers
 from revpatch.training.objective import TERMS
+from revpatch.training.probe import nearly_shut
 
 log = logging.getLogger("revpatch")
 
@@ -187,6 +188,8 @@ class Record:
             self.board.probe(global_step, name, values)
         for name, layers in spreads.items():
             self.board.gates(global_step, name, layers)
+            shut = {layer: nearly_shut(spread) for layer, spread in layers.items()}
+            self.board.layers(global_step, {f"sparsity_on_{name}": shut})
 
     def samples(self, phase: str, global_step: int, written: Sequence[Mapping[str, str]]) -> None:
         """Texts that were written from the same prompts as ever: in the journal and, as text, in TensorBoard."""

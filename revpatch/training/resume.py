@@ -50,6 +50,13 @@ class Standing:
     lock: Any = None
     """The open file whose lock keeps other processes out of the folder."""
 
+    @property
+    def again(self) -> int | None:
+        """The first step of the run that is written anew; None if none was written before."""
+        if not self.begun:
+            return None
+        return 0 if self.snapshot is None else self.snapshot.step + 1
+
 
 def stand(config: Config, fresh: bool, overwrite: bool) -> Standing:
     """Looks at the run's folder and claims it; for rank 0 alone.

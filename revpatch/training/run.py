@@ -60,9 +60,8 @@ def train(config: Config, fresh: bool = False, overwrite: bool = False) -> Outco
             if peers.rank == 0:
                 log.info("the run in %s is over: every phase is committed; add a phase to train on", standing.directory)
             return Outcome(standing.directory)
-        again = None if standing.snapshot is None else standing.snapshot.step + 1
         watched = config.monitoring
-        record = Record(standing.directory, peers.rank == 0, watched.tensorboard, again, watched.trackers)
+        record = Record(standing.directory, peers.rank == 0, watched.tensorboard, standing.again, watched.trackers)
         try:
             trainer = Trainer(config, plan, base, peers, record, standing.directory, interruption)
             trainer.take_up(standing)

@@ -90,6 +90,8 @@ class RunState:
         """Folders under replay/ of what the committed phases left to rehearse."""
         self.replay = [] if plan.replay_base is None else [plan.replay_base]
         self.committed: dict[str, Measurement] = {}
+        self.begins_with = "base"
+        """The bare base, or the file in the ledger of the patch that the run begins with."""
         self.resumed: Snapshot | None = None
         """What the run goes on from, until the phase it belongs to has begun."""
         self.snapshots = SnapshotWriter(directory / "snapshot", config.snapshot.keep)
@@ -212,7 +214,7 @@ class RunState:
         self.watch.measure()  # the base: the patch is still the identity
         load_tensors(self.patch, origin.tensors)
         self.teacher.follow(self.patch)
-        self.record.parent = origin.sha256
+        self.record.parent, self.begins_with = origin.sha256, origin.name
         if self.peers.rank == 0:
             log.info("beginning with %s, restored from another run", origin.name)
 
@@ -237,3 +239,7 @@ class RunState:
         self.record.parent = snapshot.parent
         set_random_state(snapshot.random)
         self.resumed = snapshot
+        phase = snapshot.phase
+        for measured in (self.committed,) if phase is None else (phase.start.measurements, phase.good.measurements):
+            for name, of in measured.items():
+                self.record.board.has_shown(name, [of.loss])

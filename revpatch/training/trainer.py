@@ -98,7 +98,7 @@ class Trainer(RunState):
         sets = self.watch.sets(phase, measured, start.comparisons)
         if index == 0:
             sets = self.watch.with_blocks(sets, measured)
-            self.write_samples("base", first_step)
+            self.write_samples(self.begins_with, first_step)
         start.entry, start.sha256 = self._enter("start", phase, 0, sets)
         self.record.show_probes(first_step, sets, self.watch.spreads(measured, self.patch.layers))
         self.record.begin_phase(config.name, config.steps)
@@ -205,6 +205,10 @@ class Trainer(RunState):
         self.teacher.forget()
         phase.pending, phase.good = [], target
         self.meter.take()
+        # Whether that brought the probes back is measured, not taken for granted: `report` shows it.
+        measured = self.watch.measure()
+        restored = self.watch.sets(phase, measured, self.watch.compare(phase, measured))
+        self.record.restart_clock()
         self.record.event(
             "rollback",
             phase=phase.config.name,
@@ -213,6 +217,7 @@ class Trainer(RunState):
             reason=reason,
             window=[undone[0], step],
             new_lr_factor=phase.lr_factor,
+            restored=restored,
         )
         words = f"{phase.config.name} rolled back at {step} to {target.entry}: {reason}"
         self.record.happened(phase.global_step(step), "rollback", words)

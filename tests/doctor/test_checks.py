@@ -90,6 +90,26 @@ def test_locks_of_extensions(tmp_path: Path, age: float, colour: str) -> None:
     found = machine.extension_locks(tmp_path, now=lock.stat().st_mtime + age)
     assert found.colour == colour
     assert f"rm {lock}" in found.advice
+    lock.unlink()
+    lock.symlink_to(tmp_path / "gone")  # as a lock that is released between the listing and the look
+    assert machine.extension_locks(tmp_path).colour == "green"
+
+
+def test_folders_that_may_not_be_looked_into_are_red(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    secret, real = tmp_path / "secret", os.stat
+
+    def refuse(path: str | os.PathLike[str], *args: object, **options: object) -> os.stat_result:
+        if str(secret) in str(path):  # root, whom the tests run as, is refused nothing
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "stat", refuse)
+    for found in (
+        machine.disk("output", secret / "run", 1.0),
+        machine.hub_cache(secret / "hub", offline=False),
+        machine.extension_locks(secret / "extensions"),
+    ):
+        assert (found.colour, "Permission denied" in found.found) == ("red", True), found
 
 
 @pytest.mark.parametrize(("limit", "colour"), [(100, "red"), (512, "yellow"), (65536, "green"), (-1, "green")])
@@ -143,11 +163,25 @@ def test_gpus() -> None:
 
 
 def test_links() -> None:
-    near = gpus.links(TOPOLOGY.format(far="NV12"))
+    near = gpus.links(TOPOLOGY.format(far="NV12"), 3)
     assert (near.colour, near.found) == ("green", "3 x NV12")
-    far = gpus.links(TOPOLOGY.format(far="SYS"))
+    far = gpus.links(TOPOLOGY.format(far="SYS"), 3)
     assert (far.colour, far.found) == ("yellow", "1 x NV12, 2 x SYS; through the CPU: GPU0-GPU2, GPU1-GPU2")
-    assert gpus.links(None).colour == "green"
+    assert gpus.links(None, 1).colour == "green"
+    assert (gpus.links(None, 8).colour, gpus.links("", 8).found) == ("yellow", "unknown, between 8 GPUs")
+
+
+def test_a_driver_that_hangs_is_red(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    hangs = tmp_path / "nvidia-smi"
+    hangs.write_text("#!/bin/sh\nexec sleep 60\n")
+    hangs.chmod(0o700)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(gpus, "_SECONDS", 0.2)
+    (found,) = gpus.gpus_and_links(gpus.nvidia_smi, ["NVIDIA H100"])
+    assert (found.colour, found.found) == ("red", "`nvidia-smi -L` does not answer within 0.2 s")
+    answers = {"-L": "GPU 0: NVIDIA H100\nGPU 1: NVIDIA H100\n", "topo": None}
+    found, links = gpus.gpus_and_links(lambda *words: answers[words[0]], ["NVIDIA H100"] * 2)
+    assert (found.colour, links.colour) == ("green", "yellow")
 
 
 # The launcher's variables
@@ -155,14 +189,19 @@ def test_links() -> None:
 
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    for name in (*NAMES, "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_PROCID", "SLURM_NTASKS"):
+    others = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE")
+    for name in (*NAMES, *others, "GLOO_SOCKET_IFNAME"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     return monkeypatch
 
 
-def resolves(*_: object) -> list[object]:
-    return []
+LOOPBACK = {"localhost": "127.0.0.1", "debian": "127.0.1.1"}
+
+
+def resolves(host: str, _: object) -> list[tuple[object, ...]]:
+    address = host if host[0].isdigit() else LOOPBACK.get(host, "10.0.0.7")
+    return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0))]
 
 
 def resolves_nothing(*_: object) -> list[object]:
@@ -183,6 +222,9 @@ def test_no_launcher(environment: pytest.MonkeyPatch) -> None:
         ({"RANK": "4"}, "red", "RANK=4"),
         ({"MASTER_PORT": "99999"}, "red", "no port"),
         ({"MASTER_ADDR": "localhost", "LOCAL_WORLD_SIZE": "2"}, "red", "2 ranks are on other machines"),
+        ({"MASTER_ADDR": "debian", "LOCAL_WORLD_SIZE": "2"}, "red", "debian, which is 127.0.1.1 here"),
+        ({"MASTER_ADDR": "debian", "SLURM_NTASKS_PER_NODE": "2"}, "red", "debian, which is 127.0.1.1 here"),
+        ({"MASTER_ADDR": "node0", "LOCAL_WORLD_SIZE": "2"}, "green", ""),
         ({"MASTER_ADDR": "127.0.0.1", "LOCAL_WORLD_SIZE": "4"}, "green", ""),
         ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, "yellow", "one task a rank"),
     ],
@@ -190,9 +232,20 @@ def test_no_launcher(environment: pytest.MonkeyPatch) -> None:
 def test_a_launcher(environment: pytest.MonkeyPatch, changed: dict[str, str], colour: str, words: str) -> None:
     for name, value in {**WHOLE, **changed}.items():
         environment.setenv(name, value)
+    environment.setattr(socket, "gethostname", lambda: "node1")
     found = launcher(os.environ, resolves)
     assert found.colour == colour
     assert words in found.advice
+
+
+def test_a_machine_that_takes_its_own_name_for_loopback(environment: pytest.MonkeyPatch) -> None:
+    for name, value in {**WHOLE, "LOCAL_WORLD_SIZE": "2"}.items():
+        environment.setenv(name, value)
+    environment.setattr(socket, "gethostname", lambda: "debian")
+    found = launcher(os.environ, resolves)
+    assert (found.colour, "its own name debian for 127.0.1.1" in found.advice) == ("red", True)
+    environment.setenv("GLOO_SOCKET_IFNAME", "eth0")
+    assert launcher(os.environ, resolves).colour == "green"
 
 
 def test_half_a_launcher_and_a_host_that_is_not_found(environment: pytest.MonkeyPatch) -> None:

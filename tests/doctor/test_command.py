@@ -7,12 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from command import Call
 from ranks import RunServer
 from toy import Toy
 
 from revpatch.cli import main
 from revpatch.doctor import examine
-from revpatch.doctor.examine import Places, this_machine
+from revpatch.doctor.examine import Examined, Places, this_machine
 from revpatch.doctor.finding import Finding
 
 CHECKS = {
@@ -39,7 +40,7 @@ def test_a_red_finding_is_shown_first_and_is_exit_code_1(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     fine = {"host": [Finding("GPUs", "green", "8"), Finding("open files", "yellow", "few", "more")]}
-    monkeypatch.setattr(examine, "examine", lambda _: fine)
+    monkeypatch.setattr(examine, "examine", lambda _: Examined(fine))
     assert call(monkeypatch) == 0
     fine["host"].append(Finding("output", "red", "full [bold]", "make room"))
     capfd.readouterr()
@@ -53,11 +54,64 @@ def test_a_red_finding_is_shown_first_and_is_exit_code_1(
 @pytest.mark.usefixtures("no_launcher")
 def test_what_a_config_names_is_looked_at(toy: Toy, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    config = toy.config(tmp_path, output_dir=str(tmp_path / "file/run"), stream={"shard_cache": None})
+    (tmp_path / "raw.jsonl").write_text('{"text": "a"}\n')
+    config = toy.config(
+        tmp_path,
+        output_dir=str(tmp_path / "file/run"),
+        stream={"shard_cache": None},
+        phases=[{"name": "raw", "shards": str(tmp_path / "raw.jsonl"), "steps": 9}],
+        probes={"sets": []},
+        build={"folder": str(tmp_path / "file/built")},
+        teacher={"spill": str(tmp_path / "file/spill")},
+    )
     findings = {finding.check: finding for finding in this_machine(Places.of(config))}
-    assert findings["output"].colour == "red"
+    assert {findings[name].colour for name in ("output", "built shards", "teacher's spill")} == {"red"}
     assert "shard cache" not in findings
-    assert findings.keys() == CHECKS - {"shard cache", "launcher", "all-reduce"}
+    assert findings.keys() == CHECKS | {"built shards", "teacher's spill"} - {"shard cache", "launcher", "all-reduce"}
+
+
+SECOND = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+"""The variables of a rank on the second of two machines."""
+
+
+def test_the_machine_that_is_wrong_says_so_itself(revpatch: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**SECOND, "LOCAL_RANK": "0", "MASTER_PORT": "99999"}.items():
+        monkeypatch.setenv(name, value)
+    done = revpatch("doctor", "--json")
+    ((_, findings),) = json.loads(done.out).items()
+    assert done.code == 1
+    assert {each["check"] for each in findings} == CHECKS - {"all-reduce"}
+    assert "99999 is no port" in next(each["advice"] for each in findings if each["check"] == "launcher")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("connectFullMesh failed\nat"), ConnectionError("a rank has ended")])
+def test_what_was_found_is_not_lost_with_the_other_ranks(
+    revpatch: Call, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def breaks(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(examine, "process_group", breaks)
+    for name, value in {**SECOND, "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    done = revpatch("doctor", "--json")
+    ((_, findings),) = json.loads(done.out).items()
+    assert done.code == 1
+    assert {each["check"] for each in findings} == CHECKS
+    assert str(error).splitlines()[0] in next(each["found"] for each in findings if each["check"] == "all-reduce")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert revpatch("doctor", "--json").out == "", "one rank of a machine says it"
+
+
+def test_a_rank_without_a_gpu_says_so(revpatch: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_gpu(_: object) -> None:
+        raise ValueError("LOCAL_RANK=1, but this machine shows 1 GPUs")
+
+    monkeypatch.setattr(examine.Launch, "device", no_gpu)
+    for name, value in {**SECOND, "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    done = revpatch("doctor")
+    assert (done.code, "this machine shows 1 GPUs" in done.out) == (1, True)
 
 
 def test_two_ranks_are_looked_at_together(server: RunServer, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -65,10 +66,19 @@ def test_torchrun_meets_and_starts_a_dead_rank_again(hosts: TwoHosts, launched: 
 def test_deepspeed_over_ssh(hosts: TwoHosts, launched: Runs, log: Path, tmp_path: Path) -> None:
     run = "ssh&$(true)"  # what the shells on the way must leave alone
     command = script("deepspeed_multi_node.sh", hostfile(tmp_path), *options(launched, run))
+    # And one with a space, which deepspeed quotes in its own way.
+    shown = 'a `$HOME` \\ "b"'
+    samples = [f"monitoring.samples.prompts=[{json.dumps(shown)}]", "monitoring.samples.max_new_tokens=1"]
+    command += [word for option in samples for word in ("--set", option)]
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / ".deepspeed_env").write_text("# a comment\n\nSPARE=1\n")
     with Sshd(hosts, tmp_path) as sshd:
-        assert end([hosts.start(0, command, log, **sshd.variables)], log) == [0], log.read_text()
+        assert end([hosts.start(0, command, log, HOME=str(home), **sshd.variables)], log) == [0], log.read_text()
     assert "node1: " in log.read_text(), "pdsh puts the host before each line"
     assert launched.commits(run) == launched.commits("plain")
+    written, _ = launched.events(run, "samples")
+    assert written["texts"][0]["prompt"] == shown
 
 
 def test_deepspeed_without_ssh(hosts: TwoHosts, launched: Runs, log: Path, tmp_path: Path) -> None:
@@ -76,6 +86,22 @@ def test_deepspeed_without_ssh(hosts: TwoHosts, launched: Runs, log: Path, tmp_p
     nodes = [hosts.start(node, command, log, NODE_RANK=str(node)) for node in (0, 1)]
     assert end(nodes, log) == [0, 0], log.read_text()
     assert launched.commits("no_ssh") == launched.commits("plain")
+
+
+def test_doctor_looks_at_both_hosts(hosts: TwoHosts, launched: Runs, log: Path) -> None:
+    variables = {"NODES": "2", "RDZV": "node0:29400", "RANKS": "1", "COMMAND": "doctor"}
+    command = script("torchrun_multi_node.sh", launched.config, "--json")
+    agents = [hosts.start(node, command, log, **variables) for node in (0, 1)]
+    codes = end(agents, log)
+    said = log.read_text()
+    found = json.loads(said[said.index("{\n") : said.rindex("\n}") + 2])
+    assert list(found) == ["node0", "node1"], said
+    (launcher,) = (each for each in found["node1"] if each["check"] == "launcher")
+    assert launcher["colour"] == "green"
+    measured = [each["found"] for findings in found.values() for each in findings if each["check"] == "all-reduce"]
+    assert len(measured) == 1 and "between 2 ranks, gloo" in measured[0], said
+    red = [each for findings in found.values() for each in findings if each["colour"] == "red"]
+    assert codes == ([1, 1] if red else [0, 0])
 
 
 def wait_for(folder: Path, processes: list[subprocess.Popen[bytes]], log: Path) -> None:

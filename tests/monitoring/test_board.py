@@ -3,8 +3,10 @@
 import io
 import math
 import os
+import re
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
 
+from revpatch.config_file import load_config
 from revpatch.monitoring.board import Board
 from revpatch.monitoring.heat_map import MAX_COLUMNS, TITLE_HEIGHT, HeatMap, colours
 from revpatch.monitoring.layout import hyperparameters, layout_of
@@ -58,7 +61,7 @@ def test_a_probe_is_shown_against_its_reference_its_phase_and_its_limits(tmp_pat
     assert all(points(read, tag) == [(500, pytest.approx(value))] for tag, value in tags.items())
 
 
-def test_a_mark_is_a_vertical_line_over_what_the_chart_shows(tmp_path):
+def test_a_mark_is_a_line_over_what_the_chart_shows_with_one_point_a_step(tmp_path):
     with Board(tmp_path) as board:
         board.mark(10, "commit")
         board.probe(20, "new", {**PROBED, "loss": 5.0, "guarded": False})
@@ -66,9 +69,20 @@ def test_a_mark_is_a_vertical_line_over_what_the_chart_shows(tmp_path):
         board.mark(40, "rollback")
     read = read_back(tmp_path)
     assert [tag for tag in read.Tags()["scalars"] if tag.startswith("mark/")] == ["mark/new/rollback"]
-    (low, high, end) = points(read, "mark/new/rollback")
-    assert (low, high) == ((40, 3.0), (40, 5.0))
-    assert math.isnan(end[1])
+    low, high, end = points(read, "mark/new/rollback")
+    assert (low, high) == ((38, 3.0), (39, 5.0))
+    assert (end[0], math.isnan(end[1])) == (40, True)
+
+
+def test_a_mark_is_seen_in_a_chart_that_this_process_has_not_drawn_yet(tmp_path):
+    with Board(tmp_path) as board:
+        board.has_shown("new", [3.0])
+        board.has_shown("old", [math.nan])
+        board.mark(40, "quarantine")
+    read = read_back(tmp_path)
+    assert [tag for tag in read.Tags()["scalars"] if tag.startswith("mark/")] == ["mark/new/quarantine"]
+    low, high, _ = points(read, "mark/new/quarantine")
+    assert low[1] < 3.0 < high[1]
 
 
 def test_gates_are_histograms_whose_buckets_hold_the_shares(tmp_path):
@@ -137,10 +151,14 @@ def test_every_layer_has_its_own_chart(tmp_path):
 def test_text_and_numbers_that_are_not_finite(tmp_path):
     with Board(tmp_path) as board:
         board.text(1000, "event/rollback", "**base** rose by 0.1 nats")
+        board.text(1001, "event/quarantine", "one")
+        board.text(1001, "event/quarantine", "two")
         board.scalars(1000, {"objective/total": math.nan, "objective/replay": math.inf})
     read = read_back(tmp_path)
     (event,) = read.Tensors("event/rollback/text_summary")
     assert (event.step, event.tensor_proto.string_val[0]) == (1000, b"**base** rose by 0.1 nats")
+    event = read.Tensors("event/quarantine/text_summary")[-1]
+    assert (event.step, event.tensor_proto.string_val[0]) == (1001, b"one\n\ntwo"), "TensorBoard keeps the last"
     assert math.isnan(points(read, "objective/total")[0][1])
     assert points(read, "objective/replay") == [(1000, math.inf)]
 
@@ -149,6 +167,7 @@ def test_after_a_resume_the_lost_steps_are_hidden(tmp_path):
     with Board(tmp_path) as board:
         for step in (10, 20, 30):
             board.scalars(step, {"loss": 1.0})
+    time.sleep(1.1)  # the files are read in the order of their names, which have the second
     with Board(tmp_path, purge_step=20) as board:
         board.scalars(20, {"loss": 2.0})
     assert points(read_back(tmp_path), "loss") == [(10, 1.0), (20, 2.0)]
@@ -187,3 +206,19 @@ def test_importing_is_lazy_and_nothing_is_heard_of_tensorflow(tmp_path):
     )
     assert (process.returncode, process.stdout, process.stderr) == (0, "", "")
     assert points(read_back(tmp_path / "board"), "loss") == [(0, 1.0)]
+
+
+def test_every_chart_of_the_page_has_its_numbers(tmp_path, toy, server):
+    watched = {"tensorboard": True, "peak_tflops": 1.0, "samples": {"max_new_tokens": 1}}
+    file = toy.config_file(tmp_path, monitoring=watched)
+    log = tmp_path / "log"
+    assert server.run("train", file, output=log, world=2, harm=[[0, 6]]) == [0, 0], log.read_text()
+    written = read_back(tmp_path / "run/tensorboard").Tags()["scalars"]
+    charts = [chart for category in layout_of(load_config(file)).values() for chart in category.values()]
+    patterns = [pattern for _, patterns in charts for pattern in patterns]
+    empty = [pattern for pattern in patterns if not any(re.match(pattern, tag) for tag in written)]
+    may_be = [pattern for pattern in patterns if "quarantine" in pattern or "cache_hit_rate" in pattern]
+    assert [pattern for pattern in empty if pattern not in may_be and "limit" not in pattern] == []
+    limits = [pattern for pattern in empty if "limit" in pattern]
+    assert all("/second/" in pattern for pattern in limits), "the last corpus is never guarded"
+    assert {f"sparsity_on_first/layer_{layer:02d}" for layer in (0, 1)} <= set(written)

@@ -90,6 +90,14 @@ def test_a_run_without_its_tracker_is_refused_before_anything_starts(
     assert not runs.path("refused").exists()
 
 
+def test_a_folder_of_the_name_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "wandb/run-1").mkdir(parents=True)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    with pytest.raises(ConfigError, match="that package is not installed: pip install wandb"):
+        check_trackers(["wandb"])
+
+
 def test_a_run_tells_its_tracker_the_probes_of_its_journal(told: Any, toy: Toy, tmp_path: Path) -> None:
 
     config = toy.config_file(

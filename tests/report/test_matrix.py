@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -56,6 +58,13 @@ def test_a_run_that_is_not_over_is_measured_as_far_as_it_is() -> None:
     assert two["average"].value == pytest.approx((-4.3 - 5.0) / 2)
     assert two["BWT"].value == pytest.approx(-0.3)
     assert two["FWT"].value == pytest.approx(0.5)
+
+
+def test_a_run_that_began_with_a_patch_is_held_to_the_base_for_what_the_base_knew() -> None:
+    matrix = replace(made_up(spread=0.1), rows=["000_x_origin.pt", "a", "b", "c"], base=[-2.9, -9.0, -9.0, -9.0])
+    found = matrix.measures()["base text since the base"]
+    assert (found.value, found.low) == (pytest.approx(-3.05 + 2.9), None)
+    assert matrix.measures()["FWT"].value == pytest.approx(made_up().measures()["FWT"].value)
 
 
 def test_the_interval_of_one_set_is_that_of_paired_blocks() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from ranks import RunServer
 from toy import Toy
 from typer.testing import CliRunner
@@ -56,6 +57,8 @@ def test_the_report_is_of_the_journal(run: Path) -> None:
         "second at step 6: restored",
         "second at step 12: restored",
     ]
+    went_on = [row.figure for row in checks["ledger usefulness"].rows][1::2]
+    assert went_on == ["next: probe", "next: probe", "next: run_end"]
     gain = found.matrix.difference(1, 0, 1)
     assert gain.low > 0
     assert found.measures["BWT"].value == 0
@@ -70,7 +73,14 @@ def test_the_report_is_of_the_journal(run: Path) -> None:
 def test_the_command_prints_writes_and_gives_json(run: Path, tmp_path: Path) -> None:
     shown = CliRunner().invoke(app, ["report", str(run), "--html"])
     assert shown.exit_code == 0, shown.output
-    for words in ("plasticity", "BWT", "rolled back to 000_first_start.pt"):
+    seen = (
+        "plasticity",
+        "BWT",
+        "rolled back to 000_first_start.pt",
+        "intervals of 95%",
+        "sample, base: the <b>patch</b>",
+    )
+    for words in (*seen, "sample, base: the <b>patch</b>", "head of the journal"):
         assert words in shown.output
     page = (run / "report.html").read_text("utf-8")
     assert "the &lt;b&gt;patch&lt;/b&gt;" in page
@@ -95,7 +105,8 @@ def test_a_run_that_was_killed_early_and_journals_without_blocks_are_reported_as
     old = Journal(tmp_path / "old/ledger/journal.jsonl")
     shutil.copy(run / "config.yaml", tmp_path / "old")
     for line in lines:
-        event = {k: v for k, v in json.loads(line).items() if k not in ("seq", "time", "previous", "training")}
+        own = ("seq", "time", "previous", "training", "restored")
+        event = {k: v for k, v in json.loads(line).items() if k not in own}
         for values in event.get("sets", {}).values():
             values.pop("block_losses", None)
             values.pop("sparsity", None)
@@ -104,7 +115,54 @@ def test_a_run_that_was_killed_early_and_journals_without_blocks_are_reported_as
     found = report_of(tmp_path / "old")
     assert found.measures["BWT"].value == 0
     assert found.measures["BWT"].low is None
+    assert [row.passed for row in found.checks[-1].rows] == [None, True] * 3, "nobody had probed what was restored"
     assert "Samples" not in page_of(found)
+
+
+@pytest.mark.parametrize("next_one", ["interrupted", "quarantine", "commit"])
+def test_what_needs_no_step_is_no_proof_that_training_went_on(run: Path, tmp_path: Path, next_one: str) -> None:
+    """Cut off after the first rollback, and one more event that a run comes to without training on."""
+    shutil.copy(run / "config.yaml", tmp_path)
+    journal = Journal(tmp_path / "ledger/journal.jsonl")
+    for event in Journal(run / "ledger/journal.jsonl", readonly=True).records():
+        journal.append(
+            event["event"], **{k: v for k, v in event.items() if k not in ("seq", "time", "previous", "event")}
+        )
+        if event["event"] == "rollback":
+            break
+    journal.append(next_one, phase="first", step=6, sets={})
+    (rollback,) = report_of(tmp_path).run.phases[0].rollbacks
+    assert rollback.went_on == ""
+
+
+def test_a_phase_that_was_taken_out_is_told(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run / "ledger", tmp_path / "ledger")
+    shutil.copy(run / "config.yaml", tmp_path)
+    made = {"operation": "revert", "phase": "first"}
+    named = {
+        "kind": "commit",
+        "phase": "revert-first",
+        "phase_index": 2,
+        "step": 0,
+        "file": "002_revert-first_commit.pt",
+    }
+    Journal(tmp_path / "ledger/journal.jsonl").append(
+        "entry", **named, file="002_x_commit.pt", sha256="0", bytes=1, made_by=made
+    )
+    assert report_of(tmp_path).run.happenings[-1].words == "revert made 002_x_commit.pt"
+
+
+def test_a_run_without_probe_sets_is_not_called_uncommitted(run: Path, tmp_path: Path) -> None:
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**config, "probes": {"sets": []}}))
+    journal = Journal(tmp_path / "ledger/journal.jsonl")
+    for name in ("first", "second"):
+        journal.append("phase_start", phase=name, phase_index=0, steps=12)
+        journal.append("commit", phase=name, step=12, file="x.pt", rollbacks=0, sets={})
+    journal.append("run_end")
+    found = report_of(tmp_path)
+    assert found.unjudged == "The run has no probe sets: nothing is judged."
+    assert found.unjudged in page_of(found)
 
 
 def test_what_is_no_run_is_named(run: Path, tmp_path: Path) -> None:

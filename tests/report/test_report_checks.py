@@ -30,7 +30,7 @@ def healthy() -> RunHistory:
     first = PhaseHistory(1, "new", 0, 100, start, commit=learned, commit_step=100)
     first.rollbacks = [RolledBack(60, "good.pt", "old rose", worse, good, "probe")]
     second = PhaseHistory(2, "noise", 100, 50, kept, commit=kept, commit_step=0)
-    second.rollbacks = [RolledBack(120, "start.pt", "old rose", worse, kept, "commit")]
+    second.rollbacks = [RolledBack(120, "start.pt", "old rose", worse, kept, "run_end")]
     taught = {"old": 0, "new": 1, "noise": 2}
     return RunHistory(Path("run"), [first, second], taught, dict.fromkeys(taught, 0.03), ended=True)
 

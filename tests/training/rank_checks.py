@@ -200,8 +200,9 @@ def poisoned_last_step(trainer: Trainer) -> dict[str, Any]:
 
 
 def guarded(trainer: Trainer) -> dict[str, Any]:
-    """The probe's losses are scripted: good, then worse, then good; in the second phase always worse."""
-    script = [5.0, 4.9, 5.4, 4.8, 4.8] + [5.2] * 10
+    """The probe's losses are scripted: good, then worse and restored, then good; in the second phase always worse, and
+    restored."""
+    script = [5.0, 4.9, 5.4, 4.9, 4.8, 4.8] + [5.2, 4.8] * 5
     rates: list[float] = []
     step_of = trainer.engine.train_step
 

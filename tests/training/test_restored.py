@@ -18,6 +18,7 @@ from revpatch.ledger.history import Ledger
 from revpatch.ledger.pruning import prune
 from revpatch.ledger.references import locate
 from revpatch.ledger.restoring import restore
+from revpatch.report.contents import report_of
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,8 @@ def runs(toy: Toy, server: RunServer, tmp_path_factory: pytest.TempPathFactory) 
     folder = tmp_path_factory.mktemp("restored")
     phase: dict[str, Any] = {"name": "first", "shards": str(toy.shards("first")), "steps": 12}
     probe = {"name": "base", "shards": str(toy.shards("base_probe")), "tolerance": 0.5, "max_blocks": 16}
-    changes = {"snapshot": {"every": 5}, "monitoring": {"every": 1}, "probes": {"every": 3, "sets": [probe]}}
+    shown = {"every": 1, "samples": {"max_new_tokens": 1}}
+    changes = {"snapshot": {"every": 5}, "monitoring": shown, "probes": {"every": 3, "sets": [probe]}}
     runs = Runs(server, toy.config_file(folder, phases=[phase], **changes), folder)
     assert runs.run("old", world=1) == [0], runs.log("old").read_text()
     restore(str(runs.path("old")), runs.path("through"))
@@ -55,6 +57,11 @@ def test_it_begins_with_the_patch_and_is_held_to_it(runs: Runs) -> None:
     first, last = re.findall(r"first (?:1|12)/12 .*", (new / "train.log").read_text())
     assert "distill_kl" not in first and "distill_kl" in last, "the teacher is the patch that was restored: no KL yet"
     assert runs.events("through", "run")[0]["origin"] == "000_first_origin.pt"
+    told = [report_of(run) for run in (old, new)]
+    assert [report.matrix.rows for report in told] == [["base", "first"], ["000_first_origin.pt", "first"]]
+    since = [report.measures["base text since the base"] for report in told]
+    assert since[1].value == pytest.approx(entries["start", old]["loss"] - entries["commit", new]["loss"], abs=1e-6)
+    assert [after for after, _ in told[1].run.samples] == ["000_first_origin.pt", "first"]
     assert verify(new).ok
 
 

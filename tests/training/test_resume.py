@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from toy import Toy
 
 from revpatch.ledger.audit import verify
 from revpatch.ledger.history import Ledger
+from revpatch.training.resume import Standing
 
 HARM = [[0, 6]]
 """The first phase is rolled back at its step 6."""
@@ -64,7 +66,7 @@ MOMENTS: dict[str, dict[str, Any]] = {
     "a ledger's entry, half": {"target": "revpatch.ledger.entry:write_atomically", "call": 4, "when": "half"},
     "an entry without its line": {"target": "revpatch.ledger.history:write_entry", "call": 4, "when": "after"},
     "a journal's line, half": {"target": "revpatch.ledger.journal:Journal._write", "call": 14, "when": "half"},
-    "a probe": {"target": "revpatch.training.watch:Watch.measure", "call": 4, "when": "before"},
+    "a probe": {"target": "revpatch.training.watch:Watch.measure", "call": 5, "when": "before"},
     "a rollback, before the state": {"target": "revpatch.training.trainer:restore", "call": 2, "when": "before"},
     "a rollback, before its event": {"target": "revpatch.training.trainer:restore", "call": 2, "when": "after"},
     "a commit, before its entry": {"target": "revpatch.training.trainer:Trainer._commit", "call": 1, "when": "before"},
@@ -95,6 +97,13 @@ def test_a_run_that_was_killed_ends_with_the_same_commits(through: Runs, moment:
     assert verify(through.path(name)).ok, verify(through.path(name)).problems
     replay = "replay/001_second/manifest.json"
     assert (through.path(name) / replay).read_bytes() == (through.path("through") / replay).read_bytes()
+
+
+def test_what_is_written_anew_begins_after_the_snapshot_or_at_the_start() -> None:
+    folder = Path("run")
+    assert Standing(folder).again is None
+    assert Standing(folder, begun=True).again == 0, "killed before its first snapshot, it left curves"
+    assert Standing(folder, begun=True, snapshot=SimpleNamespace(step=5)).again == 6  # type: ignore[arg-type]
 
 
 def test_a_third_resume_is_as_good_as_the_first(through: Runs) -> None:

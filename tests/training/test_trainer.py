@@ -40,6 +40,7 @@ def test_a_regression_is_rolled_back_and_training_goes_on(toy: Toy, tmp_path: Pa
         ("second", [4, 6], "001_second_start.pt"),
         ("second", [7, 9], "001_second_start.pt"),
     ]
+    assert [b["restored"]["probe"]["rise"] for b in back] == [0.0] * 4, "as it is measured after the return"
     assert found["learned"] == [[1, 2, 3, 7, 8, 9, 10, 11, 12], []], (
         "a window that hurt is neither learned nor rehearsed"
     )
