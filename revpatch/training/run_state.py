@@ -172,7 +172,8 @@ class RunState:
     def invertibility(self, corpus: Corpus, noise: float = 0.0) -> Invertibility:
         """How well the map in use can be undone on a block of the corpus, with weights moved by so much noise."""
         tokens = torch.from_numpy(self._some_block(corpus)).to(self.peers.device)
-        return measure_invertibility(self.base, self.patch, tokens, noise)
+        with torch.compiler.set_stance("force_eager"):  # once or twice in a run
+            return measure_invertibility(self.base, self.patch, tokens, noise)
 
     def _costs(self) -> Callable[[float], dict[str, float]]:
         """What a step costs besides time, by TensorBoard's tags, at so many tokens a second over all ranks."""
