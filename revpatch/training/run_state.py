@@ -24,6 +24,7 @@ from revpatch.training import startup
 from revpatch.training.batches import Batches
 from revpatch.training.cost import flops_a_token, memory_in_use
 from revpatch.training.engine import make_engine
+from revpatch.training.head_chunk import compiled, in_place
 from revpatch.training.invertibility import Invertibility, measure_invertibility
 from revpatch.training.launch import Peers, bfloat16_is_slow
 from revpatch.training.lean import make_lean
@@ -75,7 +76,8 @@ class RunState:
         if config.base.compile:
             startup.compile_base(self.base)
         self.teacher = Teacher(self.base, startup.teacher_cache(config.teacher))
-        objective = PatchObjective(self.base, self.patch, self.teacher, config.objective)
+        chunk = compiled() if config.base.compile else in_place
+        objective = PatchObjective(self.base, self.patch, self.teacher, config.objective, chunk)
         self.engine = make_engine(config, objective, peers)
         self.watch = Watch(config, self.base, plan.probes, peers)
         samples = config.monitoring.samples
