@@ -123,6 +123,11 @@ class ReplayMixture:
         self._digests = [shard_set.manifest.digest for shard_set in sets]
         self._blocks = np.array([len(shard_set) for shard_set in sets], dtype=np.uint64)
 
+    @property
+    def blocks(self) -> dict[str, int]:
+        """Blocks of each set, by its digest: the first half of the keys of `read`. Every set is drawn equally often."""
+        return dict(zip(self._digests, map(int, self._blocks), strict=True))
+
     def locate(self, step: int, start: int = 0, stop: int | None = None) -> tuple[Int64s, Int64s]:
         """(index of the set, block id in it) that lanes start..stop-1 rehearse at this step, (stop - start,) int64.
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -24,6 +24,7 @@ from revpatch.training.engine_state import MOMENTS, EngineState, TorchState, hel
 from revpatch.training.launch import Peers
 from revpatch.training.objective import PatchObjective, StepOutput
 from revpatch.training.schedule import make_optimizer, set_learning_rate
+from revpatch.training.teacher_cache import Key
 from revpatch.training.zero_config import read_deepspeed_config
 
 
@@ -34,7 +35,7 @@ class MicroBatch(NamedTuple):
     """(n, time) int64."""
     replay: Tensor | None = None
     """(r, time) int64; None when nothing is rehearsed."""
-    keys: Sequence[Hashable] | None = None
+    keys: Sequence[Key] | None = None
     """Of the replayed blocks, the same for the same tokens alone: what the teacher's cache knows them by."""
 
 

@@ -6,10 +6,12 @@ For hidden states h (N, d), head W (V, d), targets y and, where there is a teach
     KL = mean_n Σ_v p*_v (log p*_v − log p_v),  p = softmax(W h / T), p* = softmax(W h* / T)
     loss = ce_weight·CE + kl_weight·T²·KL
 
+Both means are over the tokens whose target is not `ignore_index`; the others have no loss and no gradient.
+
 W is frozen, so the loss needs only d(loss)/dh, and that is known as soon as a chunk's logits are: the forward pass
 walks the tokens in chunks, forms the softmax once for CE and (at T = 1) KL, accumulates the gradient and drops the
 logits. The memory is one chunk of logits whatever N is. The T² keeps the KL's gradient at the size of the CE's (Hinton
-et al., 2015).
+et al., 2015). What is done with a chunk: revpatch/training/head_chunk.py.
 """
 
 from __future__ import annotations
@@ -19,12 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from revpatch.training.head_chunk import Buffers, Chunk, Weights, in_place
+
 CPU_CHUNK_BYTES = 2 * 2**20
 """Size of a chunk of float32 logits on a CPU: what its caches hold."""
 GPU_CHUNK_BYTES = 256 * 2**20
 """The same on a GPU: what fills it."""
 MIN_ROWS = 128
 """At least so many tokens a chunk, however large the vocabulary: the head is read once a chunk."""
+IGNORE_INDEX = -100
+"""The target of tokens that don't count, as torch's cross_entropy has it."""
 
 
 def frozen_head_loss(
@@ -36,6 +42,8 @@ def frozen_head_loss(
     kl_weight: float = 0.0,
     temperature: float = 1.0,
     chunk_bytes: int | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    chunk: Chunk = in_place,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The weighted loss and its parts.
 
@@ -47,23 +55,26 @@ def frozen_head_loss(
         ce_weight, kl_weight: weights of CE and of T²·KL.
         temperature: T.
         chunk_bytes: size of a chunk of float32 logits; default: see `CPU_CHUNK_BYTES`, but at least `MIN_ROWS` tokens.
+        ignore_index: target of the tokens that don't count, in CE and in KL. If none counts, all three are 0.
+        chunk: how a chunk is done: `in_place`, or `head_chunk.compiled()`.
 
     Returns:
         loss (), with a gradient; CE () and T²·KL (), detached; nats per token, float32 (float64 for float64 input).
     """
     assert hidden.dim() == 2 and targets.shape == hidden.shape[:1]
     assert teacher is not None or kl_weight == 0.0, "a KL needs a teacher"
-    rows = _rows(head, chunk_bytes)
-    loss, ce, kl = _FrozenHeadLoss.apply(hidden, head, targets, teacher, ce_weight, kl_weight, temperature, rows)
+    rows, weights = _rows(head, chunk_bytes), Weights(ce_weight, kl_weight, temperature)
+    loss, ce, kl = _FrozenHeadLoss.apply(hidden, head, targets, teacher, weights, rows, ignore_index, chunk)
     return loss, ce, kl
 
 
+@torch.no_grad()
 def token_nll(hidden: Tensor, targets: Tensor, head: Tensor, chunk_bytes: int | None = None) -> Tensor:
     """−log p(target) of each token, (N,) float32, for evaluation; shapes as in `frozen_head_loss`."""
     rows = _rows(head, chunk_bytes)
-    parts = []
+    parts, buffers = [], Buffers(min(rows, len(hidden)), head)
     for h, y in zip(hidden.split(rows), targets.split(rows), strict=True):
-        logits = _wide(h @ head.T)
+        logits = buffers.logits("logits", h)
         parts.append(logits.logsumexp(-1) - logits.gather(-1, y[:, None]).squeeze(-1))
     return torch.cat(parts).float()
 
@@ -76,42 +87,31 @@ class _FrozenHeadLoss(torch.autograd.Function):
         head: Tensor,
         targets: Tensor,
         teacher: Tensor | None,
-        ce_weight: float,
-        kl_weight: float,
-        temperature: float,
+        weights: Weights,
         rows: int,
+        ignore_index: int,
+        chunk: Chunk,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        count = hidden.shape[0]
+        counts = targets != ignore_index
+        targets = targets.masked_fill(~counts, 0)
         gradient = torch.empty_like(hidden) if hidden.requires_grad else None
-        ce = kl = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
-        for start in range(0, count, rows):
+        buffers = Buffers(min(rows, len(hidden)), head)
+        ce = kl = torch.zeros((), dtype=buffers.wide, device=hidden.device)
+        for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
-            logits = _wide(hidden[part] @ head.T)
-            chosen = targets[part, None]
-            log_p = logits.log_softmax(-1)
-            ce = ce - log_p.gather(-1, chosen).sum()
-            pulls = [(log_p, ce_weight)]  # d(loss)/d(logits) is Σ weight·exp(log-probabilities), less the targets
-            if teacher is not None:
-                log_t = _wide(teacher[part] @ head.T).div_(temperature).log_softmax(-1)
-                log_q = log_p if temperature == 1.0 else logits.div_(temperature).log_softmax(-1)
-                t = log_t.exp()
-                kl = kl + torch.dot(t.flatten(), log_t.sub_(log_q).flatten())
-                # d(T²·KL)/d(logits) = T·(q − t)
-                pull = kl_weight * temperature
-                pulls = [(log_p, ce_weight + pull)] if log_q is log_p else [*pulls, (log_q, pull)]
-            if gradient is None:
-                continue
-            d_logits = pulls[0][0].exp_().mul_(pulls[0][1])
-            if teacher is not None:
-                for log_q, pull in pulls[1:]:
-                    d_logits.add_(log_q.exp_(), alpha=pull)
-                d_logits.sub_(t, alpha=kl_weight * temperature)
-            d_logits.scatter_add_(-1, chosen, torch.full_like(chosen, -ce_weight, dtype=d_logits.dtype))
-            gradient[part] = d_logits.to(head.dtype) @ head
+            logits = buffers.logits("logits", hidden[part])
+            taught = None if teacher is None else buffers.logits("taught", teacher[part])
+            nll, row_kl, d_logits = chunk(buffers, logits, taught, targets[part], weights, gradient is not None)
+            ce = ce + nll.masked_fill(~counts[part], 0).sum()
+            if row_kl is not None:
+                kl = kl + row_kl.masked_fill(~counts[part], 0).sum()
+            if gradient is not None and d_logits is not None:
+                buffers.pull_back(d_logits, gradient[part])
+        number = counts.sum().clamp(min=1).to(buffers.wide)  # on the device, as the host can't know it without waiting
         if gradient is not None:
-            ctx.save_for_backward(gradient.div_(count))
-        ce, kl = ce / count, kl * (temperature**2 / count)
-        loss = ce_weight * ce + kl_weight * kl
+            ctx.save_for_backward(gradient.div_(number).masked_fill_(~counts[:, None], 0))
+        ce, kl = ce / number, kl * (weights.temperature**2 / number)
+        loss = weights.ce * ce + weights.kl * kl
         ctx.mark_non_differentiable(ce, kl)
         return loss, ce, kl
 
@@ -119,10 +119,6 @@ class _FrozenHeadLoss(torch.autograd.Function):
     def backward(ctx: Any, d_loss: Tensor, *_: Any) -> tuple[Any, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient * d_loss, *(None,) * 7
-
-
-def _wide(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _rows(head: Tensor, chunk_bytes: int | None) -> int:

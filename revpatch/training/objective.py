@@ -12,7 +12,7 @@ parameters, the frozen base hangs beside them, unregistered, so that no engine b
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,13 +21,16 @@ from torch import Tensor, nn
 from revpatch.config import ObjectiveConfig
 from revpatch.patch.families import head_of
 from revpatch.patch.patched_model import Patch, recording
+from revpatch.training.head_chunk import Chunk, in_place
 from revpatch.training.head_loss import frozen_head_loss
 from revpatch.training.packed import last_hidden_states
 from revpatch.training.recorder import LayerRecorder, stats_drift
 from revpatch.training.teacher import Teacher
+from revpatch.training.teacher_cache import Key
 
 TERMS = ("loss", "lm", "replay_lm", "distill_kl", "gate_l1", "patch_l2", "scale_l2", "stats_drift")
-"""The logged terms, unweighted but for `loss`, the weighted sum."""
+"""The logged terms, unweighted but for `loss`, the weighted sum. Those that need the teacher are 0 where their weight
+is: it isn't asked then."""
 
 
 class StepOutput(NamedTuple):
@@ -49,16 +52,20 @@ class PatchObjective(nn.Module):
         patch: the sidecars that learn, active on `base`.
         teacher: gives the last hidden states of the last committed patch.
         config: weights of the terms.
+        chunk: how the loss over the head is done; see `frozen_head_loss`.
     """
 
-    def __init__(self, base: nn.Module, patch: Patch, teacher: Teacher, config: ObjectiveConfig) -> None:
+    def __init__(
+        self, base: nn.Module, patch: Patch, teacher: Teacher, config: ObjectiveConfig, chunk: Chunk = in_place
+    ) -> None:
         super().__init__()
         self.patch = patch
+        self.chunk = chunk
         self._frozen = (base, teacher)  # in a tuple: not registered
         self.config = config
         self.initial_log_scale = math.log(patch.config.init_scale)
 
-    def forward(self, new: Tensor, replay: Tensor | None = None, keys: Sequence[Hashable] | None = None) -> StepOutput:
+    def forward(self, new: Tensor, replay: Tensor | None = None, keys: Sequence[Key] | None = None) -> StepOutput:
         """The objective.
 
         Args:
@@ -77,20 +84,24 @@ class PatchObjective(nn.Module):
         with recording(base, student):
             hidden = last_hidden_states(base, tokens)
         head = head_of(base).weight
-        loss, lm, _ = frozen_head_loss(*_shifted(hidden[:count], new), head)
+        loss, lm, _ = frozen_head_loss(*_shifted(hidden[:count], new), head, chunk=self.chunk)
         zero = torch.zeros_like(lm)
         replay_lm = kl = drift = zero
         if replay is not None:
-            target = teacher.hidden(replay, bool(config.stats_drift_weight), keys)
             states, ids = _shifted(hidden[count:], replay)
+            distils, taught = bool(config.distill_kl_weight), None
+            if distils or config.stats_drift_weight:
+                target = teacher.hidden(replay, bool(config.stats_drift_weight), keys)
+                taught = target.hidden[:, :-1].reshape(states.shape) if distils else None
             replay_loss, replay_lm, kl = frozen_head_loss(
                 states,
                 ids,
                 head,
-                teacher=target.hidden[:, :-1].reshape(states.shape),
+                teacher=taught,
                 ce_weight=config.replay_loss_weight,
                 kl_weight=config.distill_kl_weight,
                 temperature=config.distill_temperature,
+                chunk=self.chunk,
             )
             loss = loss + replay_loss
             if config.stats_drift_weight:

@@ -25,6 +25,7 @@ from revpatch.training.bare_base import bare_base
 from revpatch.training.batches import Batches
 from revpatch.training.cost import flops_a_token, memory_in_use
 from revpatch.training.engine import make_engine
+from revpatch.training.head_chunk import compiled, in_place
 from revpatch.training.invertibility import Invertibility, measure_invertibility
 from revpatch.training.launch import Peers, bfloat16_is_slow
 from revpatch.training.lean import make_lean
@@ -78,7 +79,8 @@ class RunState:
         if config.base.compile:
             startup.compile_base(self.base)
         self.teacher = Teacher(self.base, startup.teacher_cache(config.teacher))
-        objective = PatchObjective(self.base, self.patch, self.teacher, config.objective)
+        chunk = compiled() if config.base.compile else in_place
+        objective = PatchObjective(self.base, self.patch, self.teacher, config.objective, chunk)
         self.engine = make_engine(config, objective, peers)
         self.watch = Watch(config, self.base, plan.probes, peers)
         samples = config.monitoring.samples
@@ -180,7 +182,8 @@ class RunState:
     def invertibility(self, corpus: Corpus, noise: float = 0.0) -> Invertibility:
         """How well the map in use can be undone on a block of the corpus, with weights moved by so much noise."""
         tokens = torch.from_numpy(self._some_block(corpus)).to(self.peers.device)
-        return measure_invertibility(self.base, self.patch, tokens, noise)
+        with torch.compiler.set_stance("force_eager"):  # once or twice in a run
+            return measure_invertibility(self.base, self.patch, tokens, noise)
 
     def _costs(self) -> Callable[[float], dict[str, float]]:
         """What a step costs besides time, by TensorBoard's tags, at so many tokens a second over all ranks."""

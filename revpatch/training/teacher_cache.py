@@ -3,23 +3,34 @@
 The teacher of a phase never changes, and replay draws the same blocks again and again: a block's last hidden states are
 d numbers a token, and the frozen head turns them back into logits. They are kept in CPU memory (pinned for a GPU, so
 that copies in both directions run beside the computation) up to a byte budget and, if a folder is given, on disk beyond
-it up to another. What is in stays in: draws are uniform, so a block that is thrown out for another would have been as
-likely to come again.
+it up to another.
+
+Which blocks are kept is known before any is computed. Every set has the same share of the draws, so a block of a small
+set comes again sooner: the sets are let in whole, the smallest first, and of the first one that has no room a share of
+its blocks, by a hash of their ids. So what is kept comes again, and whether a block is let in depends on the block, the
+sets and the budgets alone, not on what was drawn before: a run that goes on with an empty cache decides as it did.
 """
 
 from __future__ import annotations
 
+import functools
 import shutil
 import tempfile
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from revpatch.stream.permutation import hash64
+
 States = tuple[Tensor, ...]
 """What is kept of one block: any tensors, on the teacher's device."""
+Key = tuple[Hashable, int]
+"""A block: its set, and its number in it."""
+_HASHES = 2**64
 
 
 @dataclass
@@ -38,13 +49,24 @@ class TeacherCache:
     hits: int = 0
     """Blocks that were found, since the last `take_rate`."""
     misses: int = 0
-    _kept: dict[Hashable, States] = field(default_factory=dict)
-    _spilt: dict[Hashable, Path] = field(default_factory=dict)
+    _sets: dict[Hashable, int] = field(default_factory=dict)
+    _kept: dict[Key, States] = field(default_factory=dict)
+    _spilt: dict[Key, Path] = field(default_factory=dict)
     _bytes: int = 0
     _spilt_bytes: int = 0
     _folder: Path | None = None
 
-    def get(self, key: Hashable, device: torch.device) -> States | None:
+    def expect(self, sets: Mapping[Any, int]) -> None:
+        """Blocks will be drawn from these sets, of so many blocks each; every set equally often."""
+        self._sets = dict(sets)
+
+    def admits(self, key: Key, size: int) -> bool:
+        """Whether a block is to be kept, if the states of each take `size` bytes; blocks of sets that nobody has
+        named are."""
+        share = _shares(tuple(self._sets.items()), self._room() // size).get(key[0], 1.0)
+        return share == 1.0 or int(hash64(key[1])) < share * _HASHES
+
+    def get(self, key: Key, device: torch.device) -> States | None:
         """The states of a block on `device`, bit for bit as they were put; None if they are not kept."""
         if (kept := self._kept.get(key)) is None and (path := self._spilt.get(key)) is not None:
             kept = tuple(torch.load(path, weights_only=True))
@@ -52,7 +74,7 @@ class TeacherCache:
         self.misses += kept is None
         return None if kept is None else tuple(tensor.to(device, non_blocking=True) for tensor in kept)
 
-    def put(self, key: Hashable, states: Sequence[Tensor]) -> None:
+    def put(self, key: Key, states: Sequence[Tensor]) -> None:
         """Keeps a copy of a block's states where there is room.
 
         Raises OSError if the disk is full.
@@ -92,12 +114,25 @@ class TeacherCache:
     def __len__(self) -> int:
         return len(self._kept) + len(self._spilt)
 
+    def _room(self) -> int:
+        return self.budget + (self.spill_budget if self.spill is not None else 0)
+
     def _spill_folder(self) -> Path:
         if self._folder is None:
             assert self.spill is not None
             self.spill.mkdir(parents=True, exist_ok=True)
             self._folder = Path(tempfile.mkdtemp(prefix="teacher-", dir=self.spill))
         return self._folder
+
+
+@functools.lru_cache(maxsize=16)
+def _shares(sets: tuple[tuple[Hashable, int], ...], room: int) -> dict[Hashable, float]:
+    """Of each set, the share of its blocks that is let in where there is room for so many blocks."""
+    shares = {}
+    for name, blocks in sorted(sets, key=lambda item: (item[1], str(item[0]))):
+        shares[name] = min(1.0, room / blocks)
+        room = max(0, room - blocks)
+    return shares
 
 
 def _to_host(tensor: Tensor) -> Tensor:

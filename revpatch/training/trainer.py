@@ -83,6 +83,8 @@ class Trainer(RunState):
     def _begin(self, index: int, config: PhaseConfig, first_step: int) -> Phase:
         """The phase where a snapshot left it; or fresh optimizer state, the first probe and the start entry."""
         batches = self.batches(index, first_step)
+        if batches.replay is not None:
+            self.teacher.expect(batches.replay.blocks)
         resumed, self.resumed = self.resumed, None
         if resumed is not None and resumed.phase is not None:
             phase = Phase.of(index, config, batches, resumed.phase)

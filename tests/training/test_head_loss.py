@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from revpatch.training.head_chunk import Chunk, compiled, in_place
 from revpatch.training.head_loss import MIN_ROWS, frozen_head_loss, token_nll
 
 COUNT, WIDTH, VOCAB = 50, 24, 97
@@ -68,6 +69,70 @@ def test_values_and_gradient_are_those_of_the_definition(
     assert error(hidden.grad, expected[3]) < 1e-12
     for found, known in zip((loss, ce, kl), expected[:3], strict=True):
         assert found.item() == pytest.approx(known.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_ignored_tokens_have_no_loss_and_no_gradient(inputs: Inputs, chunk: str, temperature: float) -> None:
+    hidden, targets, head, teacher = inputs()
+    ignored = torch.arange(COUNT) % 3 == 1
+    counted = ~ignored
+    with torch.no_grad():
+        hidden[4] = torch.nan  # what is ignored may be anything
+    known = oracle(hidden[counted], targets[counted], head, teacher[counted], (0.7, 1.9), temperature)
+    for index in (-100, 5):
+        marked = targets.where(targets != index, 6).masked_fill(ignored, index)
+        known_too = (
+            known
+            if index < 0
+            else oracle(hidden[counted], marked[counted], head, teacher[counted], (0.7, 1.9), temperature)
+        )
+        found = frozen_head_loss(
+            hidden, marked, head, teacher, 0.7, 1.9, temperature, CHUNKS[chunk], ignore_index=index
+        )
+        (gradient,) = torch.autograd.grad(found[0], hidden)
+        assert [x.item() for x in found] == pytest.approx([x.item() for x in known_too[:3]], rel=1e-12)
+        assert error(gradient[counted], known_too[3]) < 1e-12
+        assert not gradient[ignored].any()
+    sound = hidden.detach().nan_to_num().requires_grad_()
+    marked = targets.masked_fill(ignored, -100)
+    loss, *_ = frozen_head_loss(sound, marked, head)
+    expected = F.cross_entropy(sound @ head.T, marked, ignore_index=-100)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    torch.testing.assert_close(*(torch.autograd.grad(x, sound)[0] for x in (loss, expected)), rtol=1e-10, atol=1e-14)
+
+
+def test_where_every_token_is_ignored_the_loss_is_zero(inputs: Inputs) -> None:
+    hidden, targets, head, teacher = inputs(torch.float32)
+    found = frozen_head_loss(hidden, torch.full_like(targets, -100), head, teacher, 1.0, 1.0)
+    found[0].backward()
+    assert [x.item() for x in found] == [0, 0, 0]
+    assert hidden.grad is not None and not hidden.grad.any()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_the_formula_that_is_compiled_gives_the_same(inputs: Inputs, temperature: float) -> None:
+    same(inputs, temperature, compiled("eager"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_kernel_of_a_chunk_gives_the_same(inputs: Inputs, temperature: float) -> None:
+    same(inputs, temperature, compiled())
+
+
+def same(inputs: Inputs, temperature: float, chunk: Chunk) -> None:
+    """With and without a teacher, in chunks of which the last is short, some tokens ignored, float32."""
+    hidden, targets, head, teacher = inputs(torch.float32)
+    targets[::4] = -100
+    for taught, weights in ((teacher, (0.7, 1.9)), (None, (1.0, 0.0))):
+        found = []
+        for way in (in_place, chunk):
+            loss, ce, kl = frozen_head_loss(
+                hidden, targets, head, taught, *weights, temperature, CHUNKS["7 rows"], chunk=way
+            )
+            found.append((loss.detach(), ce, kl, torch.autograd.grad(loss, hidden)[0]))
+        torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-7)
 
 
 def test_without_a_teacher_it_is_the_cross_entropy(inputs: Inputs) -> None:

@@ -150,7 +150,7 @@ def check(world: World, weights: dict[str, float], replay: bool = True) -> StepO
     output.loss.backward()
     assert output.loss.item() == pytest.approx(expected["loss"].item(), rel=1e-10)
     for term, value in zip(TERMS, output.terms.tolist(), strict=True):
-        if term == "stats_drift" and not weights.get("stats_drift_weight"):
+        if term in ("stats_drift", "distill_kl") and not weights.get(f"{term}_weight"):
             assert value == 0, "not computed where nobody asks for it"
         else:
             known = expected[term].item() if term in expected else 0.0
@@ -193,6 +193,17 @@ def test_without_replay_there_is_the_new_text_and_the_penalties(world: World) ->
 
 def test_before_the_first_commit_the_teacher_is_the_base() -> None:
     check(make_world(committed=False), ALL)
+
+
+@pytest.mark.parametrize(("weights", "asked"), [({}, 0), ({"distill_kl": 1.0}, 1), ({"stats_drift": 1.0}, 1)])
+def test_the_teacher_is_asked_only_where_something_is_held_to_it(
+    world: World, weights: dict[str, float], asked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    ask = world.teacher.hidden
+    monkeypatch.setattr(world.teacher, "hidden", lambda *arguments: calls.append(1) or ask(*arguments))
+    check(world, {f"{term}_weight": weight for term, weight in weights.items()} | {"replay_loss_weight": 1.0})
+    assert len(calls) == asked
 
 
 def test_sidecars_on_some_layers_only() -> None:

@@ -104,6 +104,60 @@ def test_no_more_is_kept_than_the_budgets_allow(
     assert cache.take_rate() is None
 
 
+def test_what_is_let_in_is_small_sets_first_then_a_share_and_never_depends_on_what_was_drawn() -> None:
+    sets, size = {"base": 4000, "first": 100, "second": 200}, 10
+    cache = TeacherCache(1100 * size)
+    cache.expect(sets)
+    let_in = {name: [cache.admits((name, block), size) for block in range(blocks)] for name, blocks in sets.items()}
+    assert all(let_in["first"]) and all(let_in["second"])
+    assert sum(let_in["base"]) == pytest.approx(800, rel=0.1), "what room the small sets leave"
+    assert 0.5 < sum(let_in["base"][:2000]) / sum(let_in["base"][2000:]) < 2, "from all over the set"
+    cache.put(("base", 0), [torch.zeros(1100 * size // 4)])
+    fresh = TeacherCache(1000 * size, Path("unused"), 100 * size)
+    fresh.expect(dict(reversed(sets.items())))
+    for other in (cache, fresh):
+        assert [other.admits(("base", block), size) for block in range(4000)] == let_in["base"]
+    cache.expect({**sets, "third": 1000})
+    assert sum(cache.admits(("base", block), size) for block in range(4000)) == 0
+    assert sum(cache.admits(("third", block), size) for block in range(1000)) == pytest.approx(800, rel=0.1)
+
+
+def test_a_run_that_goes_on_with_an_empty_cache_hears_the_same_bits(teacher: Teacher) -> None:
+    cache = cache_of(teacher)
+    cache.budget = 3 * STATES
+    cache.expect({"a set": 6})
+    rows = []
+    run = teacher._run
+    teacher._run = lambda tokens, stats: rows.append(len(tokens)) or run(tokens, stats)  # type: ignore[method-assign]
+    kept = sum(cache.admits(key, STATES) for key in KEYS)
+    assert 0 < kept < 6
+    first = teacher.hidden(TOKENS, keys=KEYS).hidden
+    assert sorted(rows) == [1] * kept + [6 - kept], "what is kept by itself, the others together"
+    assert cache.take_rate() == 0
+    again = teacher.hidden(TOKENS, keys=KEYS).hidden
+    assert cache.take_rate() == kept / 6
+    teacher.forget()
+    resumed = teacher.hidden(TOKENS, keys=KEYS).hidden
+    assert torch.equal(first, again) and torch.equal(first, resumed)
+    torch.testing.assert_close(first, run(TOKENS, False).hidden)
+
+
+def test_a_small_sample_beside_a_large_set_is_found_again() -> None:
+    """Half of the draws are of the sample. Kept as they come, blocks of the large set would have filled the room."""
+    sets, states = {"base": 4000, "sample": 100}, [torch.zeros(STATES // 4)]
+    cache = TeacherCache(120 * STATES)
+    cache.expect(sets)
+    draws = torch.randint(2**31, (4000, 2), generator=torch.Generator().manual_seed(0)).tolist()
+    for number, (which, block) in enumerate(draws):
+        name = ("base", "sample")[which % 2]
+        key = (name, block % sets[name])
+        if cache.admits(key, STATES) and cache.get(key, CPU) is None:
+            cache.put(key, states)
+        if number == 2000:
+            cache.take_rate()
+    assert cache.hits / 2000 == pytest.approx(0.5 + 0.5 * 20 / 4000, rel=0.1)
+
+
 def test_a_full_disk_is_told_and_leaves_no_half_file(tmp_path: Path) -> None:
     cache = TeacherCache(0, tmp_path, 10**6)
     with full_disk(), pytest.raises(OSError, match=r"teacher.spill.*make room"):
