@@ -1,7 +1,7 @@
 """One chunk of the loss over the frozen head: from logits to CE, KL and d(logits).
 
-`InPlace` does it step by step in buffers that all chunks share. `Compiled` is the formula written out, for torch.compile
-to make one kernel of: it pays on a GPU, where each step by itself reads and writes all logits.
+`InPlace` does it step by step in buffers that all chunks share. `Compiled` is the formula written out, for
+torch.compile to make one kernel of: it pays on a GPU, where each step by itself reads and writes all logits.
 """
 
 from __future__ import annotations

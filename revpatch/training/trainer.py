@@ -115,16 +115,9 @@ class Trainer(RunState):
         parts, epochs = phase.batches.mixture.parts, phase.batches.mixture.epochs(ready.step - 1)
         if phase.epochs and epochs != phase.epochs:
             left = ", ".join(str(part.carried(epoch)) for part, epoch in zip(parts, epochs, strict=True))
-            words = ", ".join(str(epoch) for epoch in epochs)
+            named = f"{phase.config.name} epoch {', '.join(str(epoch) for epoch in epochs)}"
             if self.peers.rank == 0:
-                name = phase.config.name
-                log.info(
-                    "%s epoch %s begins at %d, with %s blocks left over of the one before",
-                    name,
-                    words,
-                    ready.step,
-                    left,
-                )
+                log.info("%s begins at %d, with %s blocks left over of the one before", named, ready.step, left)
         phase.epochs = epochs
 
     def _log(self, phase: Phase, step: int, rate: float) -> Verdict:
