@@ -1,6 +1,7 @@
 """Texts to token ids: in this process, or in processes of their own, with the same result in the same order.
 
-Worker processes import this file, which therefore imports little: no torch, no transformers. They end when the process that started them does.
+Worker processes import this file, which therefore imports little: no torch, no transformers. They end
+when the process that started them does.
 """
 
 from __future__ import annotations
