@@ -106,9 +106,10 @@ def test_a_run_waits_for_another_that_builds_the_same(
 
     monkeypatch.setattr(first_use, "build_shards", build)
     monkeypatch.setattr(first_use, "_POLL_SECONDS", 0.01)
+    probes = {"sets": [{"name": "base", "shards": str(toy.shards("base_probe"))}]}
     phases = [{"name": "first", "shards": str(source), "steps": 6}]
     settings = {"folder": str(tmp_path / "built"), "text_column": "body", "workers": 1}
-    config = toy.config(tmp_path, phases=phases, build=settings)
+    config = toy.config(tmp_path, phases=phases, probes=probes, build=settings)
     folders = first_use._build_all(config, world=1)
     assert Manifest.read(folders["phases.0.shards"]).blocks and len(calls) == 3
     source.write_text("no json\n")
