@@ -139,16 +139,8 @@ def test_a_phase_that_was_taken_out_is_told(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run / "ledger", tmp_path / "ledger")
     shutil.copy(run / "config.yaml", tmp_path)
     made = {"operation": "revert", "phase": "first"}
-    named = {
-        "kind": "commit",
-        "phase": "revert-first",
-        "phase_index": 2,
-        "step": 0,
-        "file": "002_revert-first_commit.pt",
-    }
-    Journal(tmp_path / "ledger/journal.jsonl").append(
-        "entry", **named, file="002_x_commit.pt", sha256="0", bytes=1, made_by=made
-    )
+    named = {"kind": "commit", "phase": "revert-first", "phase_index": 2, "step": 0, "file": "002_x_commit.pt"}
+    Journal(tmp_path / "ledger/journal.jsonl").append("entry", **named, sha256="0", bytes=1, made_by=made)
     assert report_of(tmp_path).run.happenings[-1].words == "revert made 002_x_commit.pt"
 
 
