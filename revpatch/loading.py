@@ -16,7 +16,7 @@ from revpatch.ledger.folder import is_patch_folder, read_folder
 from revpatch.ledger.references import locate
 from revpatch.patch.families import blocks_of, width_of
 from revpatch.patch.named import DEFAULT_NAME, add_patch, set_patch
-from revpatch.patch.patched_model import Patch, attach, base_sha256, is_patched, load_tensors
+from revpatch.patch.patched_model import Patch, attach, base_sha256, free_switchboard, is_patched, load_tensors
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16, "float64": torch.float64}
 """In which a base may be held, by name. Training and surgery take the first two."""
@@ -153,6 +153,7 @@ def load_patch(model: nn.Module, source: str | Path, name: str = DEFAULT_NAME) -
     patch = _patch_of(source, stored, model)
     if not is_patched(model):
         return attach(model, patch, name)
+    free_switchboard(model)  # before anything is put on it
     add_patch(model, patch, name)
     set_patch(model, name)
     return patch

@@ -36,28 +36,54 @@ def init(**options):
     return Run()
 """
 
+MLFLOW = """
+import json, pathlib, types
+utils = types.SimpleNamespace(validation=types.SimpleNamespace(MAX_PARAM_VAL_LENGTH=6000, MAX_PARAMS_TAGS_PER_BATCH=100))
+def tell(what, values):
+    with open(pathlib.Path(__file__).with_name("told.jsonl"), "a") as file:
+        file.write(json.dumps([what, values]) + "\\n")
+def search_experiments(filter_string): return []
+def create_experiment(name, **_): return name
+def start_run(experiment_id, run_name, **_): tell("start", {"experiment": experiment_id, "name": run_name})
+def log_params(values): tell("config", values)
+def log_metrics(values, step): tell("log", {"step": step, **values})
+def end_run(): tell("finish", {})
+"""
+
 
 @pytest.fixture
 def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A wandb that writes down what it is told; gives what it has been told."""
+    """Clients that write down what they are told; gives what they have been told."""
     site = tmp_path / "site"
     site.mkdir()
-    (site / "wandb.py").write_text(WANDB)
+    clients = {"wandb": WANDB, "mlflow": MLFLOW}
+    for name, source in clients.items():
+        (site / f"{name}.py").write_text(source)
+        monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.syspath_prepend(str(site))
-    monkeypatch.delitem(sys.modules, "wandb", raising=False)
     yield lambda: [json.loads(line) for line in (site / "told.jsonl").read_text().splitlines()]
-    sys.modules.pop("wandb", None)
+    for name in clients:
+        sys.modules.pop(name, None)
 
 
-def test_a_tracker_is_told_what_the_board_is_told_a_step_at_a_time(told: Any, tmp_path: Path) -> None:
-    check_trackers(["wandb"])
-    with Board(tmp_path, enabled=False, trackers=Trackers(["wandb"], Path("runs/mine"))) as board:
+@pytest.mark.parametrize(
+    ("service", "begins"),
+    [
+        ("wandb", ["init", {"project": "revpatch", "name": "mine", "dir": "runs/mine"}]),
+        ("mlflow", ["start", {"experiment": "revpatch", "name": "mine"}]),
+    ],
+)
+def test_a_tracker_is_told_what_the_board_is_told_a_step_at_a_time(
+    service: str, begins: list[Any], told: Any, tmp_path: Path
+) -> None:
+    check_trackers([service])
+    with Board(tmp_path, enabled=False, trackers=Trackers([service], Path("runs/mine"))) as board:
         board.introduce({}, {"optimizer.lr": 0.1}, [])
         board.scalars(10, {"loss/lm": 2.0})
         board.layers(10, {"gate": {0: 0.5, 3: 0.7}})
         board.scalars(20, {"loss/lm": 1.0})
     assert told() == [
-        ["init", {"project": "revpatch", "name": "mine", "dir": "runs/mine"}],
+        begins,
         ["config", {"optimizer.lr": 0.1}],
         ["log", {"step": 10, "loss/lm": 2.0, "gate/layer_00": 0.5, "gate/layer_03": 0.7, "gate/mean": 0.6}],
         ["log", {"step": 20, "loss/lm": 1.0}],
