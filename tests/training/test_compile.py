@@ -60,7 +60,7 @@ def steps(compiled: bool) -> tuple[list[float], list[Tensor]]:
 
 
 def test_a_run_is_whole_graphs_that_are_compiled_once() -> None:
-    """Probes, steps with the teacher's cache, two commits. More graphs than torch keeps of one function, all of them."""
+    """Probes, steps with the teacher's cache, two commits: more graphs than torch keeps of one function."""
     graphs: Counter[str] = Counter()
 
     def backend(module: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
