@@ -68,6 +68,7 @@ class RunState:
     ) -> None:
         self.config, self.plan, self.peers, self.record, self.directory = config, plan, peers, record, directory
         self.base, self.interrupted = base, interrupted
+        startup.choose_matmul_precision(config, peers.device)
         self.identity = startup.identity(config, self.base, plan.tokenizer)
         torch.manual_seed(config.seed)
         self.patch = attach(self.base, config.sidecar)
