@@ -79,7 +79,7 @@ def run(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> Run:
         objective={"gate_l1_weight": 0.01, "patch_l2_weight": 1e-4, "stats_drift_weight": 0.01},
         phases=[{"name": n, "shards": str(toy.shards(n)), "steps": steps} for n, steps in STEPS.items()],
         engine={"kind": "deepspeed"},
-        monitoring={"tensorboard": True},
+        monitoring={"tensorboard": True, "samples": {"max_new_tokens": 2}},
     )
     overrides = ["optimizer.lr=2e-2", "rollback.max_drift=2.0"]
     sets = [argument for override in overrides for argument in ("--set", override)]
@@ -162,6 +162,21 @@ def test_tensorboard_has_every_term_rate_speed_and_layer_at_every_logged_step(ev
     assert all(0 < point.value < 1 for point in events.Scalars("gate/layer_00"))
     assert all(point.value > 0 for point in events.Scalars("scale/layer_01"))
     assert all(point.value > 0 for point in events.Scalars("speed/tokens_per_second"))
+
+
+def test_tensorboard_shows_where_the_time_goes_and_how_often_the_teacher_was_not_asked(events: Any, run: Run) -> None:
+    logged, probed = steps_of(load_config(run.config))
+    each_line = ("step", "waiting_for_data", "forward", "backward", "all_reduce", "optimizer", "logging")
+    expected = dict.fromkeys(each_line, logged) | {"probe": probed}
+    for name, steps in expected.items():
+        assert [point.step for point in events.Scalars(f"time/{name}")] == steps, name
+    for name in ("snapshot", "samples"):
+        assert {point.step for point in events.Scalars(f"time/{name}")} >= {STEPS["first"], sum(STEPS.values())}, name
+    parts = sum(events.Scalars(f"time/{name}")[0].value for name in each_line[1:-1])
+    assert 0 < parts < events.Scalars("time/step")[0].value
+    rates = events.Scalars("teacher/cache_hit_rate")
+    assert [point.step for point in rates] == logged
+    assert 0 < max(rate.value for rate in rates) < 1
 
 
 def test_tensorboard_has_the_objective_as_the_sum_of_its_terms(events: Any, run: Run) -> None:

@@ -74,6 +74,8 @@ class EngineConfig(Section):
     """DeepSpeed's JSON file; null is ZeRO 0. Batch sizes, optimizer and precision are set by this config."""
     timeout_minutes: Annotated[float, Field(gt=0, le=10_080)] = 30.0
     """Ranks that wait longer than this for one another stop the run."""
+    tf32: bool = True
+    """On a GPU, multiply the float32 matrices of sidecars on a bfloat16 base in TF32; a float32 base is never."""
 
 
 class SamplesConfig(Section):

@@ -156,7 +156,10 @@ class DeepSpeedEngine:
         self.patch = patch = objective.patch
         self.clock = Clock(peers.device)
         self.engine.allreduce_gradients = self.clock.timed("all_reduce", self.engine.allreduce_gradients)
+        self.max_grad_norm = config.optimizer.max_grad_norm
         self._norm: Tensor | None = None
+        if not self.zero_stage:  # DeepSpeed's own would form the norm and keep it with ZeRO 1 and 2 alone
+            self.engine.clip_fp32_gradients = self._clip
         self._state = _ZeroState(patch, self.optimizer) if self.zero_stage else TorchState(patch, self.optimizer)
 
     def train_step(self, micro_batches: Iterable[MicroBatch], rate: float) -> tuple[Tensor, Tensor]:
@@ -169,13 +172,12 @@ class DeepSpeedEngine:
             with self.clock.part("backward"):
                 self.engine.backward(output.loss)
             with self.clock.part("optimizer"):
-                if not self.zero_stage and self.engine.is_gradient_accumulation_boundary():
-                    # DeepSpeed keeps the norm with ZeRO 1 and 2 alone.
-                    gradients = [p.grad for p in self.patch.parameters() if p.grad is not None]
-                    self._norm = torch.nn.utils.get_total_norm(gradients)
                 self.engine.step()
             outputs.append((output.terms, output.layers))
         return _means(outputs)
+
+    def _clip(self) -> None:
+        self._norm = torch.nn.utils.clip_grad_norm_(self.patch.parameters(), self.max_grad_norm)
 
     def grad_norm(self) -> float | Tensor | None:
         """See `Engine.grad_norm`."""

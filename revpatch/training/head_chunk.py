@@ -1,7 +1,7 @@
 """One chunk of the loss over the frozen head: from logits to CE, KL and d(logits).
 
-`InPlace` does it step by step in buffers that all chunks share. `Compiled` is the formula written out, for
-torch.compile to make one kernel of: it pays on a GPU, where each step by itself reads and writes all logits.
+`in_place` does it step by step in buffers that all chunks share. `compiled` leaves the formula, written out, to
+torch.compile: meant for GPUs, where each step by itself reads and writes all logits.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def in_place(
             taught.div_(temperature)
         log_t = torch.log_softmax(taught, -1, out=logits)
         t = torch.exp(log_t, out=taught)
-        kl = torch.bmm(t[:, None, :], log_t.sub_(log_q)[:, :, None]).flatten()
+        kl = log_t.sub_(log_q).mul_(t).sum(-1)
     if not learns:
         return nll, kl, None
     pull = 0.0 if taught is None else kl_weight * temperature  # d(T²·KL)/d(logits) = T·(q − t)

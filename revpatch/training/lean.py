@@ -1,8 +1,9 @@
-"""Activation functions of the frozen base that keep their input alone for the backward pass.
+"""Activation functions of the frozen base that keep their inputs alone for the backward pass.
 
 GPT-2's GELU is written out in transformers as eight elementwise steps, and autograd keeps what four of them need: more
 bytes than all else that a frozen block keeps. Here the same steps give the same bits, and the backward pass is the one
-fused kernel of the tanh approximation.
+fused kernel of the tanh approximation. The gated MLP of LLaMA and Qwen keeps two tensors instead of three: SiLU of the
+one is computed again.
 """
 
 from __future__ import annotations
@@ -12,8 +13,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import NewGELUActivation
+from torch.nn import functional
+from transformers.activations import NewGELUActivation, SiLUActivation
+from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
+from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
+GATED = (LlamaMLP, Qwen2MLP, Qwen3MLP)
+"""Modules that compute down(act(gate(x))·up(x))."""
+SLICE = 2**17
+"""Elements that go through all steps of the GELU before the next ones on a CPU: what its second-level cache holds."""
 _C = math.sqrt(2.0 / math.pi)
 
 
@@ -21,7 +30,12 @@ class _TanhGelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        return _tanh_gelu(x)
+        if x.device.type != "cpu" or torch.compiler.is_compiling() or not x.is_contiguous():
+            return _tanh_gelu(x, torch.empty_like(x), torch.empty_like(x))
+        out, inner = torch.empty_like(x), x.new_empty(min(SLICE, x.numel()))
+        for part, result in zip(x.view(-1).split(SLICE), out.view(-1).split(SLICE), strict=True):
+            _tanh_gelu(part, result, inner[: len(part)])
+        return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
@@ -30,11 +44,11 @@ class _TanhGelu(torch.autograd.Function):
         return out
 
 
-def _tanh_gelu(x: Tensor) -> Tensor:
-    """As `NewGELUActivation` computes it, operation by operation, without its temporaries."""
-    inner = torch.pow(x, 3.0).mul_(0.044715)
-    inner = torch.add(x, inner, out=inner).mul_(_C).tanh_().add_(1.0)
-    return (0.5 * x).mul_(inner)
+def _tanh_gelu(x: Tensor, out: Tensor, inner: Tensor) -> Tensor:
+    """As `NewGELUActivation` computes it, operation by operation, into `out` and without its temporaries."""
+    torch.pow(x, 3.0, out=inner).mul_(0.044715)
+    torch.add(x, inner, out=inner).mul_(_C).tanh_().add_(1.0)
+    return torch.mul(x, 0.5, out=out).mul_(inner)
 
 
 class LeanTanhGelu(nn.Module):
@@ -45,14 +59,46 @@ class LeanTanhGelu(nn.Module):
         return out
 
 
+class _SiluProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return functional.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(gradient * up, gate), functional.silu(gate).mul_(gradient)
+
+
+class LeanGatedMLP(nn.Module):
+    """down(silu(gate(x))·up(x)), the same bits and the same names of parameters as the module it takes them from."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(_SiluProduct.apply(self.gate_proj(x), self.up_proj(x)))
+        return out
+
+
 def make_lean(base: nn.Module) -> int:
-    """Replaces the written-out GELUs of a frozen base, in place; returns how many there were."""
+    """Replaces the written-out GELUs and the gated MLPs of a frozen base, in place; returns how many there were."""
     found = [
-        (module, name)
+        (module, name, lean)
         for module in base.modules()
         for name, child in module.named_children()
-        if type(child) is NewGELUActivation
+        if (lean := _lean(child)) is not None
     ]
-    for module, name in found:
-        setattr(module, name, LeanTanhGelu())
+    for module, name, lean in found:
+        setattr(module, name, lean)
     return len(found)
+
+
+def _lean(module: nn.Module) -> nn.Module | None:
+    if type(module) is NewGELUActivation:
+        return LeanTanhGelu()
+    if type(module) in GATED and isinstance(module.act_fn, nn.SiLU | SiLUActivation):
+        return LeanGatedMLP(module)
+    return None

@@ -69,6 +69,7 @@ class RunState:
     ) -> None:
         self.config, self.plan, self.peers, self.record, self.directory = config, plan, peers, record, directory
         self.base, self.interrupted = base, interrupted
+        startup.choose_matmul_precision(config, peers.device)
         self.identity = startup.identity(config, self.base, plan.tokenizer)
         self.bare_base = bare_base(base) if peers.rank == 0 else None
         """As it came, before anything is put on it."""

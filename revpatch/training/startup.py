@@ -92,6 +92,13 @@ def load_base(config: BaseConfig, device: torch.device) -> nn.Module:
     return base
 
 
+def choose_matmul_precision(config: Config, device: torch.device) -> None:
+    """Lets a GPU multiply float32 matrices in TF32 where the config does and the base is bfloat16: what sidecars are
+    given is rounded to 8 bits then, and TF32 keeps 11."""
+    if device.type == "cuda" and config.engine.tf32 and config.base.dtype == "bfloat16":
+        torch.set_float32_matmul_precision("high")
+
+
 def compile_base(base: nn.Module, backend: str | Callable[..., Any] = "inductor") -> None:
     """Compiles every block of the base with its sidecar, in place."""
     for layer, block in enumerate(blocks_of(base)):

@@ -216,8 +216,17 @@ def guarded(trainer: Trainer) -> dict[str, Any]:
 
     trainer.watch.prober.measure = measure  # type: ignore[method-assign]
     trainer.engine.train_step = stepping  # type: ignore[method-assign]
-    sampled = []
-    keep_replay = trainer._keep_replay
+    sampled: list[list[int]] = []
+    cached: list[list[int]] = []
+    keep_replay, return_to, cache = trainer._keep_replay, trainer._return_to, trainer.teacher.cache
+    assert cache is not None
+
+    def returning(*arguments: Any) -> None:
+        before = len(cache)
+        return_to(*arguments)
+        cached.append([before, len(cache)])
+
+    trainer._return_to = returning  # type: ignore[method-assign]
 
     def keeping(phase: Phase) -> None:
         sampled.append(list(phase.learned))
@@ -225,7 +234,7 @@ def guarded(trainer: Trainer) -> dict[str, Any]:
 
     trainer._keep_replay = keeping  # type: ignore[method-assign]
     trainer.run()
-    return {"rates": rates, "learned": sampled, "patch": trainer.peers.gather(patch_sum(trainer))}
+    return {"rates": rates, "learned": sampled, "cached": cached, "patch": trainer.peers.gather(patch_sum(trainer))}
 
 
 def patch_sum(trainer: Trainer) -> float:

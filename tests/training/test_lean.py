@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 from transformers.activations import NewGELUActivation
 
 from revpatch.config import SidecarConfig
-from revpatch.patch.patched_model import attach, switchboard
-from revpatch.training.lean import LeanTanhGelu, make_lean
+from revpatch.patch.patched_model import attach, base_sha256, detach, switchboard
+from revpatch.training.lean import SLICE, LeanTanhGelu, _SiluProduct, make_lean
 from revpatch.training.packed import last_hidden_states
+
+GATED_MODELS: dict[str, Any] = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
 
 
 def saved_bytes(model: nn.Module, tokens: Tensor) -> int:
@@ -33,8 +50,10 @@ def saved_bytes(model: nn.Module, tokens: Tensor) -> int:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_the_forward_pass_has_the_same_bits(dtype: torch.dtype) -> None:
-    x = (torch.randn(64, 257, generator=torch.Generator().manual_seed(0)) * 4).to(dtype)
-    assert torch.equal(LeanTanhGelu()(x), NewGELUActivation()(x))
+    x = (torch.randn(SLICE // 64 + 3, 129, generator=torch.Generator().manual_seed(0)) * 4).to(dtype)
+    assert x.numel() % SLICE and x.numel() > 2 * SLICE
+    for view in (x, x.T, x[:5, :7], x[:0]):
+        assert torch.equal(LeanTanhGelu()(view), NewGELUActivation()(view))
 
 
 def test_the_gradient_is_that_of_the_formula() -> None:
@@ -65,3 +84,37 @@ def test_a_frozen_block_keeps_little_for_the_backward_pass() -> None:
     assert lean < (2 * 12 + 5) * unit
     switchboard(model).recompute_sidecars = False
     assert saved_bytes(model, ids) > lean + 3 * 3 * unit
+
+
+@pytest.mark.parametrize("kind", GATED_MODELS)
+def test_a_gated_mlp_has_the_same_bits_gradient_and_names_and_keeps_two_tensors(kind: str) -> None:
+    width, tokens = 32, 2 * 24
+    torch.manual_seed(0)
+    config, model_of = GATED_MODELS[kind]
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_hidden_layers": 3}
+    model = model_of(config(vocab_size=50, hidden_size=width, intermediate_size=96, **heads)).eval()
+    names = [name for name, _ in model.named_parameters()]
+    patch = attach(model, SidecarConfig(bottleneck=4))
+    for parameter in patch.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    ids = torch.randint(50, (2, 24))
+
+    def run() -> tuple[Tensor, list[Tensor]]:
+        hidden = last_hidden_states(model, ids)
+        return hidden, list(torch.autograd.grad(hidden.square().sum(), list(patch.parameters())))
+
+    (before, gradients), plain, digest = run(), saved_bytes(model, ids), base_sha256(model)
+    assert make_lean(model) == 3 and make_lean(model) == 0
+    (after, gradients_too), lean = run(), saved_bytes(model, ids)
+    assert torch.equal(after, before)
+    for one, other in zip(gradients, gradients_too, strict=True):
+        torch.testing.assert_close(one, other)
+    assert plain - lean == 2 * 4 * 96 * tokens, "one (batch, time, inner) float32 in each block but the first"
+    assert base_sha256(model) == digest
+    detach(model)
+    assert [name for name, _ in model.named_parameters()] == names
+
+
+def test_the_gradient_of_a_gated_product_is_that_of_the_formula() -> None:
+    gate, up = torch.randn(2, 5, 7, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(_SiluProduct.apply, (gate, up))

@@ -47,6 +47,9 @@ def test_a_regression_is_rolled_back_and_training_goes_on(toy: Toy, tmp_path: Pa
     assert [p.name for p in (run_folder / "replay").iterdir()] == ["000_first"]
     assert 0 < Manifest.read(run_folder / "replay/000_first").blocks <= 8
 
+    assert len(found["cached"]) == 4, "one for each rollback"
+    assert all(before > 0 == after for before, after in found["cached"]), "the teacher's cache is emptied by each"
+
     rates = found["rates"]
     assert len(rates) == 12 + 9, "the first phase makes all its steps, the second stops at its third regression"
     from revpatch.config_file import load_config
