@@ -1,12 +1,12 @@
 """The arithmetic of a step past one machine: FLOPs, bytes and the wire for 8, 64 and 1024 GPUs.
 
-    python tools/scale_model.py [--peak 312] [--float32 19.5] [--efficiency 0.35 | --measured BENCH.json] [--bus 25]
+    python tools/scale_model.py [--peak 312] [--float32 156] [--efficiency 0.35 | --measured BENCH.json] [--bus 25]
                                 [--latency 30] [--markdown]
 
 Nothing here was measured on a GPU. Assumed, each a flag:
 - a GPU's bfloat16 peak, TFLOP/s, for the products with frozen weights and attention, and its float32 peak for those
-  of the sidecars, which are float32 on any base (312 and 19.5 are an A100's data sheet; with TF32 allowed the latter
-  is 156);
+  of the sidecars, which are float32 on any base (312 and 156 are an A100's data sheet, the latter with TF32, as
+  `engine.tf32` allows; without it 19.5);
 - the share of both peaks that a step reaches. That is the unknown: `--measured` takes it from what bench.py wrote with
   --json (its share of the matrix-product rate, of a CPU), and nobody has measured it on a GPU;
 - the bus bandwidth of an all-reduce between nodes, GB/s a GPU, and its latency, microseconds a ring hop. Ring
@@ -209,7 +209,7 @@ def show(title: str, columns: tuple[str, ...], rows: list[list[str]], as_markdow
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peak", type=float, default=312.0)
-    parser.add_argument("--float32", type=float, default=19.5)
+    parser.add_argument("--float32", type=float, default=156)
     reached = parser.add_mutually_exclusive_group()
     reached.add_argument("--efficiency", type=float, default=0.35)
     reached.add_argument("--measured", type=Path)

@@ -9,7 +9,7 @@ one is computed again.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +76,9 @@ class LeanGatedMLP(nn.Module):
 
     def __init__(self, mlp: nn.Module) -> None:
         super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+        self.gate_proj, self.up_proj, self.down_proj = (
+            cast(nn.Module, getattr(mlp, name)) for name in ("gate_proj", "up_proj", "down_proj")
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.down_proj(_SiluProduct.apply(self.gate_proj(x), self.up_proj(x)))

@@ -38,7 +38,8 @@ def init(**options):
 
 MLFLOW = """
 import json, pathlib, types
-utils = types.SimpleNamespace(validation=types.SimpleNamespace(MAX_PARAM_VAL_LENGTH=6000, MAX_PARAMS_TAGS_PER_BATCH=100))
+limits = types.SimpleNamespace(MAX_PARAM_VAL_LENGTH=6000, MAX_PARAMS_TAGS_PER_BATCH=100)
+utils = types.SimpleNamespace(validation=limits)
 def tell(what, values):
     with open(pathlib.Path(__file__).with_name("told.jsonl"), "a") as file:
         file.write(json.dumps([what, values]) + "\\n")
