@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from revpatch.cli_options import JsonOption, print_json
 from revpatch.monitoring.terminal import console
 
 
@@ -20,7 +20,7 @@ def doctor(
     config: Annotated[
         Path | None, typer.Argument(help="A config, whose folders are looked at; default: runs and the usual cache.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the findings by host as JSON.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Look at versions, GPUs and links, all-reduce, shared memory, disks, caches, locks, limits; exits with 1 if
     anything is red. Under a launcher, all machines are looked at together."""
@@ -33,8 +33,7 @@ def doctor(
     hosts = examined.hosts
     if examined.told:
         if as_json:
-            found = {host: [each.as_dict() for each in findings] for host, findings in hosts.items()}
-            typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
+            print_json({host: [each.as_dict() for each in findings] for host, findings in hosts.items()})
         else:
             print_findings(hosts, console)
     if worst(each for findings in hosts.values() for each in findings) == "red":
