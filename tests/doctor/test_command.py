@@ -111,7 +111,7 @@ def test_a_rank_without_a_gpu_says_so(revpatch: Call, monkeypatch: pytest.Monkey
     monkeypatch.setattr(examine.Launch, "device", no_gpu)
     for name, value in {**SECOND, "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
-    done = revpatch("doctor")
+    done = revpatch("doctor", "--json")
     assert (done.code, "this machine shows 1 GPUs" in done.out) == (1, True)
 
 
