@@ -70,6 +70,7 @@ def print_replay_memory(folder: Path) -> None:
     teacher = Teacher(base, cache)
     teacher.follow(attach(base, workload.sidecar))
     mixture = ReplayMixture([ShardSet(folder)], REPLAY_ROWS, seed=0)
+    teacher.expect(mixture.blocks)
     for step in range(REPLAY_STEPS):
         tokens, keys = mixture.read(step)
         teacher.hidden(torch.from_numpy(tokens), keys=keys)

@@ -17,6 +17,7 @@ from bench_oracle import CHECKED_WEIGHTS, LIMIT, PEERS_LIMIT, checked_workload, 
 from bench_workload import KL_WEIGHT, REPLAY_WEIGHT, SHAPES, Workload
 from torch import Tensor
 
+from revpatch.training.head_chunk import Chunk, compiled, in_place
 from revpatch.training.head_loss import frozen_head_loss
 
 LossFunction = Callable[[Tensor, Tensor, Tensor, Tensor, int, float, float], Tensor]
@@ -57,14 +58,24 @@ def textbook(
     return F.cross_entropy(new, targets[:first]) + replay_weight * replayed + kl_weight * kl
 
 
-def ours(
-    hidden: Tensor, teacher: Tensor, head: Tensor, targets: Tensor, first: int, replay_weight: float, kl_weight: float
-) -> Tensor:
-    """As the objective calls it."""
-    loss, *_ = frozen_head_loss(hidden[:first], targets[:first], head)
-    states, ids = hidden[first:], targets[first:]
-    replay, *_ = frozen_head_loss(states, ids, head, teacher, ce_weight=replay_weight, kl_weight=kl_weight)
-    return loss + replay
+def ours(chunk: Chunk) -> LossFunction:
+    """As the objective calls it, with chunks done in one way or the other."""
+
+    def loss(
+        hidden: Tensor,
+        teacher: Tensor,
+        head: Tensor,
+        targets: Tensor,
+        first: int,
+        replay_weight: float,
+        kl_weight: float,
+    ) -> Tensor:
+        new, *_ = frozen_head_loss(hidden[:first], targets[:first], head, chunk=chunk)
+        states, ids = hidden[first:], targets[first:]
+        replay, *_ = frozen_head_loss(states, ids, head, teacher, replay_weight, kl_weight, chunk=chunk)
+        return new + replay
+
+    return loss
 
 
 def liger(
@@ -93,7 +104,8 @@ def exact(loss: Loss) -> tuple[Tensor, Tensor]:
 
 
 LOSSES: dict[str, Callable[[Workload], Loss]] = {
-    "ours": lambda workload: Loss(workload, ours),
+    "ours": lambda workload: Loss(workload, ours(in_place)),
+    "ours, compiled": lambda workload: Loss(workload, ours(compiled())),
     "textbook": lambda workload: Loss(workload, textbook),
     "textbook, compiled": lambda workload: Loss(workload, torch.compile(textbook, dynamic=False)),
 }
@@ -113,7 +125,7 @@ def check_losses(workload: Workload) -> dict[str, float]:
         loss, gradient = small.step()
         wrong_loss = float((loss.double() - right_loss).abs() / right_loss.abs())
         found[name] = float((gradient.double() - right).norm() / right.norm())
-        limit = (LIMIT if name == "ours" else PEERS_LIMIT)[workload.dtype]
+        limit = (LIMIT if name.startswith("ours") else PEERS_LIMIT)[workload.dtype]
         refuse_beyond(limit, f"the loss alone, {name}", wrong_loss, found[name], workload.dtype)
     torch._dynamo.reset()  # what is timed is compiled for its own shape and weights
     return found

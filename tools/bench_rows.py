@@ -84,6 +84,9 @@ def loss_rows(seconds: dict[str, list[float]]) -> list[Figure]:
         if name.startswith("loss: ") and name not in ("loss: ours", "loss: textbook"):
             what = name.removeprefix("loss: ")
             rows.append(Figure.plain(f"loss alone, {what} / ours", median_ratio(seconds[name], ours), "times"))
+    if "loss: ours, compiled" in seconds:
+        ratio = median_ratio(seconds["loss: textbook"], seconds["loss: ours, compiled"])
+        rows.append(Figure.plain("loss alone, textbook / ours, compiled", ratio, "times"))
     if "loss: Liger" not in seconds:
         rows.append(Figure.plain("loss alone, Liger / ours", "not installed here", "times"))
     return rows
