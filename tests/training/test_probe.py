@@ -127,7 +127,7 @@ def test_gates_and_changes_are_means_over_all_tokens(world: World) -> None:
 @pytest.mark.parametrize("wanted", [1, 2, 5, 37])
 def test_a_part_of_a_set_is_spread_evenly_over_all_of_it(world: World, wanted: int) -> None:
     everything = world.tokens("first")
-    rows = world.prober(first=wanted).blocks["first"]
+    rows = world.prober(first=wanted).blocks["first"].astype(np.int64)
     found = [int((everything == torch.from_numpy(row)).all(1).nonzero()[0]) for row in rows]
     assert len(set(found)) == wanted
     assert found[0] == 0
