@@ -421,7 +421,7 @@ class TestWhatIsRefusedAndWhatIsNot:
 
         with (runs.path(copy) / ".lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            assert "another process is training" in self.refused(runs, copy)
+            assert "another process is writing to this folder" in self.refused(runs, copy)
 
 
 def test_steps_may_change_while_the_phase_is_under_way(make_runs: Callable[..., Runs]) -> None:
