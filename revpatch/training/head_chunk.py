@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from revpatch.training.own_code import with_own_code
+
 
 class Weights(NamedTuple):
     """Of the loss ce·CE + kl·T²·KL."""
@@ -118,7 +120,7 @@ def written_out(
 
 def compiled(backend: str | Callable[..., Any] = "inductor") -> Chunk:
     """`written_out`, compiled: one graph with a teacher and one without."""
-    function = torch.compile(written_out, backend=backend, fullgraph=True)
+    function = torch.compile(with_own_code(written_out, "chunk"), backend=backend, fullgraph=True)
 
     def chunk(
         buffers: Buffers, logits: Tensor, taught: Tensor | None, targets: Tensor, weights: Weights, learns: bool

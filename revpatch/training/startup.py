@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import platform
-import types
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from revpatch.patch.families import blocks_of, check_head
 from revpatch.patch.patched_model import Patch, base_sha256
 from revpatch.training.engine import Engine
 from revpatch.training.launch import Peers
+from revpatch.training.own_code import with_own_code
 from revpatch.training.preflight import Plan
 from revpatch.training.resume import Standing, stand
 from revpatch.training.teacher_cache import TeacherCache
@@ -102,16 +102,7 @@ def choose_matmul_precision(config: Config, device: torch.device) -> None:
 def compile_base(base: nn.Module, backend: str | Callable[..., Any] = "inductor") -> None:
     """Compiles every block of the base with its sidecar, in place."""
     for layer, block in enumerate(blocks_of(base)):
-        block.forward = torch.compile(_own_code(block.forward, f"block_{layer}"), backend=backend)
-
-
-def _own_code(method: Any, name: str) -> Any:
-    """The method with a code object of its own. torch keeps what it compiled by code object, at most eight of each, and
-    without a word runs the rest as it is: blocks that shared theirs would use them up between them."""
-    function = method.__func__
-    code = function.__code__.replace(co_name=name)
-    own = types.FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
-    return types.MethodType(own, method.__self__)
+        block.forward = torch.compile(with_own_code(block.forward, f"block_{layer}"), backend=backend)
 
 
 def teacher_cache(config: TeacherConfig) -> TeacherCache | None:
