@@ -70,10 +70,12 @@ def layout_of(config: Config) -> Layout:
 def hyperparameters(config: Config, facts: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
     """What tells one run from another: the knobs of the config by dotted name, and on what it runs."""
     found: dict[str, bool | int | float | str] = {"seed": config.seed}
-    for section in ("sidecar", "objective", "optimizer", "batch", "replay", "rollback", "engine"):
+    for section in ("sidecar", "teacher", "objective", "optimizer", "batch", "replay", "rollback", "engine"):
         for key, value in config.model_dump(mode="json")[section].items():
             found[f"{section}.{key}"] = value if isinstance(value, bool | int | float | str) else str(value)
-    found |= {"base.model": config.base.model, "base.dtype": config.base.dtype}
+    base = config.base
+    found |= {"base.model": base.model, "base.dtype": base.dtype, "base.block_size": base.block_size}
+    found["probes.every"] = config.probes.every
     found["phases"] = ", ".join(f"{phase.name} {phase.steps}" for phase in config.phases)
     return {**found, "ranks": facts["ranks"], "device": facts["device"]}
 
