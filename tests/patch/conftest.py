@@ -8,18 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from gated_families import GATED
 from torch import Tensor, nn
 from toy import make_it_look_trained
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from revpatch.config import SidecarConfig
 from revpatch.patch.patched_model import attach
@@ -105,11 +97,7 @@ def _build(
             )
         )
     else:
-        config, kind = {
-            "llama": (LlamaConfig, LlamaForCausalLM),
-            "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-            "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-        }[family]
+        config, kind = GATED[family]
         model = kind(
             config(
                 vocab_size=VOCAB,

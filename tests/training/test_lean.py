@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
+from gated_families import GATED
 from torch import Tensor, nn
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.activations import NewGELUActivation
 
 from revpatch.config import SidecarConfig
 from revpatch.patch.patched_model import attach, base_sha256, detach, switchboard
 from revpatch.training.lean import SLICE, LeanTanhGelu, _SiluProduct, make_lean
 from revpatch.training.packed import last_hidden_states
-
-GATED_MODELS: dict[str, Any] = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-}
 
 
 def saved_bytes(model: nn.Module, tokens: Tensor) -> int:
@@ -86,11 +70,11 @@ def test_a_frozen_block_keeps_little_for_the_backward_pass() -> None:
     assert saved_bytes(model, ids) > lean + 3 * 3 * unit
 
 
-@pytest.mark.parametrize("kind", GATED_MODELS)
+@pytest.mark.parametrize("kind", GATED)
 def test_a_gated_mlp_has_the_same_bits_gradient_and_names_and_keeps_two_tensors(kind: str) -> None:
     width, tokens = 32, 2 * 24
     torch.manual_seed(0)
-    config, model_of = GATED_MODELS[kind]
+    config, model_of = GATED[kind]
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_hidden_layers": 3}
     model = model_of(config(vocab_size=50, hidden_size=width, intermediate_size=96, **heads)).eval()
     names = [name for name, _ in model.named_parameters()]
