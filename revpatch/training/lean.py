@@ -1,9 +1,9 @@
-"""Activation functions of the frozen base that keep their inputs alone for the backward pass.
+"""Functions of the frozen base that keep their inputs alone for the backward pass.
 
 GPT-2's GELU is written out in transformers as eight elementwise steps, and autograd keeps what four of them need: more
 bytes than all else that a frozen block keeps. Here the same steps give the same bits, and the backward pass is the one
 fused kernel of the tanh approximation. The gated MLP of LLaMA and Qwen keeps two tensors instead of three: SiLU of the
-one is computed again.
+one is computed again. Their RMS norms keep their input as it is, not as the float32 in which they compute.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.activations import NewGELUActivation, SiLUActivation
-from transformers.models.llama.modeling_llama import LlamaMLP
-from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
-from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm
 
 GATED = (LlamaMLP, Qwen2MLP, Qwen3MLP)
 """Modules that compute down(act(gate(x))·up(x))."""
+NORMS = (LlamaRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm)
+"""Modules that compute weight·(x / √(mean x² + ε)), the brackets in float32 and rounded to the type of x."""
 SLICE = 2**17
 """Elements that go through all steps of the GELU before the next ones on a CPU: what its second-level cache holds."""
 _C = math.sqrt(2.0 / math.pi)
@@ -85,8 +87,48 @@ class LeanGatedMLP(nn.Module):
         return out
 
 
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.epsilon = epsilon
+        return weight * _normalised(x, epsilon)[0].to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        x, weight = ctx.saved_tensors
+        normalised, inverse = _normalised(x, ctx.epsilon)
+        pull = (gradient * weight).to(torch.float32)
+        along = (pull * normalised).mean(-1, keepdim=True)
+        return pull.sub_(normalised.mul_(along)).mul_(inverse).to(x.dtype), None, None
+
+
+def _normalised(x: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """x / RMS(x) and 1 / RMS(x) over the last dimension in float32, operation by operation as transformers does it."""
+    wide = x.to(torch.float32)
+    inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+    return wide * inverse, inverse
+
+
+class LeanRMSNorm(nn.Module):
+    """The RMS norm (Zhang and Sennrich, 2019) of `norm`, a module of `NORMS`: the same bits and the same parameter,
+    which is frozen."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.weight = cast(nn.Parameter, norm.weight)
+        self.variance_epsilon = cast(float, norm.variance_epsilon)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = _RmsNorm.apply(x, self.weight, self.variance_epsilon)
+        return out
+
+
 def make_lean(base: nn.Module) -> int:
-    """Replaces the written-out GELUs and the gated MLPs of a frozen base, in place; returns how many there were."""
+    """Replaces the written-out GELUs, the gated MLPs and the RMS norms of a frozen base, in place.
+
+    Returns how many there were.
+    """
     found = [
         (module, name, lean)
         for module in base.modules()
@@ -103,4 +145,6 @@ def _lean(module: nn.Module) -> nn.Module | None:
         return LeanTanhGelu()
     if type(module) in GATED and isinstance(module.act_fn, nn.SiLU | SiLUActivation):
         return LeanGatedMLP(module)
+    if type(module) in NORMS:
+        return LeanRMSNorm(module)
     return None
