@@ -14,7 +14,6 @@ sets and the budgets alone, not on what was drawn before: a run that goes on wit
 from __future__ import annotations
 
 import functools
-import shutil
 import tempfile
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -39,7 +38,8 @@ class TeacherCache:
 
     Args:
         budget: bytes of memory.
-        spill: folder for what the memory has no room for; None keeps none on disk. A folder of its own is made in it.
+        spill: folder for what the memory has no room for; None keeps none on disk. A folder of its own is made in it,
+            which goes with the cache or, at the latest, with the interpreter.
         spill_budget: bytes on disk.
     """
 
@@ -54,7 +54,7 @@ class TeacherCache:
     _spilt: dict[Key, Path] = field(default_factory=dict)
     _bytes: int = 0
     _spilt_bytes: int = 0
-    _folder: Path | None = None
+    _folder: tempfile.TemporaryDirectory[str] | None = None
 
     def expect(self, sets: Mapping[Any, int]) -> None:
         """Blocks will be drawn from these sets, of so many blocks each; every set equally often."""
@@ -101,7 +101,7 @@ class TeacherCache:
         self._spilt.clear()
         self._bytes = self._spilt_bytes = 0
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.cleanup()
             self._folder = None
 
     def take_rate(self) -> float | None:
@@ -121,8 +121,8 @@ class TeacherCache:
         if self._folder is None:
             assert self.spill is not None
             self.spill.mkdir(parents=True, exist_ok=True)
-            self._folder = Path(tempfile.mkdtemp(prefix="teacher-", dir=self.spill))
-        return self._folder
+            self._folder = tempfile.TemporaryDirectory(prefix="teacher-", dir=self.spill, ignore_cleanup_errors=True)
+        return Path(self._folder.name)
 
 
 @functools.lru_cache(maxsize=16)

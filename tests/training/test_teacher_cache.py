@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -162,6 +164,18 @@ def test_a_small_sample_beside_a_large_set_is_found_again() -> None:
         if number == 2000:
             cache.take_rate()
     assert cache.hits / 2000 == pytest.approx(0.5 + 0.5 * 20 / 4000, rel=0.1)
+
+
+def test_what_was_spilt_does_not_stay_when_a_run_ends_in_the_middle_of_a_phase(tmp_path: Path) -> None:
+    ended = "raise SystemExit(75)"  # as a signal ends it
+    code = (
+        "import pathlib, sys, torch; from revpatch.training.teacher_cache import TeacherCache;"
+        "cache = TeacherCache(0, pathlib.Path(sys.argv[1]), 10**6); cache.put(('a set', 0), [torch.zeros(9)]);"
+        f"assert any(path.is_file() for path in pathlib.Path(sys.argv[1]).rglob('*')); {ended}"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (75, "")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_is_told_and_leaves_no_half_file(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
 import subprocess
@@ -13,7 +14,6 @@ import pytest
 from cached_set import BLOCKS, SHARD_BYTES, size_of, tar_of, wait_for
 from flaky_server import FlakyServer, slow
 
-from revpatch.stream import shard_cache
 from revpatch.stream.cache_folder import ShardCacheError
 from revpatch.stream.shard_cache import ShardCache
 from revpatch.stream.shard_set import ShardSet
@@ -63,14 +63,15 @@ def test_a_full_disk_is_told(reader: Callable[..., subprocess.Popen], where: Pat
     assert not list(where.glob("*.part"))
 
 
+@pytest.mark.parametrize("call", ["pwrite", "fsync"])
 def test_a_disk_that_fills_while_a_shard_is_fetched(
-    server: FlakyServer, where: Path, monkeypatch: pytest.MonkeyPatch
+    call: str, server: FlakyServer, where: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*args: object) -> int:
         raise OSError(28, "No space left on device")
 
     with ShardCache(where, 10**6) as cache, ShardSet(server.url, cache) as shards:
-        monkeypatch.setattr(shard_cache.os, "pwrite", full)
+        monkeypatch.setattr(os, call, full)
         with pytest.raises(ShardCacheError, match="No space left on device; free room"):
             shards.read(np.array([0]))
         monkeypatch.undo()

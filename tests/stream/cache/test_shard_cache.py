@@ -48,7 +48,8 @@ def test_the_least_recently_used_goes_first_and_what_others_put_there_stays(
     folder: Path, server: FlakyServer, where: Path
 ) -> None:
     where.mkdir()
-    (where / "notes.txt").write_bytes(bytes(1000))
+    for name in ("notes.txt", "film.part"):
+        (where / name).write_bytes(bytes(500))
     with ShardCache(where, 3 * SHARD_BYTES + 1000) as cache:
         shards = ShardSet(server.url, cache)
         for block in (0, 10, 20, 0, 30, 0, 40):
@@ -57,7 +58,7 @@ def test_the_least_recently_used_goes_first_and_what_others_put_there_stays(
             time.sleep(0.02)
     assert [tar_of(folder, where, i).exists() for i in range(6)] == [True, False, False, True, True, False]
     assert server.count("shard-000000.tar") == 1
-    assert (where / "notes.txt").exists()
+    assert (where / "notes.txt").exists() and (where / "film.part").exists()
 
 
 def test_what_a_process_no_longer_reads_makes_room_for_it(server: FlakyServer, where: Path) -> None:
