@@ -166,6 +166,12 @@ def test_a_small_sample_beside_a_large_set_is_found_again() -> None:
     assert cache.hits / 2000 == pytest.approx(0.5 + 0.5 * 20 / 4000, rel=0.1)
 
 
+def test_a_spill_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"teacher\.spill: .*/file/spill can't be written.*name another folder"):
+        TeacherCache(0, tmp_path / "file/spill", 10**6).put(KEYS[0], [torch.zeros(9)])
+
+
 def test_what_was_spilt_does_not_stay_when_a_run_ends_in_the_middle_of_a_phase(tmp_path: Path) -> None:
     ended = "raise SystemExit(75)"  # as a signal ends it
     code = (
