@@ -15,6 +15,7 @@ from damage import damage
 from flaky_server import FlakyServer, drop, status
 from ranks import Runs, RunServer, run, torchrun
 from toy import BLOCK_SIZE, Toy
+from waiting import until
 
 from revpatch.ledger.audit import verify
 from revpatch.stream.build import build_shards
@@ -77,10 +78,7 @@ def stopped(runs: Runs, words: str, place: str) -> None:
 def test_stop_names_a_shard_that_breaks_after_the_start(runs: Runs, how: str) -> None:
     waiting, path = runs.folder / "run.log.waiting", broken_shard(runs, 1)
     runs.start("run", wait_at={"target": "revpatch.training.watch:Watch.measure", "call": 1})
-    deadline = time.monotonic() + 60
-    while not waiting.exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    until(waiting.exists)
     damage(path, how)
     waiting.unlink()
     assert runs.server.wait(60) == [2, 2], runs.log("run").read_text()

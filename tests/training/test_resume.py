@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 from kill_moments import MOMENTS, QUICK
 from ranks import BIN, Runs, environment, free_port, rank_pid, torchrun
+from waiting import until
 
 from revpatch.ledger.audit import verify
 from revpatch.ledger.history import Ledger
@@ -96,13 +97,6 @@ def test_under_deepspeed_too(through: Runs, stage: int) -> None:
     assert 0 not in through.run(f"killed{stage}", *engine, kill=step)
     assert through.run(f"killed{stage}", *engine) == [0, 0]
     assert through.commits(f"killed{stage}") == through.commits(f"whole{stage}")
-
-
-def until(condition: Callable[[], bool], timeout: float = 60) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 @pytest.mark.parametrize(("sent", "rank"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 1)])

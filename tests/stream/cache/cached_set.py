@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -59,10 +57,3 @@ def size_of(folder: Path) -> int:
 
 def tar_of(folder: Path, where: Path, shard: int) -> Path:
     return where / f"{Manifest.read(folder).shards[shard].sha256}.tar"
-
-
-def wait_for(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, f"waited in vain for {what}"
-        time.sleep(0.01)

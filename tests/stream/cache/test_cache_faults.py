@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cached_set import BLOCKS, SHARD_BYTES, size_of, tar_of, wait_for
+from cached_set import BLOCKS, SHARD_BYTES, size_of, tar_of
 from flaky_server import FlakyServer, slow
+from waiting import until
 
 from revpatch.stream.cache_folder import ShardCacheError
 from revpatch.stream.shard_cache import ShardCache
@@ -39,7 +40,7 @@ def test_a_process_killed_while_it_fetches_leaves_nothing_that_stays(
     for i in range(6):
         server.faults[f"shard-{i:06d}.tar"] = [slow(60)]
     process = reader(SHARD_BYTES)
-    wait_for(lambda: where.is_dir() and list(where.glob("*.part")), "a fetch")
+    until(lambda: where.is_dir() and list(where.glob("*.part")), "a fetch")
     process.send_signal(signal.SIGKILL)
     process.wait()
     (left,) = where.glob("*.part")

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cached_set import BLOCKS, SHARD_BYTES, tar_of, wait_for
+from cached_set import BLOCKS, SHARD_BYTES, tar_of
 from flaky_server import FlakyServer, slow, status
+from waiting import until
 
 from revpatch.stream import shard_cache
 from revpatch.stream.shard_cache import ShardCache
@@ -24,7 +25,7 @@ def test_what_was_wanted_is_there_without_a_wait(server: FlakyServer, where: Pat
         for _ in range(3):
             shards.want([2, 3])
         assert time.monotonic() - start < 0.2
-        wait_for(lambda: len(list(where.glob("*.tar"))) == 2, "two shards")
+        until(lambda: len(list(where.glob("*.tar"))) == 2, "two shards")
         start = time.monotonic()
         np.testing.assert_array_equal(shards.read(np.arange(20, 40)), BLOCKS[20:40])
         assert time.monotonic() - start < 0.2
@@ -35,7 +36,7 @@ def test_who_reads_what_is_being_fetched_ahead_waits_for_it(server: FlakyServer,
     server.always["shard-000002.tar"] = slow(0.4)
     with ShardCache(where, 10**6) as cache, ShardSet(server.url, cache) as shards:
         shards.want([2])
-        wait_for(lambda: list(where.glob("*.part")), "a fetch")
+        until(lambda: list(where.glob("*.part")), "a fetch")
         np.testing.assert_array_equal(shards.read(np.array([20])), BLOCKS[[20]])
     assert server.count("shard-000002.tar") == 1
 
@@ -44,9 +45,9 @@ def test_a_fault_ahead_is_quiet_until_the_shard_is_read(server: FlakyServer, whe
     server.always["shard-000002.tar"] = status(404)
     with ShardCache(where, 10**6) as cache, ShardSet(server.url, cache) as shards:
         shards.want([2, 3])
-        wait_for(lambda: list(where.glob("*.tar")), "the shard after it")
+        until(lambda: list(where.glob("*.tar")), "the shard after it")
         shards.want([2, 4])
-        wait_for(lambda: len(list(where.glob("*.tar"))) == 2, "the one after that")
+        until(lambda: len(list(where.glob("*.tar"))) == 2, "the one after that")
         assert server.count("shard-000002.tar") == 1, "nor is it asked for in vain again"
         with pytest.raises(ShardError, match="shard 2 of 6"):
             shards.read(np.array([20]))
