@@ -1,8 +1,10 @@
-"""The command line, called in this process: what it exits with, and what it prints."""
+"""The command line, called in this process or one of its own: what it exits with, and what it prints."""
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,3 +47,29 @@ def caller(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -
         return Result(code if isinstance(code, int) else int(code is not None), *capfd.readouterr())
 
     return call
+
+
+def in_a_process(*arguments: str) -> Result:
+    """`python -m revpatch ...`, with nothing in the environment that would keep a library quiet."""
+    names = (
+        *LAUNCHER,
+        "DS_ACCELERATOR",
+        "TOKENIZERS_PARALLELISM",
+        "HF_HUB_DISABLE_PROGRESS_BARS",
+        "TRANSFORMERS_VERBOSITY",
+    )
+    environment = {key: value for key, value in os.environ.items() if key not in names}
+    environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}
+    done = subprocess.run(
+        [sys.executable, "-m", "revpatch", *arguments], env=environment, capture_output=True, text=True, timeout=300
+    )
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def one_line(result: Result, *words: object) -> None:
+    """A mistake: exit code 2, nothing on standard output, and one line that has these words."""
+    assert (result.code, result.out) == (2, ""), result
+    assert result.err.startswith("revpatch: ")
+    assert result.err.count("\n") == 1, result.err
+    missing = [str(word) for word in words if str(word) not in result.err]
+    assert not missing, f"{missing} not in: {result.err}"

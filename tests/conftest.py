@@ -28,11 +28,11 @@ HERE = Path(__file__).resolve().parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file's tests stay in one of the worker processes, as they share what is costly to make; those that set up the
-    machine itself (network namespaces, sshd, Slurm) stay in one altogether."""
+    """A file's tests stay in one of the worker processes, as they share what is costly to make; so do all those of one
+    trained run (cli), and those that set up the machine itself (launch: network namespaces, sshd, Slurm)."""
     for item in items:
         file = item.path.relative_to(HERE)
-        item.add_marker(pytest.mark.xdist_group("launch" if file.parts[0] == "launch" else str(file)))
+        item.add_marker(pytest.mark.xdist_group(file.parts[0] if file.parts[0] in ("cli", "launch") else str(file)))
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from command import Call, Result, one_line
 from toy import BLOCK_SIZE, Toy, make_text
 
 from revpatch.monitoring.building import BuildSpeed
@@ -101,3 +102,47 @@ def test_progress_says_how_fast_and_how_long(monkeypatch: pytest.MonkeyPatch) ->
     speed.describe(Progress(5, 50_000, 1, 2**20, 11 * 2**20))  # of an earlier call: it doesn't count
     line = speed.describe(Progress(9, 150_000, 3, 6 * 2**20, 11 * 2**20))
     assert line == "9 documents, 150,000 tokens, 10,000 tokens/s, 6 of 11 MiB, 0:00:10 left"
+
+
+def test_shards_are_built_from_files(toy: Toy, tmp_path: Path, revpatch: Call) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("the patch learns what a stream brings\n\n" * 40, encoding="utf-8")
+    lines = tmp_path / "b.jsonl"
+    lines.write_text("".join(json.dumps({"body": f"it forgets little {i}"}) + "\n" for i in range(60)), "utf-8")
+    out = tmp_path / "shards"
+    arguments = ["shards", "build", text, "--tokenizer", toy.base, "--block-size", "8"]
+    result = revpatch(*arguments, "--out", out, "--licence", "mine", "--note", "toy")
+    assert result.code == 0, result
+    manifest = Manifest.read(out)
+    assert (manifest.block_size, manifest.licence, manifest.note) == (8, "mine", "toy")
+    assert f"{manifest.blocks} blocks of 8 tokens from {manifest.documents} documents in 1 shards" in result.out
+    both = tmp_path / "held"
+    result = revpatch(
+        *("shards", "build", lines, "--text-column", "body", "--tokenizer", toy.base, "--block-size", "4"),
+        *("--out", both, "--holdout", "0.3", "--max-tokens", "64"),
+    )
+    assert result.code == 0, result
+    assert Manifest.read(both).tokens == 64
+    assert Manifest.read(tmp_path / "held_probe").split == "probe"
+
+
+def test_mistakes_in_building_are_told_in_words(toy: Toy, tmp_path: Path, revpatch: Call) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("the patch learns", encoding="utf-8")
+    out = tmp_path / "out"
+
+    def build(source: Path, tokenizer: Path, *more: str) -> Result:
+        return revpatch("shards", "build", source, "--tokenizer", tokenizer, "--out", out, *more)
+
+    one_line(build(tmp_path / "none.txt", toy.base), tmp_path / "none.txt", "no such file")
+    one_line(build(text, tmp_path / "none"), "--tokenizer", tmp_path / "none")
+    one_line(build(text, toy.base, "--block-size", "4096"), "not one block of 4096", "lower block_size")
+    mute = tmp_path / "mute"
+    mute.mkdir()
+    (mute / "config.json").write_text(json.dumps({"model_type": "gpt2"}), encoding="utf-8")
+    one_line(build(text, mute), "tokenizer", mute, "tokenizer.json")
+    assert not out.exists()
+    out.mkdir()
+    (out / "thesis.txt").write_text("x", encoding="utf-8")
+    one_line(build(text, toy.base, "--block-size", "2"), out)
+    assert [path.name for path in out.iterdir()] == ["thesis.txt"]

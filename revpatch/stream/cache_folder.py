@@ -79,8 +79,11 @@ class CacheFolder:
         return descriptor
 
     def keep(self, sha256: str, descriptor: int) -> None:
-        """Make a filled file one of the cache's, still in use."""
-        os.fsync(descriptor)
+        """Make a filled file one of the cache's, still in use. Raises ShardCacheError when the disk fails."""
+        try:
+            os.fsync(descriptor)
+        except OSError as error:  # some file systems find only now that they are full
+            raise self.failed(error) from error
         with self._locked():  # a listing might else miss both names, and flock's change of a lock is not atomic
             self._part(sha256).rename(self._path(sha256))
             fcntl.flock(descriptor, fcntl.LOCK_SH)
@@ -116,14 +119,14 @@ class CacheFolder:
                 stat = path.stat()
             except FileNotFoundError:  # its owner has renamed or abandoned it
                 continue
-            if path.suffix == ".part" and self._remove(path):  # its owner is dead
+            if _is_ours(path, ".part") and self._remove(path):  # its owner is dead
                 continue
             files.append((stat.st_mtime_ns, path, stat.st_size))
         excess = sum(file_size for _, _, file_size in files) + size - self.max_bytes
         for _, path, file_size in sorted(files):
             if excess <= 0:
                 return
-            if re.fullmatch(r"[0-9a-f]{64}\.tar", path.name) and self._remove(path):
+            if _is_ours(path, ".tar") and self._remove(path):
                 excess -= file_size
         if excess > 0:
             raise BlockingIOError
@@ -166,6 +169,10 @@ class CacheFolder:
             f"none: {why}; raise stream.shard_cache_gb, or lower stream.shuffle_blocks so that fewer shards are needed "
             "at a time"
         )
+
+
+def _is_ours(path: Path, ending: str) -> bool:
+    return path.suffix == ending and re.fullmatch(r"[0-9a-f]{64}", path.stem) is not None
 
 
 def _lock_alone(descriptor: int) -> bool:

@@ -33,7 +33,8 @@ def tar_inputs(spec: str) -> list[Input]:
     """One input for each tar. Raises FileNotFoundError for a path that isn't there, ValueError for broken braces."""
     url = spec.removeprefix("wds:")
     try:
-        urls = [url] if Path(url).exists() else list(braceexpand.braceexpand(url))
+        is_there = not remote.is_remote(url) and Path(url).exists()  # a command may be longer than any path
+        urls = [url] if is_there else list(braceexpand.braceexpand(url))
     except ValueError as error:
         raise ValueError(f"{spec}: the braces are not balanced ({error}); write a range as {{000..009}}") from None
     return [_tar_input(url) for url in urls]

@@ -54,9 +54,7 @@ def bottom_k(seed: int, block_ids: np.ndarray[Any, Any], k: int) -> Int64s:
     return kept
 
 
-def write_replay(
-    corpus: Corpus, block_ids: np.ndarray[Any, Any], directory: str | Path, name: str, *, note: str | None = None
-) -> Manifest:
+def write_replay(corpus: Corpus, block_ids: np.ndarray[Any, Any], directory: str | Path, name: str) -> Manifest:
     """Copy these blocks, each once and in the order of their ids, into a set of shards `directory/name`.
 
     The folder appears when it is whole. One that is there already stays if it is the same and is refused
@@ -93,7 +91,7 @@ def write_replay(
             holdout=0.0,
             max_tokens=None,
             licence=source.licence,
-            note=note or f"{len(block_ids)} of the {len(corpus)} blocks of {', '.join(corpus.digests)}",
+            note=f"{len(block_ids)} of the {len(corpus)} blocks of {', '.join(corpus.digests)}",
         )
         manifest.write(temporary)
         install_folder(temporary, folder, manifest)

@@ -158,9 +158,10 @@ def process_group(launch: Launch, device: torch.device, timeout_minutes: float) 
         if launch.world == 1:  # with others, destroying it would wait for what the reading thread has begun with them
             dist.destroy_process_group()
         if isinstance(error, RuntimeError) and _is_lost_peer(error):
+            found = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             raise ConnectionError(
-                f"another rank has ended or does not answer ({str(error).strip().splitlines()[0][:200]}); why is in "
-                "that rank's own message. Start the command again (a training goes on from its newest snapshot)"
+                f"another rank has ended or does not answer ({found}); why is in that rank's own message. Start the "
+                "command again (a training goes on from its newest snapshot)"
             ) from error
         raise
 

@@ -227,4 +227,4 @@ def _check_held_out(config: Config, opened: dict[str, ShardSet]) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -14,7 +14,6 @@ sets and the budgets alone, not on what was drawn before: a run that goes on wit
 from __future__ import annotations
 
 import functools
-import shutil
 import tempfile
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -39,7 +38,8 @@ class TeacherCache:
 
     Args:
         budget: bytes of memory.
-        spill: folder for what the memory has no room for; None keeps none on disk. A folder of its own is made in it.
+        spill: folder for what the memory has no room for; None keeps none on disk. A folder of its own is made in it,
+            which goes with the cache or, at the latest, with the interpreter.
         spill_budget: bytes on disk.
     """
 
@@ -54,7 +54,7 @@ class TeacherCache:
     _spilt: dict[Key, Path] = field(default_factory=dict)
     _bytes: int = 0
     _spilt_bytes: int = 0
-    _folder: Path | None = None
+    _folder: tempfile.TemporaryDirectory[str] | None = None
 
     def expect(self, sets: Mapping[Any, int]) -> None:
         """Blocks will be drawn from these sets, of so many blocks each; every set equally often."""
@@ -77,22 +77,20 @@ class TeacherCache:
     def put(self, key: Key, states: Sequence[Tensor]) -> None:
         """Keeps a copy of a block's states where there is room.
 
-        Raises OSError if the disk is full.
+        Raises OSError if the spill's folder can't be written to, or its disk is full.
         """
         size = sum(tensor.numel() * tensor.element_size() for tensor in states)
         if self._bytes + size <= self.budget:
             self._kept[key] = tuple(_to_host(tensor) for tensor in states)
             self._bytes += size
         elif self.spill is not None and self._spilt_bytes + size <= self.spill_budget:
-            self._spilt[key] = path = self._spill_folder() / str(len(self._spilt))
+            path = self._spill_folder() / str(len(self._spilt))
             try:
                 torch.save([tensor.cpu().clone() for tensor in states], path)
             except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError when the disk is full
                 path.unlink(missing_ok=True)
-                del self._spilt[key]
-                raise OSError(
-                    f"teacher.spill: {path} can't be written ({error}); make room, or set it to null"
-                ) from None
+                raise _failed(path, error) from None
+            self._spilt[key] = path
             self._spilt_bytes += size
 
     def clear(self) -> None:
@@ -101,7 +99,7 @@ class TeacherCache:
         self._spilt.clear()
         self._bytes = self._spilt_bytes = 0
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.cleanup()
             self._folder = None
 
     def take_rate(self) -> float | None:
@@ -120,9 +118,19 @@ class TeacherCache:
     def _spill_folder(self) -> Path:
         if self._folder is None:
             assert self.spill is not None
-            self.spill.mkdir(parents=True, exist_ok=True)
-            self._folder = Path(tempfile.mkdtemp(prefix="teacher-", dir=self.spill))
-        return self._folder
+            try:
+                self.spill.mkdir(parents=True, exist_ok=True)
+                made = tempfile.TemporaryDirectory(prefix="teacher-", dir=self.spill, ignore_cleanup_errors=True)
+            except OSError as error:
+                raise _failed(self.spill, error) from None
+            self._folder = made
+        return Path(self._folder.name)
+
+
+def _failed(path: Path, error: Exception) -> OSError:
+    return OSError(
+        f"teacher.spill: {path} can't be written ({error}); make room, name another folder, or set it to null"
+    )
 
 
 @functools.lru_cache(maxsize=16)

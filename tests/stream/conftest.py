@@ -1,16 +1,21 @@
-"""Fixtures: the tokenizer, a corpus in a file, a built set of shards."""
+"""Fixtures: the tokenizer, a corpus in a file, a built set of shards; one elsewhere, and a cache for it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from flaky_server import FlakyServer
+from remote_set import BLOCKS
 from toy import make_text, make_tokenizer
+from toy_shards import write_blocks
 
+from revpatch.stream import remote
 from revpatch.stream.build import build_shards
+from revpatch.stream.shard_cache import ShardCache
 
 
 @pytest.fixture(scope="session")
@@ -39,3 +44,30 @@ def built(corpus: Callable[..., Path], tokenizer: Any, tmp_path: Path) -> Path:
     assert len(manifest.shards) > 3
     assert manifest.shards[-1].blocks < 20
     return out
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Six shards of ten blocks, but for the last one."""
+    write_blocks(tmp_path / "set", BLOCKS, blocks_per_shard=10)
+    return tmp_path / "set"
+
+
+@pytest.fixture
+def server(folder: Path) -> Iterator[FlakyServer]:
+    """The folder over http."""
+    flaky = FlakyServer(folder)
+    yield flaky
+    flaky.close()
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Iterator[ShardCache]:
+    with ShardCache(tmp_path / "cache", 10**6, retries=3) as opened:
+        yield opened
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the attempts of a fetch."""
+    monkeypatch.setattr(remote, "FIRST_WAIT_SECONDS", 0.01)

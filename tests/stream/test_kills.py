@@ -8,13 +8,13 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from toy import make_text
+from waiting import until
 
 from revpatch.stream.build import build_shards
 from revpatch.stream.manifest import Manifest
@@ -184,10 +184,7 @@ def test_workers_end_with_their_parent(start: Start, tmp_path: Path) -> None:
     assert len(children) >= 2
     process.send_signal(signal.SIGKILL)
     process.wait(timeout=30)  # not communicate: an orphan would hold the pipe open
-    deadline = time.monotonic() + 20
-    while any(_runs(pid) for pid in children) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert [pid for pid in children if _runs(pid)] == []
+    until(lambda: not any(_runs(pid) for pid in children), "their end", 20)
 
 
 def _runs(pid: int) -> bool:

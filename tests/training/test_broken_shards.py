@@ -7,14 +7,15 @@ import re
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+from damage import damage
 from flaky_server import FlakyServer, drop, status
 from ranks import Runs, RunServer, run, torchrun
 from toy import BLOCK_SIZE, Toy
+from waiting import until
 
 from revpatch.ledger.audit import verify
 from revpatch.stream.build import build_shards
@@ -23,32 +24,9 @@ from revpatch.stream.tars import stride_of
 
 BLOCKS_PER_SHARD = 20
 STRIDE = stride_of(2 * BLOCK_SIZE)
-
-
-def cut(bytes_kept: int) -> Callable[[Path], None]:
-    return lambda path: path.write_bytes(path.read_bytes()[:bytes_kept])
-
-
-def overwrite(start: int, data: bytes) -> Callable[[Path], None]:
-    def damage(path: Path) -> None:
-        whole = bytearray(path.read_bytes())
-        whole[start : start + len(data)] = data
-        path.write_bytes(whole)
-
-    return damage
-
-
-DAMAGE: dict[str, Callable[[Path], Any]] = {
-    "corrupt": overwrite(3 * STRIDE + 520, b"\xff\xff"),
-    "cut inside a member": cut(3 * STRIDE + 530),
-    "cut on a member's boundary": cut(4 * STRIDE),
-    "cut inside a header": cut(4 * STRIDE + 100),
-    "a header destroyed": overwrite(5 * STRIDE, b"\0" * 512),
-    "zeroed": overwrite(0, b"\0" * BLOCKS_PER_SHARD * STRIDE),
-    "missing": Path.unlink,
-    "swapped": lambda path: path.write_bytes(path.with_name("shard-000002.tar").read_bytes()),
-}
-SEEN_AT_THE_START = ("cut inside a member", "cut on a member's boundary", "cut inside a header", "missing")
+DAMAGED = ("a flipped bit in a block", "cut inside a member", "cut on a member boundary", "cut inside a header")
+DAMAGED += ("a zeroed header", "zeroed", "missing", "swapped")
+SEEN_AT_THE_START = ("cut inside a member", "cut on a member boundary", "cut inside a header", "missing")
 """These have another size, which is looked at before the run begins."""
 
 
@@ -76,16 +54,16 @@ def broken_shard(runs: Runs, index: int) -> Path:
     return runs.folder / "new" / Manifest.read(runs.folder / "new").shards[index].name
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_stop_names_the_shard_and_stops_all_ranks(runs: Runs, damage: str) -> None:
+@pytest.mark.parametrize("how", DAMAGED)
+def test_stop_names_the_shard_and_stops_all_ranks(runs: Runs, how: str) -> None:
     path = broken_shard(runs, 1)
-    DAMAGE[damage](path)
+    damage(path, how)
     codes = runs.run("run", "--set", "stream.shuffle_blocks=8", timeout=60)
     assert codes == [2, 2], runs.log("run").read_text()
     words = runs.log("run").read_text()
     assert str(path) in words and "shard 1 of" in words
-    assert ("offset" in words) == (damage not in ("corrupt", "missing"))
-    assert ("All ranks stop here" in words) == (damage not in SEEN_AT_THE_START)
+    assert ("offset" in words) == (how not in ("a flipped bit in a block", "missing"))
+    assert ("All ranks stop here" in words) == (how not in SEEN_AT_THE_START)
     assert re.search(r"rank [01] on \S+: ", words)
 
 
@@ -96,20 +74,17 @@ def stopped(runs: Runs, words: str, place: str) -> None:
     assert not runs.events("run", "commit")
 
 
-@pytest.mark.parametrize("damage", ["cut inside a member", "missing", "swapped"])
-def test_stop_names_a_shard_that_breaks_after_the_start(runs: Runs, damage: str) -> None:
+@pytest.mark.parametrize("how", ["cut inside a member", "missing", "swapped"])
+def test_stop_names_a_shard_that_breaks_after_the_start(runs: Runs, how: str) -> None:
     waiting, path = runs.folder / "run.log.waiting", broken_shard(runs, 1)
     runs.start("run", wait_at={"target": "revpatch.training.watch:Watch.measure", "call": 1})
-    deadline = time.monotonic() + 60
-    while not waiting.exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    DAMAGE[damage](path)
+    until(waiting.exists)
+    damage(path, how)
     waiting.unlink()
     assert runs.server.wait(60) == [2, 2], runs.log("run").read_text()
     words = runs.log("run").read_text()
     stopped(runs, words, str(path))
-    assert damage == "missing" or "at offset" in words
+    assert how == "missing" or "at offset" in words
 
 
 @pytest.mark.parametrize(
@@ -126,10 +101,10 @@ def test_stop_names_a_command_that_fails_or_gives_too_little(runs: Runs, end: st
     assert re.search(found, words)
 
 
-@pytest.mark.parametrize("damage", ["corrupt", "cut inside a member", "missing"])
-def test_quarantine_takes_it_out_for_all_ranks_from_one_step_on(runs: Runs, damage: str) -> None:
+@pytest.mark.parametrize("how", ["a flipped bit in a block", "cut inside a member", "missing"])
+def test_quarantine_takes_it_out_for_all_ranks_from_one_step_on(runs: Runs, how: str) -> None:
     path = broken_shard(runs, 2)
-    DAMAGE[damage](path)
+    damage(path, how)
     quarantine = ["--set", "stream.on_error=quarantine", "--set", "stream.shuffle_blocks=8"]
     found = {}
     for world in (1, 2, 4):
@@ -145,7 +120,7 @@ def test_quarantine_takes_it_out_for_all_ranks_from_one_step_on(runs: Runs, dama
 
 
 def test_a_run_goes_on_after_a_quarantine_as_though_it_had_not_been_killed(runs: Runs) -> None:
-    DAMAGE["corrupt"](broken_shard(runs, 0))
+    damage(broken_shard(runs, 0), "a flipped bit in a block")
     quarantine = ["--set", "stream.on_error=quarantine", "--set", "stream.shuffle_blocks=8"]
     quarantine += ["--set", "phases.0.steps=30", "--set", "snapshot.every=5"]
     epoch = "first epoch 1 begins at 26, with 0 blocks left over of the one before"  # 100 blocks, 4 a step
@@ -215,7 +190,7 @@ def test_a_cache_without_room_stops_the_run_and_is_no_broken_shard(runs: Runs, r
 
 def test_no_shard_left_stops_the_run_though_it_would_read_around_them(runs: Runs) -> None:
     for index in range(5):
-        DAMAGE["corrupt"](broken_shard(runs, index))
+        damage(broken_shard(runs, index), "a flipped bit in a block")
     options = ["--set", "stream.on_error=quarantine", "--set", "sidecar.check_invertibility=false"]
     assert runs.run("run", *options, timeout=60) == [2, 2]
     assert "every one of the 5 shards of this set is broken" in runs.log("run").read_text()
@@ -232,7 +207,7 @@ def test_a_shard_that_breaks_before_the_commit_is_read_around_in_the_sample(runs
 
 
 def test_a_mixture_with_a_broken_shard_goes_on_after_a_kill(runs: Runs, toy: Toy) -> None:
-    DAMAGE["corrupt"](broken_shard(runs, 3))
+    damage(broken_shard(runs, 3), "a flipped bit in a block")
     parts = [{"shards": str(runs.folder / "new"), "weight": 3}, {"shards": str(toy.shards("second"))}]
     phases = [{"name": "both", "shards": parts, "steps": 24}]
     options = ["--set", f"phases={json.dumps(phases)}", "--set", "stream.on_error=quarantine"]
@@ -246,7 +221,7 @@ def test_a_mixture_with_a_broken_shard_goes_on_after_a_kill(runs: Runs, toy: Toy
 
 def test_a_real_launcher_ends_within_seconds_of_a_broken_shard(runs: Runs) -> None:
     """The ranks end as processes do, with their reading threads in the middle of something."""
-    DAMAGE["corrupt"](broken_shard(runs, 1))
+    damage(broken_shard(runs, 1), "a flipped bit in a block")
     began = time.monotonic()
     done = run(
         [*torchrun(2), "-m", "revpatch", "train", str(runs.config), "--set", "stream.shuffle_blocks=8"], timeout=90

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from flaky_server import FlakyServer, slow
 from toy import Toy
+from waiting import until
 
 from revpatch.config import BatchConfig
 from revpatch.stream.build import build_shards
@@ -44,13 +44,6 @@ def server(toy: Toy, tmp_path: Path) -> Iterator[FlakyServer]:
     flaky.close()
 
 
-def until(condition: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + 10
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return condition()
-
-
 def test_the_next_shard_is_asked_for_before_its_first_step(
     server: FlakyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -68,7 +61,7 @@ def test_the_next_shard_is_asked_for_before_its_first_step(
                 # One step is read ahead of the caller besides, and one more of those that wait.
                 if step in (BLOCKS_PER_SHARD - AHEAD + 1, 2 * BLOCKS_PER_SHARD - AHEAD + 1):
                     following = names[step // BLOCKS_PER_SHARD + 1]
-                    assert until(lambda name=following: server.count(name) == 1), f"{following} at step {step}"
+                    until(lambda name=following: server.count(name) == 1, f"{following} at step {step}", 10)
         assert all(server.count(name) <= 1 for name in names)
 
 
@@ -87,4 +80,4 @@ def test_rehearsed_shards_are_asked_for_ahead_too(
         assert len(names) > 3
         with Batches(corpus, mixture, replay, batch, peers, 0, Quarantine(0)).stream(100) as stream:
             next(stream)
-            assert until(lambda: names <= set(server.requests)), "all of them at the first step"
+            until(lambda: names <= set(server.requests), "all of them at the first step", 10)

@@ -1,38 +1,24 @@
-"""Runs that are killed, stopped or started again: real processes, which end as one that ran through does."""
+"""Runs that are killed or stopped: real processes, which end as one that ran through does."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
-from ranks import BIN, Runs, RunServer, environment, free_port, rank_pid, torchrun
-from toy import Toy
+from kill_moments import MOMENTS, QUICK
+from ranks import BIN, Runs, environment, free_port, rank_pid, torchrun
+from waiting import until
 
 from revpatch.ledger.audit import verify
 from revpatch.ledger.history import Ledger
 from revpatch.training.resume import Standing
-
-HARM = [[0, 6]]
-"""The first phase is rolled back at its step 6."""
-CHANGES: dict[str, Any] = {"snapshot": {"every": 5}, "monitoring": {"every": 4}, "probes": {"every": 3}}
-
-
-@pytest.fixture(scope="module")
-def make_runs(toy: Toy, server: RunServer, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Runs]:
-    def make(**changes: Any) -> Runs:
-        folder = tmp_path_factory.mktemp("runs")
-        return Runs(server, toy.config_file(folder, **{**CHANGES, **changes}), folder, harm=HARM)
-
-    return make
 
 
 @pytest.fixture(scope="module")
@@ -42,44 +28,6 @@ def through(make_runs: Callable[..., Runs]) -> Runs:
     assert runs.run("through") == [0, 0], runs.log("through").read_text()
     assert len(runs.events("through", "rollback")) == 1
     return runs
-
-
-MOMENTS: dict[str, dict[str, Any]] = {
-    "a rank, in a step": {
-        "target": "revpatch.training.engine:AccelerateEngine.train_step",
-        "call": 8,
-        "when": "before",
-    },
-    "all ranks, in a step": {
-        "target": "revpatch.training.engine:AccelerateEngine.train_step",
-        "call": 17,
-        "when": "after",
-        "rank": "all",
-    },
-    "before the first snapshot": {"target": "revpatch.training.trainer:Trainer._log", "call": 1, "when": "before"},
-    "a snapshot, half": {"target": "revpatch.training.snapshot:write_atomically", "call": 2, "when": "half"},
-    "a snapshot, before older ones go": {
-        "target": "revpatch.training.snapshot:write_atomically",
-        "call": 3,
-        "when": "after",
-    },
-    "a ledger's entry, half": {"target": "revpatch.ledger.entry:write_atomically", "call": 4, "when": "half"},
-    "an entry without its line": {"target": "revpatch.ledger.history:write_entry", "call": 4, "when": "after"},
-    "a journal's line, half": {"target": "revpatch.ledger.journal:Journal._write", "call": 14, "when": "half"},
-    "a probe": {"target": "revpatch.training.watch:Watch.measure", "call": 5, "when": "before"},
-    "a rollback, before the state": {"target": "revpatch.training.trainer:restore", "call": 2, "when": "before"},
-    "a rollback, before its event": {"target": "revpatch.training.trainer:restore", "call": 2, "when": "after"},
-    "a commit, before its entry": {"target": "revpatch.training.trainer:Trainer._commit", "call": 1, "when": "before"},
-    "a commit, before the replay": {"target": "revpatch.training.trainer:write_replay", "call": 1, "when": "before"},
-    "a commit, before its event": {"target": "revpatch.training.trainer:write_replay", "call": 1, "when": "after"},
-    "a commit, before its snapshot": {
-        "target": "revpatch.training.trainer:Trainer.take_snapshot",
-        "call": 3,
-        "when": "before",
-    },
-    "between phases": {"target": "revpatch.training.trainer:Trainer._begin", "call": 2, "when": "before"},
-}
-QUICK = ("a rank, in a step", "a snapshot, half", "an entry without its line", "a rollback, before its event")
 
 
 @pytest.mark.parametrize(
@@ -151,13 +99,6 @@ def test_under_deepspeed_too(through: Runs, stage: int) -> None:
     assert through.commits(f"killed{stage}") == through.commits(f"whole{stage}")
 
 
-def until(condition: Callable[[], bool], timeout: float = 60) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 @pytest.mark.parametrize(("sent", "rank"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 1)])
 def test_a_signal_to_any_rank_ends_the_step_and_writes_a_snapshot(
     through: Runs, sent: signal.Signals, rank: int
@@ -217,51 +158,6 @@ def test_a_second_sigterm_ends_a_rank_that_waits_for_another(through: Runs) -> N
     assert through.server.wait(timeout=10) == [-signal.SIGKILL, 128 + signal.SIGTERM]
 
 
-def losses(run: Path) -> dict[int, float]:
-    """loss by step of the run, from TensorBoard's files, as they count after a purge."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(run / "tensorboard")).Reload()
-    return {scalar.step: scalar.value for scalar in events.Scalars("loss/loss")}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("world", "stage", "other_world", "other_stage"),
-    [(2, 0, 1, 0), (2, 0, 4, 2), (1, 1, 2, 1), (2, 2, 2, None), (2, 1, 2, 0)],
-    ids=str,
-)
-def test_another_world_or_zero_stage_goes_on_with_the_same_losses(
-    toy: Toy, server: RunServer, tmp_path: Path, world: int, stage: int, other_world: int, other_stage: int | None
-) -> None:
-    def engine(stage: int | None) -> list[str]:
-        if stage is None:
-            return ["--set", "engine.kind=accelerate", "--set", "engine.deepspeed=null"]
-        zero = tmp_path / f"zero{stage}.json"
-        zero.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
-        return ["--set", "engine.kind=deepspeed", "--set", f"engine.deepspeed={zero}"]
-
-    config = toy.config_file(
-        tmp_path,
-        phases=[{"name": "first", "shards": str(toy.shards("first")), "steps": 80}],
-        optimizer={"lr": 3.0e-3, "warmup_steps": 5},
-        monitoring={"every": 1, "tensorboard": True},
-        probes={"every": 40, "sets": [{"name": "base", "shards": str(toy.shards("base_probe")), "max_blocks": 16}]},
-        snapshot={"every": 10},
-    )
-    runs = Runs(server, config, tmp_path)
-    assert runs.run("through", *engine(stage), world=world) == [0] * world, runs.log("through").read_text()
-    log = "revpatch.training.trainer:Trainer._log"
-    killed = {"rank": 0, "target": log, "call": 24, "when": "after"}
-    assert 0 not in runs.run("moved", *engine(stage), world=world, kill=killed)
-    assert runs.run("moved", *engine(other_stage), world=other_world) == [0] * other_world
-    expected, found = losses(runs.path("through")), losses(runs.path("moved"))
-    assert sorted(found) == sorted(expected) == list(range(1, 81))
-    assert [found[step] for step in range(1, 81)] == pytest.approx([expected[step] for step in range(1, 81)], rel=1e-4)
-    changed = Ledger(runs.path("moved/ledger"), readonly=True).journal.records()
-    assert next(event for event in changed if event["event"] == "resume")["snapshot"] == "step000000000020.pt"
-
-
 def test_a_full_disk_stops_the_run_in_words_and_loses_nothing(through: Runs) -> None:
     """The snapshots are the first files that are too large."""
     largest = max(path.stat().st_size for path in (through.path("through") / "ledger").iterdir())
@@ -307,127 +203,3 @@ def test_deepspeed_passes_the_exit_code_on(through: Runs) -> None:
             assert process.wait(60) == 75, through.log("passed").read_text()
         finally:
             process.kill()
-
-
-class TestWhatIsRefusedAndWhatIsNot:
-    """One run, ended after its first phase, started again in many ways."""
-
-    @pytest.fixture(scope="class")
-    def runs(self, make_runs: Callable[..., Runs]) -> Runs:
-        runs = make_runs()
-        assert runs.run("run", world=1, kill={"rank": 0, **MOMENTS["between phases"]}) == [-signal.SIGKILL]
-        return runs
-
-    @pytest.fixture
-    def copy(self, runs: Runs, request: pytest.FixtureRequest) -> str:
-        name = f"copy_{request.node.name.replace('[', '_').replace(']', '_')[:60]}"
-        shutil.copytree(runs.path("run"), runs.path(name))
-        return name
-
-    def refused(self, runs: Runs, name: str, *options: str) -> str:
-        before = {path: path.read_bytes() for path in runs.path(name).rglob("*") if path.is_file()}
-        assert runs.run(name, *options, world=1) == [2]
-        after = {path: path.read_bytes() for path in runs.path(name).rglob("*") if path.is_file()}
-        assert {path: data for path, data in after.items() if path.name != "train.log"} == {
-            path: data for path, data in before.items() if path.name != "train.log"
-        }, "nothing was lost or changed"
-        return runs.log(name).read_text()
-
-    def test_another_config(self, runs: Runs, copy: str) -> None:
-        words = self.refused(runs, copy, "--set", "optimizer.lr=0.5", "--set", "phases.0.steps=13", "--set", "seed=1")
-        for key, then, now in (("optimizer.lr", "0.01", "0.5"), ("phases.0.steps", "12", "13"), ("seed", "0", "1")):
-            assert f"{key}: {then} then, {now} now" in words
-        assert words.count(" then, ") == 3
-
-    def test_fresh(self, runs: Runs, copy: str) -> None:
-        assert "--overwrite" in self.refused(runs, copy, "--fresh")
-        assert "needs --fresh" in self.refused(runs, copy, "--overwrite")
-        assert runs.run(copy, "--fresh", "--overwrite", world=1) == [0]
-        assert "going on with" not in runs.log(copy).read_text()
-        assert [event["event"] for event in runs.events(copy, "run")] == ["run"]
-        assert not (runs.path(copy) / "snapshot/step000000000005.pt").exists()
-
-    def test_killed_while_it_is_deleted_to_begin_anew(self, runs: Runs, copy: str) -> None:
-        config = {"rank": 0, "target": "revpatch.training.resume:write_atomically", "call": 1, "when": "before"}
-        assert runs.run(copy, "--fresh", "--overwrite", world=1, kill=config) == [-signal.SIGKILL]
-        assert [path.name for path in runs.path(copy).iterdir()] == [".lock"]
-        (runs.path(copy) / ".config.yaml.0a1b.tmp").touch()
-        assert runs.run(copy, world=1) == [0], "what is left is no one's, and in nobody's way"
-
-    def test_other_shards_under_the_name(self, runs: Runs, copy: str, toy: Toy) -> None:
-        place = toy.shards("second_probe")
-        words = self.refused(runs, copy, "--set", f"probes.sets.0.shards={place}")
-        assert "not the shards that the run has trained with" in words
-
-    def test_a_folder_that_moved(self, runs: Runs, copy: str, toy: Toy, tmp_path: Path) -> None:
-        shutil.copytree(toy.shards("base"), tmp_path / "elsewhere")
-        options = ["--set", f"replay.base={tmp_path / 'elsewhere'}", "--set", "monitoring.every=2"]
-        assert runs.run(copy, *options, world=1) == [0], runs.log(copy).read_text()
-        changed = runs.events(copy, "resume")[0]["changed"]
-        assert changed.keys() == {"output_dir", "replay.base", "monitoring.every"}
-        assert changed["monitoring.every"] == [4, 2]
-
-    def test_another_base(self, runs: Runs, copy: str, toy: Toy, tmp_path: Path) -> None:
-        from toy import save_base
-
-        other = save_base(tmp_path / "other", toy.tokenizer, seed=5)
-        assert "begun with" in self.refused(runs, copy, "--set", f"base.model={other}")
-
-    def test_a_journal_of_another_history(self, runs: Runs, copy: str) -> None:
-        journal = runs.path(copy) / "ledger/journal.jsonl"
-        journal.write_text("".join(journal.read_text().splitlines(keepends=True)[:5]))
-        assert "put back the journal" in self.refused(runs, copy)
-
-    def test_a_damaged_snapshot_gives_way_to_the_one_before(self, runs: Runs, copy: str) -> None:
-        newest = max((runs.path(copy) / "snapshot").iterdir())
-        data = bytearray(newest.read_bytes())
-        middle = len(data) // 2
-        data[middle : middle + 500] = bytes(byte ^ 1 for byte in data[middle : middle + 500])
-        newest.write_bytes(data)
-        assert runs.run(copy, world=1) == [0], runs.log(copy).read_text()
-        words = runs.log(copy).read_text()
-        assert f"snapshot {newest.name} can't be used" in words and "going on" in words
-        assert (newest.with_name(f"{newest.name}.damaged")).exists()
-
-    def test_damaged_snapshots_alone(self, runs: Runs, copy: str) -> None:
-        for path in (runs.path(copy) / "snapshot").iterdir():
-            path.write_bytes(path.read_bytes()[:-100])
-        before = (runs.path(copy) / "ledger/journal.jsonl").read_bytes()
-        assert runs.run(copy, world=1) == [2]
-        assert "found damaged ones alone" in runs.log(copy).read_text()
-        assert (runs.path(copy) / "ledger/journal.jsonl").read_bytes() == before
-        assert (runs.path(copy) / "replay/000_first").is_dir()
-
-    def test_a_run_that_is_over_and_then_gets_another_phase(self, runs: Runs, copy: str, toy: Toy) -> None:
-        assert runs.run(copy, world=1) == [0]
-        commits = runs.commits(copy)
-        journal = (runs.path(copy) / "ledger/journal.jsonl").read_bytes()
-        assert runs.run(copy, world=1) == [0]
-        assert "is over" in runs.log(copy).read_text()
-        assert (runs.path(copy) / "ledger/journal.jsonl").read_bytes() == journal
-        (runs.path(copy) / "snapshot").rename(runs.folder / "away")
-        words = self.refused(runs, copy)
-        assert "expected a snapshot in snapshot/" in words and "--fresh --overwrite" in words
-        (runs.folder / "away").rename(runs.path(copy) / "snapshot")
-        phases = [{"name": n, "shards": str(toy.shards(n)), "steps": 12} for n in ("first", "second")]
-        third = {"name": "third", "shards": str(toy.shards("first")), "steps": 6}
-        option = f"phases={json.dumps([*phases, third])}"
-        assert runs.run(copy, "--set", option, world=1) == [0], runs.log(copy).read_text()
-        assert runs.commits(copy)[:2] == commits and len(runs.commits(copy)) == 3
-        assert verify(runs.path(copy)).ok
-
-    def test_two_at_once(self, runs: Runs, copy: str) -> None:
-        import fcntl
-
-        with (runs.path(copy) / ".lock").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            assert "another process is writing to this folder" in self.refused(runs, copy)
-
-
-def test_steps_may_change_while_the_phase_is_under_way(make_runs: Callable[..., Runs]) -> None:
-    runs = make_runs()
-    kill = {"rank": 0, "target": "revpatch.training.trainer:Trainer._log", "call": 3, "when": "before"}
-    assert runs.run("run", world=1, kill=kill) == [-signal.SIGKILL]
-    assert runs.run("run", "--set", "phases.0.steps=4", world=1) == [2], "fewer than were made"
-    assert runs.run("run", "--set", "phases.0.steps=15", world=1) == [0], runs.log("run").read_text()
-    assert [event["step"] for event in runs.events("run", "probe") if event["phase"] == "first"][-1] == 15

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from full_disk import full_disk
+from ranks import Runs, RunServer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
+from toy import BLOCK_SIZE, WIDTH, Toy
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from revpatch.config import ObjectiveConfig, SidecarConfig
 from revpatch.patch.patched_model import attach, switchboard
+from revpatch.stream.permutation import hash64
+from revpatch.stream.replay import ReplayMixture
+from revpatch.stream.shard_set import ShardSet
 from revpatch.training.objective import PatchObjective
 from revpatch.training.teacher import Teacher
 from revpatch.training.teacher_cache import TeacherCache
@@ -158,9 +166,63 @@ def test_a_small_sample_beside_a_large_set_is_found_again() -> None:
     assert cache.hits / 2000 == pytest.approx(0.5 + 0.5 * 20 / 4000, rel=0.1)
 
 
+def test_a_spill_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"teacher\.spill: .*/file/spill can't be written.*name another folder"):
+        TeacherCache(0, tmp_path / "file/spill", 10**6).put(KEYS[0], [torch.zeros(9)])
+
+
+def test_what_was_spilt_does_not_stay_when_a_run_ends_in_the_middle_of_a_phase(tmp_path: Path) -> None:
+    ended = "raise SystemExit(75)"  # as a signal ends it
+    code = (
+        "import pathlib, sys, torch; from revpatch.training.teacher_cache import TeacherCache;"
+        "cache = TeacherCache(0, pathlib.Path(sys.argv[1]), 10**6); cache.put(('a set', 0), [torch.zeros(9)]);"
+        f"assert any(path.is_file() for path in pathlib.Path(sys.argv[1]).rglob('*')); {ended}"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (75, "")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_full_disk_is_told_and_leaves_no_half_file(tmp_path: Path) -> None:
     cache = TeacherCache(0, tmp_path, 10**6)
     with full_disk(), pytest.raises(OSError, match=r"teacher.spill.*make room"):
         cache.put(KEYS[0], [torch.zeros(1000)])
     assert cache.get(KEYS[0], CPU) is None
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def counted(shares: dict[Path, float], first_step: int, room: int) -> list[float]:
+    """What of the replayed blocks is found again, by every four steps of a phase of 12, four blocks a step, if this
+    share of each set is let in and there is room for so many blocks."""
+    sets = [ShardSet(folder) for folder in shares]
+    drawn, kept, found = ReplayMixture(sets, 4, seed=0), set(), []
+    for step in range(first_step, first_step + 12):
+        for which, block in zip(*map(list, drawn.locate(step)), strict=True):
+            found.append((which, block) in kept)
+            if len(kept) < room and int(hash64(block)) < list(shares.values())[which] * 2**64:
+                kept.add((which, block))
+    return [sum(found[start : start + 16]) / 16 for start in range(0, 48, 16)]
+
+
+def test_a_run_tells_the_cache_what_it_will_rehearse(toy: Toy, server: RunServer, tmp_path: Path) -> None:
+    """The phase's sample has room whole and the base's blocks in part; which these are is known from the sets alone."""
+    room, base = 32, toy.shards("base_probe")
+    probe = {"name": "first", "shards": str(toy.shards("first_probe")), "tolerance": 9.0, "max_blocks": 4}
+    config = toy.config_file(
+        tmp_path,
+        replay={"base": str(base), "blocks_per_phase": 8},
+        probes={"every": 4, "sets": [probe]},
+        rollback={"max_drift": 9.0},
+        teacher={"cache_gb": (room + 0.5) * BLOCK_SIZE * WIDTH * 4 / 1e9},
+        monitoring={"tensorboard": True},
+    )
+    runs = Runs(server, config, tmp_path)
+    assert runs.run("run", world=1) == [0], runs.log("run").read_text()
+    events = EventAccumulator(str(runs.path("run") / "tensorboard")).Reload()
+    rates = [point.value for point in events.Scalars("teacher/cache_hit_rate")]
+    blocks, sample = len(ShardSet(base)), runs.path("run") / "replay/000_first"
+    assert blocks > 2 * room and len(ShardSet(sample)) == 8
+    second = counted({base: (room - 8) / blocks, sample: 1.0}, 12, room)
+    assert rates == pytest.approx(counted({base: room / blocks}, 0, room) + second)
+    assert 0 < rates[2] < second[-1]

@@ -1,0 +1,100 @@
+"""What can't be generated from is refused in words, and code in a patch file is not run."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from command import Call, one_line
+from toy import POSITIONS, Toy, save_base
+from trained_run import PROMPT, Run, copy_of
+
+from revpatch.ledger.entry import read_entry, serialise, write_entry
+
+
+def test_mistakes_in_generating_are_told_in_words(run: Run, toy: Toy, tmp_path: Path, revpatch: Call) -> None:
+    entry = run.entry("001_second_commit.pt")
+
+    def refused(*words: object, patch: Path = entry, prompt: str = PROMPT, more: tuple[str | Path, ...] = ()) -> None:
+        one_line(revpatch("generate", "--patch", patch, "--prompt", prompt, *more), *words)
+
+    refused("--prompt is empty", prompt="")
+    long = " ".join(["the"] * POSITIONS)
+    refused("--prompt", POSITIONS, "tokens", "cut the prompt", prompt=long)
+    refused("--prompt", "cut the prompt", prompt=long * 20)
+    refused("--gate 'half'", "learned, on or off", more=("--gate", "half"))
+    refused("--compare", "leave out --gate on", more=("--gate", "on", "--compare"))
+    refused("--greedy", "all 3 samples", "--num-samples", more=("--greedy", "--num-samples", "3"))
+    for option in ("--temperature", "--top-p", "--top-k", "--seed"):
+        refused("--greedy draws nothing", option, more=("--greedy", option, "1"))
+    blank = tmp_path / "blank.txt"
+    blank.write_text("\n \n", encoding="utf-8")
+    refused("--prompt-file", blank, "a prompt a line", more=("--prompt-file", blank))
+    refused("--prompt-file", entry, "no UTF-8", more=("--prompt-file", entry))
+    refused(tmp_path / "nowhere.txt", more=("--prompt-file", tmp_path / "nowhere.txt"))
+    refused(tmp_path / "none.pt", "no such file", patch=tmp_path / "none.pt")
+    refused(tmp_path, "a folder without ledger", patch=tmp_path)
+    other = save_base(tmp_path / "other", toy.tokenizer, seed=1)
+    refused(entry, "sha256", other, "--base", more=("--base", other))
+    refused(tmp_path / "gone", "--base", more=("--base", tmp_path / "gone"))
+    cut = tmp_path / "cut.pt"
+    cut.write_bytes(entry.read_bytes()[:-1000])
+    refused(cut, "truncated or damaged", patch=cut)
+    script = tmp_path / "script.pt"
+    torch.jit.script(torch.nn.Linear(2, 2)).save(str(script))
+    refused(script, "a TorchScript archive", "Nothing in it was run", patch=script)
+    tensors, metadata = read_entry(entry)
+    for number, (key, value) in enumerate((("dtype", "nonsense"), ("dtype", 16), ("sha256", 7), ("model", ["x"]))):
+        wrong = tmp_path / f"wrong{number}.pt"
+        write_entry(wrong, tensors, {**metadata, "base": {**metadata["base"], key: value}})
+        refused(wrong, f"base.{key}", repr(value), patch=wrong)
+    torn = Path(shutil.copytree(toy.base, tmp_path / "torn"))
+    (torn / "model.safetensors").write_bytes((toy.base / "model.safetensors").read_bytes()[:-1000])
+    refused(torn, "can't be loaded", "--base", more=("--base", torn))
+    empty = tmp_path / "empty.pt"
+    empty.touch()
+    refused(empty, "not a revpatch entry", patch=empty)
+    foreign = tmp_path / "foreign.pt"
+    torch.save({"a": torch.ones(2)}, foreign)
+    refused(foreign, "not a revpatch entry", patch=foreign)
+    config = run.directory / "config.yaml"
+    refused(config, patch=config)
+
+
+def test_an_entry_that_was_changed_in_its_ledger_is_refused(run: Run, revpatch: Call, tmp_path: Path) -> None:
+    entry = copy_of(run, tmp_path) / "ledger/001_second_commit.pt"
+    tensors, metadata = read_entry(entry)
+    name = next(iter(tensors))
+    entry.write_bytes(serialise({**tensors, name: tensors[name] + 1}, metadata))
+    one_line(revpatch("generate", "--patch", entry, "--prompt", "x"), entry, "not the file that was recorded", "sha256")
+    alone = tmp_path / entry.name
+    alone.write_bytes(entry.read_bytes())
+    assert revpatch("generate", "--patch", alone, "--prompt", "x", "--greedy").code == 0, "it is sound by itself"
+    stray = entry.with_name("stray.pt")
+    stray.write_bytes(entry.read_bytes())
+    one_line(revpatch("generate", "--patch", stray, "--prompt", "x"), "stray.pt", "is not in")
+
+
+class Bomb:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.target,))
+
+
+def test_code_in_a_patch_file_is_refused_and_not_run(revpatch: Call, tmp_path: Path) -> None:
+    mark = tmp_path / "it ran"
+    bare, packed = tmp_path / "bare.pt", tmp_path / "packed.pt"
+    bare.write_bytes(pickle.dumps(Bomb(mark)))
+    torch.save({"header": "{}", "tensors": Bomb(mark)}, packed)
+    for path in (bare, packed):
+        one_line(revpatch("generate", "--patch", path, "--prompt", "x"), path, "executed" if path == packed else "run")
+        assert not mark.exists()
+    pickle.loads(bare.read_bytes())  # noqa: S301  (the bomb works)
+    assert mark.exists()

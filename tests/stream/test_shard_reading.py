@@ -1,0 +1,124 @@
+"""Reading blocks of a set, and shards that are broken: named before a block of them is handed out."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from damage import DAMAGES, damage, flip
+from remote_set import second
+from toy_shards import write_blocks
+
+from revpatch.stream.manifest import Manifest
+from revpatch.stream.shard_set import ShardSet
+from revpatch.stream.tars import HEADER_BYTES, ShardError, stride_of
+
+
+def test_blocks_are_read_in_the_order_asked_for(tmp_path: Path) -> None:
+    blocks = np.random.default_rng(0).integers(0, 2**16, size=(53, 6))
+    write_blocks(tmp_path / "set", blocks, blocks_per_shard=10)
+    ids = np.array([52, 0, 9, 10, 11, 52, 30])
+    with ShardSet(tmp_path / "set") as shards:
+        read = shards.read(ids)
+        assert read.dtype == np.int64
+        np.testing.assert_array_equal(read, blocks[ids])
+        assert shards.read(np.array([], dtype=np.int64)).shape == (0, 6)
+        for wrong in (-1, 53):
+            with pytest.raises(IndexError, match="0 to 52"):
+                shards.read(np.array([0, wrong]))
+        shards.close()
+        np.testing.assert_array_equal(shards.read(ids), blocks[ids])
+
+
+def test_more_shards_than_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("revpatch.stream.local_files._OPEN_FILES", 3)
+    blocks = np.arange(80).reshape(20, 4)
+    write_blocks(tmp_path / "set", blocks, blocks_per_shard=1)
+    open_before = len(list(Path("/proc/self/fd").iterdir())) if Path("/proc/self/fd").exists() else 0
+    with ShardSet(tmp_path / "set") as shards:
+        ids = np.random.default_rng(0).integers(0, 20, size=200)
+        np.testing.assert_array_equal(shards.read(ids), blocks[ids])
+        if open_before:
+            assert len(list(Path("/proc/self/fd").iterdir())) <= open_before + 3
+
+
+def test_a_shard_that_was_swapped_since_it_was_hashed_is_hashed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("revpatch.stream.local_files._OPEN_FILES", 1)
+    manifest = write_blocks(tmp_path / "set", np.arange(8).reshape(2, 4), blocks_per_shard=1)
+    path = tmp_path / "set" / manifest.shards[0].name
+    with ShardSet(tmp_path / "set") as shards:
+        shards.read(np.array([0, 1]))  # the first is closed again
+        path.with_name("other").write_bytes(flip(path.read_bytes(), HEADER_BYTES))
+        path.with_name("other").replace(path)
+        with pytest.raises(ShardError, match=f"{path.name}.*expected sha256"):
+            shards.read(np.array([0]))
+
+
+def test_a_set_may_move_and_bear_any_name(built: Path, tmp_path: Path) -> None:
+    with ShardSet(built) as shards:
+        expected = shards.read(np.arange(len(shards)))
+    with ShardSet(shutil.move(built, tmp_path / "a #1 100% 😀")) as shards:
+        np.testing.assert_array_equal(shards.read(np.arange(len(shards))), expected)
+
+
+# Shards that are broken.
+
+
+@pytest.mark.parametrize("how", [*DAMAGES, "longer"])
+def test_a_damaged_shard_is_named_before_a_block_of_it_is_handed_out(built: Path, how: str) -> None:
+    path = second(built)
+    if how == "longer":
+        path.write_bytes(path.read_bytes() + bytes(512))
+    else:
+        damage(path, how)
+    for use in (lambda s: s.read(np.array([25])), lambda s: s.verify()):
+        with pytest.raises(ShardError, match=rf"{path.name}: shard 1 of \d+: expected .* found .*; copy this file"):
+            use(ShardSet(built))
+
+
+def test_a_shard_of_another_size_is_refused_when_the_sizes_are_checked(built: Path) -> None:
+    damage(second(built), "cut on a member boundary")
+    with pytest.raises(ShardError, match=rf"{second(built).name}.*expected \d+ bytes, found 3072"):
+        ShardSet(built).check_sizes()
+
+
+def test_the_shards_that_are_whole_can_still_be_read(built: Path) -> None:
+    damage(second(built), "a flipped bit in a block")
+    with ShardSet(built) as shards:
+        assert shards.read(np.arange(20)).shape == (20, 16)
+        with pytest.raises(ShardError):
+            shards.read(np.arange(19, 21))
+
+
+def test_a_missing_and_a_swapped_shard(built: Path) -> None:
+    manifest = Manifest.read(built)
+    first, second = (built / shard.name for shard in manifest.shards[:2])
+    kept = first.read_bytes()
+    first.write_bytes(second.read_bytes())  # of the same size
+    with pytest.raises(ShardError, match=rf"{first.name}.*expected sha256 {manifest.shards[0].sha256}"):
+        ShardSet(built).read(np.array([0]))
+    first.write_bytes(kept)
+    second.unlink()
+    with pytest.raises(ShardError, match=rf"{second.name}: shard 1 of \d+: expected a file, found nothing"):
+        ShardSet(built).check_sizes()
+
+
+def test_a_shard_that_changes_while_it_is_read(built: Path) -> None:
+    manifest = Manifest.read(built)
+    path = built / manifest.shards[0].name
+    stride = stride_of(manifest.block_bytes)
+    with ShardSet(built) as shards:
+        shards.read(np.array([0]))
+        with path.open("r+b") as file:
+            file.seek(2 * stride)
+            file.write(b"else")
+        with pytest.raises(ShardError, match=rf"{path.name}.*expected member 000000000002.bin at offset {2 * stride}"):
+            shards.read(np.array([2]))
+        with path.open("r+b") as file:
+            file.truncate(3 * stride + 100)
+        with pytest.raises(ShardError, match=r"expected \d+ bytes at offset \d+, found 100"):
+            shards.read(np.array([3]))
