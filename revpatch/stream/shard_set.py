@@ -18,7 +18,7 @@ import numpy as np
 from revpatch.stream import remote
 from revpatch.stream.local_files import LocalFiles
 from revpatch.stream.manifest import MANIFEST_NAME, Manifest
-from revpatch.stream.placed_shard import PlacedShard
+from revpatch.stream.placed_shard import PlacedShard, place
 from revpatch.stream.shard_cache import ShardCache
 from revpatch.stream.tars import HEADER_BYTES, ShardError, member_name, stride_of
 
@@ -60,7 +60,7 @@ class ShardSet:
         self._stride = stride_of(self.manifest.block_bytes)
         self._dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
         self._ends = np.cumsum([shard.blocks for shard in self.manifest.shards], dtype=np.int64)
-        self._placed = _place(self.location, self.manifest)
+        self._placed = place(self.location, self.manifest)
         self._broken: dict[int, ShardError] = {}
         self._lock = threading.Lock()
 
@@ -179,15 +179,6 @@ class ShardSet:
             offset = (block_id - placed.first_block) * self._stride
             found = bytes(members[wrong[0], :_NAME_BYTES])
             raise placed.error(f"member {member_name(block_id)} at offset {offset}", repr(found), offset)
-
-
-def _place(location: str, manifest: Manifest) -> list[PlacedShard]:
-    placed, first_block, count, digest = [], 0, len(manifest.shards), manifest.digest
-    for i, shard in enumerate(manifest.shards):
-        where = remote.url_in(location, shard.name) if remote.is_remote(location) else f"{location}/{shard.name}"
-        placed.append(PlacedShard(where, i, count, shard, first_block, manifest.block_bytes, digest))
-        first_block += shard.blocks
-    return placed
 
 
 def _fetch_manifest(location: str, retries: int) -> Manifest:

@@ -293,11 +293,15 @@ def flip(data: bytes, at: int) -> bytes:
 
 AT = 3 * STRIDE
 DAMAGES: dict[str, tuple[Callable[[bytes], bytes], int | None]] = {
-    "a flipped bit in a block": (lambda data: flip(data, AT + HEADER_BYTES + 5), None),
+    "a flipped bit in a block": (lambda data: flip(data, AT + HEADER_BYTES + 5), AT),
+    "a flipped bit in the padding": (lambda data: flip(data, AT + STRIDE - 1), AT),
+    "a flipped bit of no meaning in a header": (lambda data: flip(data, AT + 110), AT),
+    "a flipped bit in the tar's end": (lambda data: flip(data, 10 * STRIDE + 70), 10 * STRIDE + 70),
+    "two blocks": (lambda data: flip(flip(data, AT + HEADER_BYTES + 5), AT + 2 * STRIDE + 5), AT),
     "a flipped bit in a name": (lambda data: flip(data, AT + 3), AT),
     "a flipped bit in a checksum": (lambda data: flip(data, AT + 150), AT),
     "a zeroed member": (lambda data: data[:AT] + bytes(STRIDE) + data[AT + STRIDE :], AT),
-    "zeroed data": (lambda data: data[: AT + 512] + bytes(512) + data[AT + STRIDE :], None),
+    "zeroed data": (lambda data: data[: AT + 512] + bytes(512) + data[AT + STRIDE :], AT),
     "zeroed": (lambda data: bytes(len(data)), 0),
     "cut inside a member": (lambda data: data[: AT + HEADER_BYTES + 5], AT),
     "cut on a member boundary": (lambda data: data[:AT], AT),
