@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from toy import Toy
 from revpatch.ledger.audit import verify
 from revpatch.ledger.history import Ledger
 from revpatch.training.resume import Standing
+from revpatch.training.snapshot import Snapshot
 
 HARM = [[0, 6]]
 """The first phase is rolled back at its step 6."""
@@ -196,9 +198,9 @@ def test_a_second_sigterm_exits_at_once(through: Runs) -> None:
     pids = through.start("twice", world=1, wait_at={"target": probe, "call": 2})
     until(lambda: (through.folder / "twice.log.waiting").exists())
     os.kill(pids[0], signal.SIGTERM)
-    time.sleep(0.2)
+    time.sleep(0.05)
     os.kill(pids[0], signal.SIGTERM)  # a launcher passing on what its ranks got as well
-    time.sleep(1.2)
+    time.sleep(0.5)
     os.kill(pids[0], signal.SIGTERM)
     assert through.server.wait(timeout=5) == [128 + signal.SIGTERM]
     assert through.run("twice", world=1) == [0]
@@ -211,7 +213,7 @@ def test_a_second_sigterm_ends_a_rank_that_waits_for_another(through: Runs) -> N
     time.sleep(0.5)
     for _ in range(2):
         os.kill(pids[1], signal.SIGTERM)
-        time.sleep(1.2)
+        time.sleep(0.5)
     until(lambda: Path(f"/proc/{pids[1]}/stat").read_text().split(") ")[1][0] == "Z", timeout=3)
     os.kill(pids[0], signal.SIGKILL)
     assert through.server.wait(timeout=10) == [-signal.SIGKILL, 128 + signal.SIGTERM]
@@ -376,7 +378,20 @@ class TestWhatIsRefusedAndWhatIsNot:
     def test_a_journal_of_another_history(self, runs: Runs, copy: str) -> None:
         journal = runs.path(copy) / "ledger/journal.jsonl"
         journal.write_text("".join(journal.read_text().splitlines(keepends=True)[:5]))
-        assert "put back the journal" in self.refused(runs, copy)
+        words = self.refused(runs, copy)
+        assert "put back the journal" in words and "remove snapshot/" not in words, "no older one is of it either"
+        assert "--fresh --overwrite" in words
+
+    def test_a_journal_that_an_older_snapshot_belongs_to(self, runs: Runs, copy: str) -> None:
+        older, newest = (Snapshot.read(path) for path in sorted((runs.path(copy) / "snapshot").iterdir()))
+        journal = runs.path(copy) / "ledger/journal.jsonl"
+        journal.write_text("".join(journal.read_text().splitlines(keepends=True)[: older.events]))
+        told = re.search(r"remove (snapshot/\S+) to go on from (\S+),", " ".join(self.refused(runs, copy).split()))
+        assert told is not None and told.groups() == (f"snapshot/{newest.name}", older.name)
+        (runs.path(copy) / told[1]).unlink()
+        assert runs.run(copy, world=1) == [0], runs.log(copy).read_text()
+        assert runs.events(copy, "resume")[0]["snapshot"] == older.name
+        assert verify(runs.path(copy)).ok
 
     def test_a_damaged_snapshot_gives_way_to_the_one_before(self, runs: Runs, copy: str) -> None:
         newest = max((runs.path(copy) / "snapshot").iterdir())
