@@ -69,7 +69,7 @@ def stand(config: Config, fresh: bool, overwrite: bool) -> Standing:
     """
     directory = Path(config.output_dir).absolute()
     named = f"output_dir = {config.output_dir}"
-    is_run, restored = (directory / CONFIG_NAME).is_file(), is_restored(directory)
+    is_run, restored = has_begun(config), is_restored(directory)
     if directory.exists() and not is_run and (not directory.is_dir() or _holds_anything(directory, restored)):
         raise FileExistsError(
             f"{named}: it exists, and is neither an empty folder nor a run. Nothing was overwritten: choose another "
@@ -106,6 +106,11 @@ def stand(config: Config, fresh: bool, overwrite: bool) -> Standing:
     if not is_over(standing, config):
         check_nothing_made(directory, standing.origin, standing.snapshot, named)
     return standing
+
+
+def has_begun(config: Config) -> bool:
+    """Whether there is a run in the folder that the config names."""
+    return (Path(config.output_dir) / CONFIG_NAME).is_file()
 
 
 def is_over(standing: Standing, config: Config) -> bool:

@@ -369,6 +369,19 @@ class TestWhatIsRefusedAndWhatIsNot:
         assert changed.keys() == {"output_dir", "replay.base", "monitoring.every"}
         assert changed["monitoring.every"] == [4, 2]
 
+    def test_the_shards_of_a_committed_phase_may_be_gone_and_no_others(
+        self, runs: Runs, copy: str, toy: Toy, tmp_path: Path
+    ) -> None:
+        gone, there = tmp_path / "gone", tmp_path / "there"
+        shutil.copytree(toy.shards("second"), there)
+        options = ["--set", f"phases.0.shards={gone}", "--set", f"phases.1.shards={there}"]
+        hidden = there.rename(tmp_path / "hidden")
+        words = self.refused(runs, copy, *options)
+        assert f"phases.1.shards = {there}" in words and "there is no manifest" in words
+        hidden.rename(there)
+        assert runs.run(copy, *options, world=1) == [0], runs.log(copy).read_text()
+        assert len(runs.commits(copy)) == 2
+
     def test_another_base(self, runs: Runs, copy: str, toy: Toy, tmp_path: Path) -> None:
         from toy import save_base
 
