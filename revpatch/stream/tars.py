@@ -15,6 +15,7 @@ import hashlib
 import logging
 import os
 import tarfile
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -254,7 +255,7 @@ def check_installable(folder: Path, manifest: Manifest) -> None:
         return
     found = Manifest.read(folder)
     if found.digest != manifest.digest:
-        differing = [name for name in vars(manifest) if getattr(manifest, name) != getattr(found, name)]
+        differing = [key.name for key in fields(manifest) if getattr(manifest, key.name) != getattr(found, key.name)]
         raise FileExistsError(
             f"{folder}: holds another set of shards (it differs in {', '.join(differing)}); "
             "choose another folder, or remove this one first"
