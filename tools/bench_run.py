@@ -3,10 +3,11 @@
     python tools/bench_run.py [--steps N] [--zero STAGE ...] [--json FILE]
 
 Workload: the demo's first phase (configs/demo.yaml: 2.6 M parameter base, in float32 where the CPU is faster in it, 16
-new and 16 replayed blocks of 128 tokens) for 100 steps on two ranks of one thread each, with a log line at every step and a
-snapshot at every fifth; once for each DeepSpeed ZeRO stage that is named (0 where none is; `--zero 0 1 2` for all). The trainer's own clocks are read back from its TensorBoard files:
-time/step, time/waiting_for_data and time/snapshot (what a step stands still while the state is copied; the file is
-written beside the steps). The first ten steps are left out. Prints a table and exits with 1 if a figure does not hold.
+new and 16 replayed blocks of 128 tokens) for 100 steps on two ranks of one thread each, with a log line at every step
+and a snapshot at every fifth; once for each DeepSpeed ZeRO stage that is named (0 where none is, `--zero 0 1 2` for
+all). The trainer's own clocks are read back from its TensorBoard files: time/step, time/waiting_for_data and
+time/snapshot (what a step stands still while the state is copied; the file is written beside the steps). The first ten
+steps are left out. Prints a table and exits with 1 if a figure does not hold.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from revpatch.training.launch import bfloat16_is_slow
 
 ROOT = Path(__file__).resolve().parent.parent
 WARM_UP = 10
+SNAPSHOT_EVERY = 5
 
 
 def train(run: Path, steps: int, stage: int) -> None:
@@ -41,7 +43,7 @@ def train(run: Path, steps: int, stage: int) -> None:
         "probes.every": 10 * steps,
         "optimizer.warmup_steps": WARM_UP,
         "monitoring.every": 1,
-        "snapshot.every": 5,
+        "snapshot.every": SNAPSHOT_EVERY,
         "engine.deepspeed": f"configs/deepspeed/zero{stage}.json",
     }
     if bfloat16_is_slow():
@@ -87,8 +89,8 @@ def main() -> None:
     parser.add_argument("--zero", type=int, nargs="+", choices=(0, 1, 2), default=[0], metavar="STAGE")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    if arguments.steps <= WARM_UP:
-        parser.error(f"--steps {arguments.steps}: the first {WARM_UP} are left out, so more are needed")
+    if arguments.steps < WARM_UP + SNAPSHOT_EVERY:
+        parser.error(f"--steps {arguments.steps}: no snapshot is taken after the first {WARM_UP}, which are left out")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for stage in dict.fromkeys(arguments.zero):
