@@ -26,21 +26,23 @@ def zero(data: bytes, at: int, count: int) -> bytes:
 
 @dataclass(frozen=True)
 class Damage:
-    """What becomes of a shard's bytes, and the offset at which a reader finds it; None where only bytes within blocks
-    (or in the padding behind them) are others, which the sha256 alone tells."""
+    """What becomes of a shard's bytes, and the offset that is named: of the damaged member, or of the first wrong byte
+    behind the last one."""
 
     change: Callable[[bytes], bytes]
-    offset: int | None = AT
+    offset: int = AT
 
 
 DAMAGES = {
-    "a flipped bit in a block": Damage(lambda data: flip(data, AT + HEADER_BYTES + 5), None),
+    "a flipped bit in a block": Damage(lambda data: flip(data, AT + HEADER_BYTES + 5)),
     "a flipped bit in a name": Damage(lambda data: flip(data, AT + 3)),
     "a flipped bit in a checksum": Damage(lambda data: flip(data, AT + 150)),
-    "a flipped bit in the padding": Damage(lambda data: flip(data, AT + HEADER_BYTES + 100), None),
+    "a flipped bit in the padding": Damage(lambda data: flip(data, AT + HEADER_BYTES + 100)),
+    "a flipped bit of no meaning in a header": Damage(lambda data: flip(data, AT + 110)),
+    "flipped bits in two blocks": Damage(lambda data: flip(flip(data, AT + HEADER_BYTES + 5), AT + 2 * STRIDE + 5)),
     "a zeroed member": Damage(lambda data: zero(data, AT, STRIDE)),
     "a zeroed header": Damage(lambda data: zero(data, AT, HEADER_BYTES)),
-    "zeroed data": Damage(lambda data: zero(data, AT + HEADER_BYTES, STRIDE - HEADER_BYTES), None),
+    "zeroed data": Damage(lambda data: zero(data, AT + HEADER_BYTES, STRIDE - HEADER_BYTES)),
     "zeroed": Damage(lambda data: bytes(len(data)), 0),
     "cut inside a member": Damage(lambda data: data[: AT + HEADER_BYTES + 5]),
     "cut on a member boundary": Damage(lambda data: data[:AT]),

@@ -16,6 +16,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from revpatch.config_file import load_config
+from revpatch.stream.checksums import checksums_name
 from revpatch.stream.holdout import is_held_out
 from revpatch.stream.manifest import Manifest, tokenizer_fingerprint
 from revpatch.stream.shard_set import ShardSet
@@ -92,7 +93,8 @@ def test_a_set_is_what_its_manifest_says(name: str) -> None:
     assert manifest.tokens == manifest.blocks * manifest.block_size + manifest.dropped_tokens
     assert manifest.note
     assert manifest.licence
-    assert {path.name for path in (DEMO / name).iterdir()} == {"manifest.json", *(s.name for s in manifest.shards)}
+    shards_files = {name for s in manifest.shards for name in (s.name, checksums_name(s.name))}
+    assert {path.name for path in (DEMO / name).iterdir()} == {"manifest.json", *shards_files}
 
 
 @pytest.mark.parametrize("name", SETS)

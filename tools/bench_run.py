@@ -1,12 +1,13 @@
 """What a training step of the demo's size waits for: data and snapshots, as shares of the step.
 
-    python tools/bench_run.py [--steps N] [--json FILE]
+    python tools/bench_run.py [--steps N] [--zero STAGE ...] [--json FILE]
 
 Workload: the demo's first phase (configs/demo.yaml: 2.6 M parameter base, in float32 where the CPU is faster in it, 16
-new and 16 replayed blocks of 128 tokens, DeepSpeed ZeRO 0) for 100 steps on two ranks of one thread each, with a log
-line at every step and a snapshot at every fifth. The trainer's own clocks are read back from its TensorBoard files:
-time/step, time/waiting_for_data and time/snapshot (what a step stands still while the state is copied; the file is
-written beside the steps). The first ten steps are left out. Prints a table and exits with 1 if a figure does not hold.
+new and 16 replayed blocks of 128 tokens) for 100 steps on two ranks of one thread each, with a log line at every step
+and a snapshot at every fifth; once for each DeepSpeed ZeRO stage that is named (0 where none is, `--zero 0 1 2` for
+all). The trainer's own clocks are read back from its TensorBoard files: time/step, time/waiting_for_data and
+time/snapshot (what a step stands still while the state is copied; the file is written beside the steps). The first ten
+steps are left out. Prints a table and exits with 1 if a figure does not hold.
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ from revpatch.training.launch import bfloat16_is_slow
 
 ROOT = Path(__file__).resolve().parent.parent
 WARM_UP = 10
+SNAPSHOT_EVERY = 5
 
 
-def train(run: Path, steps: int) -> None:
-    """One run of the workload in the folder `run`."""
+def train(run: Path, steps: int, stage: int) -> None:
+    """One run of the workload in the folder `run`, with a ZeRO stage."""
     phase = {"name": "jargon", "shards": "shards/demo/jargon", "steps": steps}
     probe = {"name": "sotu", "shards": "shards/demo/sotu_probe", "max_blocks": 16}
     settings = {
@@ -41,7 +43,8 @@ def train(run: Path, steps: int) -> None:
         "probes.every": 10 * steps,
         "optimizer.warmup_steps": WARM_UP,
         "monitoring.every": 1,
-        "snapshot.every": 5,
+        "snapshot.every": SNAPSHOT_EVERY,
+        "engine.deepspeed": f"configs/deepspeed/zero{stage}.json",
     }
     if bfloat16_is_slow():
         settings["base.dtype"] = "float32"
@@ -61,8 +64,8 @@ def train(run: Path, steps: int) -> None:
         raise RuntimeError(f"the run failed:\n{done.stdout}{done.stderr}")
 
 
-def figures_of(run: Path) -> list[Figure]:
-    """The shares, from the run's TensorBoard files."""
+def figures_of(run: Path, stage: int) -> list[Figure]:
+    """The shares, from the TensorBoard files of a run with this ZeRO stage."""
     events = EventAccumulator(str(run / "tensorboard")).Reload()
     seconds = {
         name: [scalar.value for scalar in events.Scalars(f"time/{name}") if scalar.step > WARM_UP]
@@ -73,21 +76,27 @@ def figures_of(run: Path) -> list[Figure]:
     snapshot = statistics.median(seconds["snapshot"]) / step
     worst = max(seconds["snapshot"]) / step
     return [
-        Figure.plain("median step", 1000 * step, "ms"),
-        Figure.at_most("waiting for data, mean", 0.01, waiting, "of a step"),
-        Figure.at_most("standing still for a snapshot, median", 0.05, snapshot, "of a step"),
-        Figure.at_most("standing still for a snapshot, longest", 0.05, worst, "of a step"),
+        Figure.plain(f"ZeRO {stage}: median step", 1000 * step, "ms"),
+        Figure.at_most(f"ZeRO {stage}: waiting for data, mean", 0.01, waiting, "of a step"),
+        Figure.at_most(f"ZeRO {stage}: standing still for a snapshot, median", 0.05, snapshot, "of a step"),
+        Figure.at_most(f"ZeRO {stage}: standing still for a snapshot, longest", 0.05, worst, "of a step"),
     ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--zero", type=int, nargs="+", choices=(0, 1, 2), default=[0], metavar="STAGE")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    if arguments.steps < WARM_UP + SNAPSHOT_EVERY:
+        parser.error(f"--steps {arguments.steps}: no snapshot is taken after the first {WARM_UP}, which are left out")
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        train(Path(folder) / "run", arguments.steps)
-        rows = figures_of(Path(folder) / "run")
+        for stage in dict.fromkeys(arguments.zero):
+            run = Path(folder) / f"zero{stage}"
+            train(run, arguments.steps, stage)
+            rows += figures_of(run, stage)
     show(f"a step of the demo's size\n{machine('deepspeed')}", rows, arguments.json)
     sys.exit(0 if all(row.holds for row in rows) else 1)
 

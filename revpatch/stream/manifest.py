@@ -10,13 +10,18 @@ import hashlib
 import json
 import re
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from revpatch.durable import write_atomically
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_VERSION = 1
+
+Int64s = np.ndarray[Any, np.dtype[np.int64]]
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,15 @@ class Manifest:
     def block_bytes(self) -> int:
         """Bytes of one block's tokens, without header and padding."""
         return self.block_size * {"uint16": 2, "uint32": 4}[self.dtype]
+
+    @cached_property
+    def shard_ends(self) -> Int64s:
+        """The number after that of each shard's last block, (shards,)."""
+        return np.cumsum([shard.blocks for shard in self.shards], dtype=np.int64)
+
+    def shards_of(self, block_ids: Int64s) -> Int64s:
+        """The index of the shard that each block of the set lies in, (n,) -> (n,)."""
+        return np.searchsorted(self.shard_ends, block_ids, side="right").astype(np.int64)
 
     @classmethod
     def read(cls, directory: str | Path) -> Manifest:

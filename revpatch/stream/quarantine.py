@@ -64,7 +64,7 @@ class Quarantine:
 
     def sound(self, manifest: Manifest, numbers: Int64s) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """Which of these blocks of a set are in no shard that is out now, (n,) -> (n,)."""
-        return ~np.isin(_shards_of(manifest, numbers), self.out(manifest.digest))
+        return ~np.isin(manifest.shards_of(numbers), self.out(manifest.digest))
 
     def replace(self, manifest: Manifest, numbers: Int64s, step: int, lanes: Int64s) -> Int64s:
         """The blocks to read at a step of the run instead of these of one set, (n,) -> (n,); most are the same.
@@ -85,7 +85,7 @@ class Quarantine:
             )
         numbers = numbers.copy()
         attempt = 0
-        while len(todo := np.flatnonzero(np.isin(_shards_of(manifest, numbers), out))):
+        while len(todo := np.flatnonzero(np.isin(manifest.shards_of(numbers), out))):
             drawn = hash64(_VERSION, self.seed, step, lanes[todo], attempt) % np.uint64(manifest.blocks)
             numbers[todo] = drawn.astype(np.int64)
             attempt += 1
@@ -100,9 +100,3 @@ class Quarantine:
             instead = self.replace(shards.manifest, numbers, step, lanes[rows])
             replaced[rows] += instead - numbers
         return replaced
-
-
-def _shards_of(manifest: Manifest, numbers: Int64s) -> Int64s:
-    ends = np.cumsum([shard.blocks for shard in manifest.shards], dtype=np.int64)
-    shards: Int64s = np.searchsorted(ends, numbers, side="right")
-    return shards

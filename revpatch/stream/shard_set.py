@@ -18,7 +18,7 @@ import numpy as np
 from revpatch.stream import remote
 from revpatch.stream.local_files import LocalFiles
 from revpatch.stream.manifest import MANIFEST_NAME, Manifest
-from revpatch.stream.placed_shard import PlacedShard
+from revpatch.stream.placed_shard import PlacedShard, place
 from revpatch.stream.shard_cache import ShardCache
 from revpatch.stream.tars import HEADER_BYTES, ShardError, member_name, stride_of
 
@@ -59,8 +59,7 @@ class ShardSet:
         self.block_size = self.manifest.block_size
         self._stride = stride_of(self.manifest.block_bytes)
         self._dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
-        self._ends = np.cumsum([shard.blocks for shard in self.manifest.shards], dtype=np.int64)
-        self._placed = _place(self.location, self.manifest)
+        self._placed = place(self.location, self.manifest)
         self._broken: dict[int, ShardError] = {}
         self._lock = threading.Lock()
 
@@ -96,7 +95,7 @@ class ShardSet:
 
     def shards_of(self, block_ids: np.ndarray[Any, Any]) -> Int64s:
         """The index of the shard that each block lies in, (n,) -> (n,) int64. Raises IndexError as `read` does."""
-        return np.searchsorted(self._ends, self._checked(block_ids), side="right").astype(np.int64)
+        return self.manifest.shards_of(self._checked(block_ids))
 
     def want(self, shards: Iterable[int]) -> None:
         """Have these shards fetched in the background. A local set has them already."""
@@ -131,7 +130,7 @@ class ShardSet:
     def _read_members(self, ordered: Int64s) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """The members of these sorted ids, header and padding included, (n,) -> (n, stride); neighbours in one go."""
         members = np.empty((len(ordered), self._stride), dtype=np.uint8)
-        shards = np.searchsorted(self._ends, ordered, side="right")
+        shards = self.manifest.shards_of(ordered)
         is_first = np.ones(len(ordered), dtype=bool)  # of a run of neighbours in one shard
         is_first[1:] = (np.diff(ordered) != 1) | (np.diff(shards) != 0)
         starts = np.flatnonzero(is_first)
@@ -179,15 +178,6 @@ class ShardSet:
             offset = (block_id - placed.first_block) * self._stride
             found = bytes(members[wrong[0], :_NAME_BYTES])
             raise placed.error(f"member {member_name(block_id)} at offset {offset}", repr(found), offset)
-
-
-def _place(location: str, manifest: Manifest) -> list[PlacedShard]:
-    placed, first_block, count, digest = [], 0, len(manifest.shards), manifest.digest
-    for i, shard in enumerate(manifest.shards):
-        where = remote.url_in(location, shard.name) if remote.is_remote(location) else f"{location}/{shard.name}"
-        placed.append(PlacedShard(where, i, count, shard, first_block, manifest.block_bytes, digest))
-        first_block += shard.blocks
-    return placed
 
 
 def _fetch_manifest(location: str, retries: int) -> Manifest:

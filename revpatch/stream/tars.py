@@ -5,7 +5,8 @@ and no table of offsets is needed:
 
     | header, 512 bytes | block_size tokens, little endian | zeros up to a multiple of 512 |  × blocks  | tar's end |
 
-Time, user, group and mode are fixed: the same blocks give the same bytes, those of webdataset's own TarWriter.
+Time, user, group and mode are fixed: the same blocks give the same bytes, those of webdataset's own TarWriter. Beside
+each tar lie the checksums of its members (checksums.py).
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ import hashlib
 import logging
 import os
 import tarfile
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from revpatch.durable import sync_directory
+from revpatch.stream.checksums import Crc32s, checksums_bytes, checksums_name, checksums_of, pack_checksums
 from revpatch.stream.manifest import MANIFEST_NAME, Manifest, Shard
 
 _log = logging.getLogger(__name__)
@@ -93,7 +96,7 @@ class ShardWriter:
             if self._open is None:
                 self._open = _OpenShard(self._next_path())
             now = tokens[: self._blocks_per_shard - self._open.blocks]
-            self._open.write(members(now.astype(self._dtype), self.blocks), len(now))
+            self._open.write(members(now.astype(self._dtype), self.blocks))
             self.blocks += len(now)
             tokens = tokens[len(now) :]
             if self._open.blocks == self._blocks_per_shard:
@@ -111,10 +114,11 @@ class ShardWriter:
         """
         for shard in shards:
             _check_length(self.directory / shard.name, shard.bytes, exact=True)
+            _check_length(self.directory / checksums_name(shard.name), checksums_bytes(shard.blocks), exact=True)
         self.shards = list(shards)
         self.blocks = sum(shard.blocks for shard in shards) + open_blocks
         if open_blocks:
-            self._open = _OpenShard(self._next_path(), open_blocks, open_blocks * stride_of(block_bytes))
+            self._open = _OpenShard(self._next_path(), open_blocks, stride_of(block_bytes))
 
     def close(self) -> tuple[Shard, ...]:
         """Finish the last shard and return all of them, in order."""
@@ -174,30 +178,41 @@ def _digits(numbers: np.ndarray[Any, Any], base: int, count: int) -> np.ndarray[
 class _OpenShard:
     """The tar that is being written, hashed on its way to the disk."""
 
-    def __init__(self, path: Path, blocks: int = 0, length: int = 0) -> None:
+    def __init__(self, path: Path, blocks: int = 0, stride: int = 0) -> None:
+        """Goes on after so many blocks of the file, if any."""
         self.path = path
         self.blocks = blocks
-        self.bytes = length
+        self.bytes = blocks * stride
         self.sha256 = hashlib.sha256()
-        if length:
-            _check_length(path, length, exact=False)
+        self.checksums: list[Crc32s] = []
+        if blocks:
+            _check_length(path, self.bytes, exact=False)
             with path.open("rb") as file:
-                for start in range(0, length, _COPY_BYTES):
-                    self.sha256.update(file.read(min(_COPY_BYTES, length - start)))
-        self.file = path.open("r+b" if length else "wb", buffering=0)
-        self.file.truncate(length)
-        self.file.seek(length)
+                while rows := file.read(min(max(1, _COPY_BYTES // stride) * stride, self.bytes - file.tell())):
+                    self.sha256.update(rows)
+                    self.checksums.append(checksums_of(np.frombuffer(rows, dtype=np.uint8).reshape(-1, stride)))
+        self.file = path.open("r+b" if blocks else "wb", buffering=0)
+        self.file.truncate(self.bytes)
+        self.file.seek(self.bytes)
 
-    def write(self, rows: np.ndarray[Any, Any], blocks: int) -> None:
+    def write(self, rows: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+        """Append (n, stride) members."""
         self._append(rows.reshape(-1).data)
-        self.blocks += blocks
+        self.checksums.append(checksums_of(rows))
+        self.blocks += len(rows)
 
     def finish(self) -> Shard:
+        """End the tar, and write its checksums: a build that is killed in between finishes it again."""
         end = 2 * 512  # of zeros, and more of them up to a whole record
         self._append(memoryview(bytes(end + -(self.bytes + end) % tarfile.RECORDSIZE)))
         os.fsync(self.file.fileno())
         self.file.close()
-        return Shard(self.path.name, self.blocks, self.bytes, self.sha256.hexdigest())
+        sha256 = self.sha256.hexdigest()
+        with (self.path.parent / checksums_name(self.path.name)).open("wb") as file:
+            file.write(pack_checksums(np.concatenate(self.checksums), sha256))
+            file.flush()
+            os.fsync(file.fileno())
+        return Shard(self.path.name, self.blocks, self.bytes, sha256)
 
     def _append(self, data: memoryview) -> None:
         self.sha256.update(data)
@@ -240,7 +255,7 @@ def check_installable(folder: Path, manifest: Manifest) -> None:
         return
     found = Manifest.read(folder)
     if found.digest != manifest.digest:
-        differing = [name for name in vars(manifest) if getattr(manifest, name) != getattr(found, name)]
+        differing = [key.name for key in fields(manifest) if getattr(manifest, key.name) != getattr(found, key.name)]
         raise FileExistsError(
             f"{folder}: holds another set of shards (it differs in {', '.join(differing)}); "
             "choose another folder, or remove this one first"

@@ -10,13 +10,15 @@ import time
 
 EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h: the run was told to stop, wrote a snapshot, and goes on when it is started again."""
-ONE_REQUEST_SECONDS = 1.0
+ONE_REQUEST_SECONDS = 0.3
+"""When Slurm signals all processes of a job, torchrun hands its own on to the ranks within some milliseconds."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Interruption:
-    """Whether this process was told to stop. A second SIGTERM ends it at once; not one that comes within a second of
-    the first, as when a scheduler signals a launcher and its ranks, and the launcher passes it on.
+    """Whether this process was told to stop. A second SIGTERM ends it at once; not one that comes within
+    ONE_REQUEST_SECONDS of the first, as when a scheduler signals a launcher and its ranks, and the launcher passes it
+    on: who sent a signal is not told to a handler, and would not tell that one from a person's.
 
     Takes the signals when made, which only the main thread may do, and acts on them in a thread of its own: the main
     thread may be waiting for another rank, where Python's handlers don't run. Until `training` is set there is nothing

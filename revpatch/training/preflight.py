@@ -25,10 +25,12 @@ from revpatch.training.zero_config import read_deepspeed_config
 class Plan:
     """What a run reads, opened and checked."""
 
-    phases: list[Corpus]
-    """In the order of the config's phases."""
-    mixtures: list[Mixture]
+    phases: dict[int, Corpus]
+    """By the number of the config's phase."""
+    mixtures: dict[int, Mixture]
     """The order of each phase's blocks."""
+    missing: dict[int, ConfigError]
+    """Phases whose shards are not to be had, and why; a run that has committed them needs none."""
     replay_base: ShardSet | None
     probes: list[ShardSet]
     """In the order of the config's probe sets."""
@@ -43,12 +45,20 @@ class Plan:
         if self.replay_base is not None:
             found["replay.base"] = [self.replay_base.manifest.digest]
         if phase is not None:
-            found[f"phases {config.phases[phase].name}"] = self.phases[phase].digests
+            corpus = self.phases.get(phase)
+            found[f"phases {config.phases[phase].name}"] = [] if corpus is None else corpus.digests
         return found
 
+    def check_phases(self, first: int) -> None:
+        """Raises ConfigError if the shards of a phase from this one on are not to be had."""
+        for index, error in self.missing.items():
+            if index >= first:
+                raise error
 
-def check(config: Config, world: int) -> Plan:
-    """Opens what the config names.
+
+def check(config: Config, world: int, begun: bool = False) -> Plan:
+    """Opens what the config names. Of a run that has `begun` the plan says which phases' shards are missing: they may
+    be committed.
 
     Raises:
         ConfigError: a combination can't work, or shards are missing or (unless broken ones are quarantined) of another
@@ -58,22 +68,28 @@ def check(config: Config, world: int) -> Plan:
     architecture, fingerprint = check_base(config, world)
     cache = shard_cache(config.stream, [place for _, place in locations(config)])
     opened: dict[str, ShardSet] = {}
+    missing: dict[int, ConfigError] = {}
     for key, place in locations(config):
         try:
-            shards = opened[key] = ShardSet(place, cache)
+            shards = ShardSet(place, cache)
             if config.stream.on_error == "stop":
                 shards.check_sizes()
+            opened[key] = shards
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{key} = {place}: {error}") from None
+            refusal = ConfigError(f"{key} = {place}: {error}")
+            if not begun or not key.startswith("phases."):
+                raise refusal from None
+            missing.setdefault(int(key.split(".")[1]), refusal)
+            continue
         _check_shards(key, place, shards.manifest, config, fingerprint, architecture)
-    corpora, mixtures = [], []
-    for index, phase in enumerate(config.phases):
-        corpora.append(Corpus([opened[key] for key in _part_keys(index, phase)]))
-        mixtures.append(_mixture(config, index, corpora[-1]))
+    there = {index: phase for index, phase in enumerate(config.phases) if index not in missing}
+    corpora = {index: Corpus([opened[key] for key in _part_keys(index, phase)]) for index, phase in there.items()}
+    mixtures = {index: _mixture(config, index, corpus) for index, corpus in corpora.items()}
     _check_held_out(config, opened)
     return Plan(
         phases=corpora,
         mixtures=mixtures,
+        missing=missing,
         replay_base=opened.get("replay.base"),
         probes=[opened[f"probes.sets.{index}.shards"] for index in range(len(config.probes.sets))],
         tokenizer=fingerprint,
@@ -205,10 +221,7 @@ def _check_shards(
 def _check_held_out(config: Config, opened: dict[str, ShardSet]) -> None:
     # By the shards' hashes: a manifest's digest also tells apart two builds of one text under different notes.
     trained = {
-        shard.sha256: key
-        for key, _ in locations(config)
-        if not key.startswith("probes.")
-        for shard in opened[key].manifest.shards
+        shard.sha256: key for key in opened if not key.startswith("probes.") for shard in opened[key].manifest.shards
     }
     for index, probe in enumerate(config.probes.sets):
         shards = opened[f"probes.sets.{index}.shards"]

@@ -12,13 +12,13 @@ from typing import Any
 from revpatch.config import Config, ConfigError, SidecarConfig
 from revpatch.config_file import dump_config, load_config
 from revpatch.durable import write_atomically
-from revpatch.ledger.history import JOURNAL_NAME, Ledger, effective
-from revpatch.ledger.journal import Journal
+from revpatch.ledger.history import Ledger
 from revpatch.ledger.layers import SAME_MAP
 from revpatch.ledger.restoring import Origin, is_restored, origin_of
 from revpatch.ledger.run_lock import LOCK_NAME, lock_run
 from revpatch.monitoring.terminal import log_to
-from revpatch.training.snapshot import ANEW, Snapshot, newest_snapshot
+from revpatch.training.going_on import check_history, check_nothing_made, how_anew
+from revpatch.training.snapshot import Snapshot, newest_snapshot
 
 CONFIG_NAME = "config.yaml"
 OUTPUTS = ("train.log", "ledger", "replay", "snapshot", "tensorboard", "report.html", CONFIG_NAME)
@@ -69,21 +69,21 @@ def stand(config: Config, fresh: bool, overwrite: bool) -> Standing:
     """
     directory = Path(config.output_dir).absolute()
     named = f"output_dir = {config.output_dir}"
-    is_run, restored = (directory / CONFIG_NAME).is_file(), is_restored(directory)
+    is_run, restored = has_begun(config), is_restored(directory)
     if directory.exists() and not is_run and (not directory.is_dir() or _holds_anything(directory, restored)):
         raise FileExistsError(
             f"{named}: it exists, and is neither an empty folder nor a run. Nothing was overwritten: choose another "
             "folder (--set output_dir=...), or move that one away"
         )
-    if is_run and fresh and not overwrite:
-        raise FileExistsError(
-            f"{named}: it holds a run, and --fresh would begin another there. Nothing was overwritten: choose another "
-            "folder (--set output_dir=...), leave out --fresh to go on with it, or add --overwrite to delete it"
-        )
     if restored and fresh:
         raise FileExistsError(
             f"{named}: it was made by `revpatch ledger restore`, and --fresh would begin without the patch that was "
             "restored. Nothing was overwritten: leave out --fresh, or choose another folder (--set output_dir=...)"
+        )
+    if is_run and fresh and not overwrite:
+        raise FileExistsError(
+            f"{named}: it holds a run, and --fresh would begin another there. Nothing was overwritten: choose another "
+            "folder (--set output_dir=...), leave out --fresh to go on with it, or add --overwrite to delete it"
         )
     directory.mkdir(parents=True, exist_ok=True)
     standing = Standing(directory, lock=claim(directory, named))
@@ -100,12 +100,17 @@ def stand(config: Config, fresh: bool, overwrite: bool) -> Standing:
         return standing
     log_to(directory / "train.log")
     standing.begun = True
-    standing.snapshot = newest_snapshot(directory / "snapshot")
+    standing.snapshot = newest_snapshot(directory / "snapshot", how_anew(directory, standing.origin))
     standing.changed = compare_configs(load_config(directory / CONFIG_NAME), config, standing.snapshot, named)
-    _check_history(standing)
+    check_history(directory, standing.origin, standing.snapshot)
     if not is_over(standing, config):
-        _check_nothing_made(standing, named)
+        check_nothing_made(directory, standing.origin, standing.snapshot, named)
     return standing
+
+
+def has_begun(config: Config) -> bool:
+    """Whether there is a run in the folder that the config names."""
+    return (Path(config.output_dir) / CONFIG_NAME).is_file()
 
 
 def is_over(standing: Standing, config: Config) -> bool:
@@ -223,42 +228,6 @@ def go_back(standing: Standing, config: Config, ledger: Ledger, **fields: Any) -
     for folder in sorted(replay.iterdir()) if replay.is_dir() else []:
         if folder.name not in keep:
             shutil.rmtree(folder)
-
-
-def _check_history(standing: Standing) -> None:
-    journal = Journal(standing.directory / "ledger" / JOURNAL_NAME)
-    snapshot = standing.snapshot
-    if snapshot is None and (past := next(filter(_needs_snapshot, effective(journal.records())), None)) is not None:
-        raise ConfigError(
-            f"{standing.directory}: expected a snapshot in snapshot/ to go on from, found none, and line "
-            f"{past['seq'] + 1} of ledger/{JOURNAL_NAME} ({past['event']}) was written "
-            f"after one: put that folder back, {ANEW}"
-        )
-    if snapshot is not None and journal.head_after(snapshot.events) != snapshot.head:
-        raise ConfigError(
-            f"{standing.directory}: snapshot {snapshot.name} was written after {snapshot.events} events of a journal "
-            f"whose line {snapshot.events} has sha256 {snapshot.head[:16]}…, and ledger/{JOURNAL_NAME} is not that: "
-            "put back the journal that belongs to it, or remove the snapshot to go on from an older one"
-        )
-
-
-def _check_nothing_made(standing: Standing, named: str) -> None:
-    snapshot = standing.snapshot
-    events = (0 if standing.origin is None else standing.origin.events) if snapshot is None else snapshot.events
-    entries = Ledger(standing.directory / "ledger", readonly=True).entries()
-    made = [entry for entry in entries if entry.seq >= events and "made_by" in entry.fields]
-    if made:
-        place = "its beginning" if snapshot is None else f"snapshot {snapshot.name}"
-        raise ConfigError(
-            f"{named}: training goes on from {place}, and would set aside {made[-1].name}, which was made since by a "
-            "revert, merge or import. To train on from it make a new run: `revpatch ledger restore "
-            f"{standing.directory}@{Path(made[-1].name).stem} --as-new-run NEW`, then train with --set output_dir=NEW"
-        )
-
-
-def _needs_snapshot(event: dict[str, Any]) -> bool:
-    """Whether a run has written a snapshot before this event, whatever happened."""
-    return bool(event["event"] == "run_end" or (event["event"] == "phase_start" and event["phase_index"]))
 
 
 def claim(directory: Path, named: str) -> Any:

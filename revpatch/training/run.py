@@ -13,7 +13,7 @@ from revpatch.training.interrupt import Interruption
 from revpatch.training.launch import Launch, process_group
 from revpatch.training.preflight import check, check_base
 from revpatch.training.record import Record
-from revpatch.training.resume import is_over
+from revpatch.training.resume import has_begun, is_over
 from revpatch.training.trainer import Trainer
 
 log = logging.getLogger("revpatch")
@@ -46,13 +46,14 @@ def train(config: Config, fresh: bool = False, overwrite: bool = False) -> Outco
     launch = Launch.from_environment()
     device = launch.device()
     raw = needs_building(config)
-    plan = None if raw else check(config, launch.world)
+    begun = has_begun(config) and not fresh
+    plan = None if raw else check(config, launch.world, begun)
     if raw:
         check_base(config, launch.world)
     interruption = Interruption()
     with process_group(launch, device, config.engine.timeout_minutes) as peers:
         if plan is None:
-            plan = check(build_on_first_use(config, peers), launch.world)
+            plan = check(build_on_first_use(config, peers), launch.world, begun)
         startup.check_same_data(config, plan, peers)
         base = startup.load_base(config.base, device)  # first, so that a base that fails leaves no folder behind
         standing = startup.prepare_run(config, peers, fresh, overwrite)
@@ -60,6 +61,7 @@ def train(config: Config, fresh: bool = False, overwrite: bool = False) -> Outco
             if peers.rank == 0:
                 log.info("the run in %s is over: every phase is committed; add a phase to train on", standing.directory)
             return Outcome(standing.directory)
+        plan.check_phases(0 if standing.snapshot is None else standing.snapshot.phase_index)
         watched = config.monitoring
         record = Record(standing.directory, peers.rank == 0, watched.tensorboard, standing.again, watched.trackers)
         try:

@@ -113,8 +113,8 @@ class Snapshot:
         return serialise(tensors.found, metadata)
 
     @classmethod
-    def read(cls, path: Path) -> Snapshot:
-        """Reads a file that `pack` made.
+    def read(cls, path: Path, anew: str = ANEW) -> Snapshot:
+        """Reads a file that `pack` made; `anew` says what else to do with one of another version.
 
         Raises EntryError for one that is damaged or something else, and ConfigError for one of another version.
         """
@@ -124,7 +124,7 @@ class Snapshot:
         if metadata["snapshot"] != VERSION:
             raise ConfigError(
                 f"{path}: expected a snapshot of version {VERSION}, found {metadata['snapshot']!r}: go on with the "
-                f"revpatch that wrote it, {ANEW}"
+                f"revpatch that wrote it, {anew}"
             )
         tensors = _Tensors(found)
         progress = metadata.get("phase")
@@ -232,22 +232,27 @@ def set_random_state(state: dict[str, Tensor]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def newest_snapshot(directory: Path) -> Snapshot | None:
+def snapshots_in(directory: Path) -> list[Path]:
+    """The files of the snapshots in a folder, the newest first."""
+    return sorted(directory.glob("step*.pt"), reverse=True)
+
+
+def newest_snapshot(directory: Path, anew: str = ANEW) -> Snapshot | None:
     """The newest snapshot in the folder that is whole, or None if none was ever written there.
 
-    Those that are damaged are named, and renamed `NAME.damaged`. Raises ConfigError when all are, or one is of another
-    version, and OSError.
+    `anew` says what else to do if there is none to go on from. Those that are damaged are named, and renamed
+    `NAME.damaged`. Raises ConfigError when all are, or one is of another version, and OSError.
     """
-    for path in sorted(directory.glob("step*.pt"), reverse=True):
+    for path in snapshots_in(directory):
         try:
-            return Snapshot.read(path)
+            return Snapshot.read(path, anew)
         except EntryError as error:
             log.warning("snapshot %s can't be used, an older one is looked for: %s", path.name, error)
             path.replace(path.with_name(f"{path.name}.damaged"))
     if damaged := sorted(path.name for path in directory.glob("*.damaged")):
         raise ConfigError(
             f"{directory}: expected a snapshot to go on from, found damaged ones alone ({', '.join(damaged)}). Nothing "
-            f"else was changed: put back a whole one from a copy, {ANEW}"
+            f"else was changed: put back a whole one from a copy, {anew}"
         )
     return None
 
@@ -282,7 +287,7 @@ class SnapshotWriter:
         try:
             self.directory.mkdir(exist_ok=True)
             write_atomically(self.directory / snapshot.name, snapshot.pack())
-            for path in sorted(self.directory.glob("step*.pt"), reverse=True)[self.keep :]:
+            for path in snapshots_in(self.directory)[self.keep :]:
                 path.unlink()
             for path in self.directory.glob(".step*.tmp"):  # what a killed process left
                 path.unlink()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from damage import DAMAGES, STRIDE, damage
+from damage import DAMAGES, STRIDE, damage, flip
 from flaky_server import FlakyServer, drop, drop_unnoticed, other, slow, status
 from remote_set import check_broken, second
 
@@ -122,15 +122,24 @@ def locations(folder: Path, server: FlakyServer) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("kind", ["local", "pipe", "http"])
-@pytest.mark.parametrize("how", [*DAMAGES, "cut in the tar's end"])
+@pytest.mark.parametrize("how", DAMAGES)
 def test_damage_is_named(kind: str, how: str, folder: Path, server: FlakyServer, cache: ShardCache) -> None:
-    path, end = second(folder), 10 * STRIDE + 7
-    if how == "cut in the tar's end":
-        path.write_bytes(path.read_bytes()[:end])
-    else:
-        damage(path, how)
+    damage(second(folder), how)
     with ShardSet(locations(folder, server)[kind], cache) as shards:
-        check_broken(shards, offset=DAMAGES[how].offset if how in DAMAGES else end)
+        check_broken(shards, offset=DAMAGES[how].offset)
+
+
+@pytest.mark.parametrize("kind", ["local", "pipe", "http"])
+@pytest.mark.parametrize(
+    "change", [lambda data, end: data[:end], flip], ids=["cut in the tar's end", "a flipped bit in the tar's end"]
+)
+def test_damage_behind_the_last_block_is_named(
+    kind: str, change: Callable[[bytes, int], bytes], folder: Path, server: FlakyServer, cache: ShardCache
+) -> None:
+    path, end = second(folder), 10 * STRIDE + 7
+    path.write_bytes(change(path.read_bytes(), end))
+    with ShardSet(locations(folder, server)[kind], cache) as shards:
+        check_broken(shards, offset=end)
 
 
 @pytest.mark.parametrize("kind", ["local", "pipe", "http"])

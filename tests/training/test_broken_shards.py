@@ -8,19 +8,29 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from damage import damage
 from flaky_server import FlakyServer, drop, status
 from ranks import Runs, RunServer, run, torchrun
 from toy import BLOCK_SIZE, Toy
 from waiting import until
 
+from revpatch.config import BatchConfig
 from revpatch.ledger.audit import verify
 from revpatch.stream.build import build_shards
+from revpatch.stream.corpus import Corpus
 from revpatch.stream.manifest import Manifest
+from revpatch.stream.mixture import Mixture
+from revpatch.stream.quarantine import Quarantine
+from revpatch.stream.shard_set import ShardSet
 from revpatch.stream.tars import stride_of
+from revpatch.training.batches import Batches
+from revpatch.training.launch import Launch, Peers
 
 BLOCKS_PER_SHARD = 20
 STRIDE = stride_of(2 * BLOCK_SIZE)
@@ -62,7 +72,7 @@ def test_stop_names_the_shard_and_stops_all_ranks(runs: Runs, how: str) -> None:
     assert codes == [2, 2], runs.log("run").read_text()
     words = runs.log("run").read_text()
     assert str(path) in words and "shard 1 of" in words
-    assert ("offset" in words) == (how not in ("a flipped bit in a block", "missing"))
+    assert (re.search(r"offset \d+", words) is not None) == (how != "missing")
     assert ("All ranks stop here" in words) == (how not in SEEN_AT_THE_START)
     assert re.search(r"rank [01] on \S+: ", words)
 
@@ -117,6 +127,28 @@ def test_quarantine_takes_it_out_for_all_ranks_from_one_step_on(runs: Runs, how:
         found[world] += [shard.sha256 for shard in sample.shards]
         assert verify(runs.path(f"world{world}")).ok
     assert found[1] == found[2] == found[4], "one step, and one sample, whatever the world"
+
+
+class OfTwo(Peers):
+    """This rank, and another that meets the same broken shards at the same steps."""
+
+    def agree(self, failure: Any, interrupted: bool) -> tuple[list[Any], bool]:
+        return [] if failure is None else [failure, replace(failure, what="rank 1")], interrupted
+
+
+def test_a_shard_that_is_met_twice_is_quarantined_once(runs: Runs) -> None:
+    """By two ranks at one step, and again in a later phase."""
+    damage(broken_shard(runs, 1), "a flipped bit in a block")
+    peers, quarantine = OfTwo(Launch(0, 1, 0), torch.device("cpu"), None), Quarantine(0)
+    batch = BatchConfig(new_blocks=4, replay_blocks=0, micro_blocks=4)
+    found = []
+    for first_step in (0, 24):
+        with ShardSet(runs.folder / "new") as shards:  # which has forgotten what it met
+            mixture = Mixture([shards.manifest], [1.0], 4, first_step, 8, repeat=True)
+            batches = Batches(Corpus([shards]), mixture, None, batch, peers, first_step, quarantine, "quarantine")
+            with batches.stream(24) as stream:
+                found += [(first_step, broken.shard, broken.reason[:6]) for r in stream for broken in r.quarantined]
+    assert found == [(0, 1, "rank 0")] and len(quarantine.broken) == 1
 
 
 def test_a_run_goes_on_after_a_quarantine_as_though_it_had_not_been_killed(runs: Runs) -> None:

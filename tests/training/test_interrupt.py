@@ -22,8 +22,8 @@ print("told", flush=True)
 sys.stdin.readline()  # the step in progress
 sys.exit(EXIT_CODE)
 """
-PAUSE = 1.1
-"""More than ONE_REQUEST_SECONDS."""
+PAUSE = 0.4
+"""After a signal and the tenth of a second after it: half a second between two."""
 
 
 @pytest.mark.parametrize(

@@ -58,13 +58,13 @@ NO_PROBES = {"sets": []}
 def test_a_sound_config_is_planned(toy: Toy, tmp_path: Path) -> None:
     for world in (1, 2, 4):
         plan = check(toy.config(tmp_path), world)
-        locations = [[shards.location for shards in corpus.sets] for corpus in plan.phases]
+        locations = [[shards.location for shards in corpus.sets] for corpus in plan.phases.values()]
         assert locations == [[str(toy.shards("first"))], [str(toy.shards("second"))]]
         assert [Path(shards.location).name for shards in plan.probes] == ["base_probe", "first_probe", "second_probe"]
         assert plan.replay_base is not None
         assert plan.replay_base.location == str(toy.shards("base"))
-        assert [mixture.lanes for mixture in plan.mixtures] == [4, 4]
-        seeds = [mixture.parts[0].seed for mixture in plan.mixtures]
+        assert [mixture.lanes for mixture in plan.mixtures.values()] == [4, 4]
+        seeds = [mixture.parts[0].seed for mixture in plan.mixtures.values()]
         assert seeds[0] != seeds[1], "two phases on one corpus would else see it in one order"
         assert plan.tokenizer == plan.phases[0].sets[0].manifest.tokenizer.fingerprint
 

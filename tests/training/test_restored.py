@@ -121,3 +121,22 @@ def test_a_ledger_alone_that_is_no_restored_runs_is_somebody_elses(runs: Runs) -
     assert runs.run("bare", world=1) == [2]
     assert "neither an empty folder nor a run" in runs.log("bare").read_text()
     assert contents(runs.path("bare")) == before
+
+
+def test_one_that_can_not_go_on_is_begun_again_as_it_is_told(runs: Runs) -> None:
+    """--fresh is refused to it, so that is no advice."""
+    name = "lost"
+    shutil.copytree(runs.path("through"), runs.path(name))
+    assert runs.run(name, "--fresh", world=1) == [2]
+    assert "was made by `revpatch ledger restore`" in runs.log(name).read_text(), "not: add --overwrite"
+    for harm in (lambda path: path.write_bytes(path.read_bytes()[:-100]), Path.unlink):
+        for path in (runs.path(name) / "snapshot").iterdir():
+            harm(path)
+        assert runs.run(name, world=1) == [2]
+        words = " ".join(runs.log(name).read_text().split())
+        told = re.search(r"`revpatch ledger restore (\S+) --as-new-run NEW`, then train with", words)
+        assert told is not None and "--fresh" not in words, words
+    restore(told[1], runs.path("again"))
+    assert runs.run("again", world=1) == [0], runs.log("again").read_text()
+    (start, _), (expected, _) = (locate(f"{runs.path(run)}@start").load() for run in ("again", "through"))
+    assert all(torch.equal(start[key], tensor) for key, tensor in expected.items())

@@ -137,9 +137,9 @@ def test_a_second_sigterm_exits_at_once(through: Runs) -> None:
     pids = through.start("twice", world=1, wait_at={"target": probe, "call": 2})
     until(lambda: (through.folder / "twice.log.waiting").exists())
     os.kill(pids[0], signal.SIGTERM)
-    time.sleep(0.2)
+    time.sleep(0.05)
     os.kill(pids[0], signal.SIGTERM)  # a launcher passing on what its ranks got as well
-    time.sleep(1.2)
+    time.sleep(0.5)
     os.kill(pids[0], signal.SIGTERM)
     assert through.server.wait(timeout=5) == [128 + signal.SIGTERM]
     assert through.run("twice", world=1) == [0]
@@ -152,7 +152,7 @@ def test_a_second_sigterm_ends_a_rank_that_waits_for_another(through: Runs) -> N
     time.sleep(0.5)
     for _ in range(2):
         os.kill(pids[1], signal.SIGTERM)
-        time.sleep(1.2)
+        time.sleep(0.5)
     until(lambda: Path(f"/proc/{pids[1]}/stat").read_text().split(") ")[1][0] == "Z", timeout=3)
     os.kill(pids[0], signal.SIGKILL)
     assert through.server.wait(timeout=10) == [-signal.SIGKILL, 128 + signal.SIGTERM]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from ranks import Runs
 from toy import Toy
 
 from revpatch.ledger.audit import verify
+from revpatch.training.snapshot import Snapshot
 
 
 class TestWhatIsRefusedAndWhatIsNot:
@@ -74,6 +76,19 @@ class TestWhatIsRefusedAndWhatIsNot:
         assert changed.keys() == {"output_dir", "replay.base", "monitoring.every"}
         assert changed["monitoring.every"] == [4, 2]
 
+    def test_the_shards_of_a_committed_phase_may_be_gone_and_no_others(
+        self, runs: Runs, copy: str, toy: Toy, tmp_path: Path
+    ) -> None:
+        gone, there = tmp_path / "gone", tmp_path / "there"
+        shutil.copytree(toy.shards("second"), there)
+        options = ["--set", f"phases.0.shards={gone}", "--set", f"phases.1.shards={there}"]
+        hidden = there.rename(tmp_path / "hidden")
+        words = self.refused(runs, copy, *options)
+        assert f"phases.1.shards = {there}" in words and "there is no manifest" in words
+        hidden.rename(there)
+        assert runs.run(copy, *options, world=1) == [0], runs.log(copy).read_text()
+        assert len(runs.commits(copy)) == 2
+
     def test_another_base(self, runs: Runs, copy: str, toy: Toy, tmp_path: Path) -> None:
         from toy import save_base
 
@@ -83,7 +98,20 @@ class TestWhatIsRefusedAndWhatIsNot:
     def test_a_journal_of_another_history(self, runs: Runs, copy: str) -> None:
         journal = runs.path(copy) / "ledger/journal.jsonl"
         journal.write_text("".join(journal.read_text().splitlines(keepends=True)[:5]))
-        assert "put back the journal" in self.refused(runs, copy)
+        words = self.refused(runs, copy)
+        assert "put back the journal" in words and "remove snapshot/" not in words, "no older one is of it either"
+        assert "--fresh --overwrite" in words
+
+    def test_a_journal_that_an_older_snapshot_belongs_to(self, runs: Runs, copy: str) -> None:
+        older, newest = (Snapshot.read(path) for path in sorted((runs.path(copy) / "snapshot").iterdir()))
+        journal = runs.path(copy) / "ledger/journal.jsonl"
+        journal.write_text("".join(journal.read_text().splitlines(keepends=True)[: older.events]))
+        told = re.search(r"remove (snapshot/\S+) to go on from (\S+),", " ".join(self.refused(runs, copy).split()))
+        assert told is not None and told.groups() == (f"snapshot/{newest.name}", older.name)
+        (runs.path(copy) / told[1]).unlink()
+        assert runs.run(copy, world=1) == [0], runs.log(copy).read_text()
+        assert runs.events(copy, "resume")[0]["snapshot"] == older.name
+        assert verify(runs.path(copy)).ok
 
     def test_a_damaged_snapshot_gives_way_to_the_one_before(self, runs: Runs, copy: str) -> None:
         newest = max((runs.path(copy) / "snapshot").iterdir())

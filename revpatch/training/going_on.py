@@ -1,0 +1,87 @@
+"""What a run that was begun goes on from: a snapshot of the history that its journal tells, or a refusal that says
+what would help."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from revpatch.config import ConfigError
+from revpatch.ledger.entry import EntryError
+from revpatch.ledger.history import JOURNAL_NAME, Ledger, effective
+from revpatch.ledger.journal import Journal
+from revpatch.ledger.restoring import Origin
+from revpatch.training.snapshot import ANEW, Snapshot, snapshots_in
+
+
+def how_anew(directory: Path, origin: Origin | None) -> str:
+    """What to do where a run can't be gone on with. One that was restored would lose its patch by --fresh."""
+    if origin is None:
+        return ANEW
+    return (
+        "or begin another run with the patch that this one began with: `revpatch ledger restore "
+        f"{directory}@{Path(origin.name).stem} --as-new-run NEW`, then train with --set output_dir=NEW"
+    )
+
+
+def check_history(directory: Path, origin: Origin | None, snapshot: Snapshot | None) -> None:
+    """Raises ConfigError if a snapshot and the journal are of two histories, or a snapshot is missing."""
+    journal = Journal(directory / "ledger" / JOURNAL_NAME)
+    if snapshot is None and (past := next(filter(_needs_snapshot, effective(journal.records())), None)) is not None:
+        raise ConfigError(
+            f"{directory}: expected a snapshot in snapshot/ to go on from, found none, and line "
+            f"{past['seq'] + 1} of ledger/{JOURNAL_NAME} ({past['event']}) was written "
+            f"after one: put that folder back, {how_anew(directory, origin)}"
+        )
+    if snapshot is not None and not _fits(journal, snapshot):
+        older = _older(directory, journal, snapshot)
+        instead = how_anew(directory, origin)
+        if older is not None:
+            instead = f"or remove snapshot/{snapshot.name} to go on from {older.name}, {instead}"
+        raise ConfigError(
+            f"{directory}: snapshot {snapshot.name} was written after {snapshot.events} events of a journal "
+            f"whose line {snapshot.events} has sha256 {snapshot.head[:16]}…, and ledger/{JOURNAL_NAME} is not that: "
+            f"put back the journal that belongs to it, {instead}"
+        )
+
+
+def check_nothing_made(directory: Path, origin: Origin | None, snapshot: Snapshot | None, named: str) -> None:
+    """Raises ConfigError if to go on would set aside a patch that was made since by other means than training."""
+    made = _made_since(directory, (0 if origin is None else origin.events) if snapshot is None else snapshot.events)
+    if made is not None:
+        place = "its beginning" if snapshot is None else f"snapshot {snapshot.name}"
+        raise ConfigError(
+            f"{named}: training goes on from {place}, and would set aside {made}, which was made since by a "
+            "revert, merge or import. To train on from it make a new run: `revpatch ledger restore "
+            f"{directory}@{Path(made).stem} --as-new-run NEW`, then train with --set output_dir=NEW"
+        )
+
+
+def _fits(journal: Journal, snapshot: Snapshot) -> bool:
+    return journal.head_after(snapshot.events) == snapshot.head
+
+
+def _older(directory: Path, journal: Journal, snapshot: Snapshot) -> Snapshot | None:
+    """The snapshot that would be gone on from if this one were not there, if that would not be refused too."""
+    for path in snapshots_in(directory / "snapshot"):
+        if path.name >= snapshot.name:
+            continue
+        try:
+            older = Snapshot.read(path)
+        except EntryError:  # it would be passed over
+            continue
+        except ConfigError:
+            return None
+        return older if _fits(journal, older) and _made_since(directory, older.events) is None else None
+    return None
+
+
+def _made_since(directory: Path, events: int) -> str | None:
+    """The newest entry after so many events that a revert, merge or import has made."""
+    entries = Ledger(directory / "ledger", readonly=True).entries()
+    return next((entry.name for entry in reversed(entries) if entry.seq >= events and "made_by" in entry.fields), None)
+
+
+def _needs_snapshot(event: dict[str, Any]) -> bool:
+    """Whether a run has written a snapshot before this event, whatever happened."""
+    return bool(event["event"] == "run_end" or (event["event"] == "phase_start" and event["phase_index"]))
