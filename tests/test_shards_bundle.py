@@ -169,7 +169,6 @@ def test_the_scrambled_corpus_is_made_of_training_documents_with_their_words_out
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_the_base_comes_out_the_same_from_its_seed(tmp_path: Path) -> None:
     """A few steps of its pretraining, twice; and the vocabulary, which is trained whole, is the bundled one."""
     for name in ("one", "two"):

@@ -146,10 +146,10 @@ class Batches:
             if ready.interrupted or not failures:
                 return ready
             if self.on_error == "stop" or not all(failure.digest for failure in failures):
-                raise _stopping(failures)
+                raise stopping(failures)
             new = [broken for broken in map(self.broken, failures, repeat(step)) if self.quarantine.add(broken)]
             if not new:  # what is out already can't be what is missing: no shard is left to read instead
-                raise _stopping(failures)
+                raise stopping(failures)
             ready.quarantined += new
             again = self._fetch(step)
             ready.micro_batches, ready.failure = again.micro_batches, again.failure
@@ -191,7 +191,8 @@ class Batches:
         return tensor.pin_memory() if self.peers.device.type == "cuda" else tensor
 
 
-def _stopping(failures: list[Failure]) -> ValueError:
+def stopping(failures: list[Failure]) -> ValueError:
+    """What every rank raises, so that all of them say why."""
     words = f"{'; '.join(failure.what for failure in failures)}. All ranks stop here"
     first = failures[0]
     if not all(failure.digest for failure in failures):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -12,26 +11,19 @@ from typing import Any
 from revpatch.config import Config, ConfigError, SidecarConfig
 from revpatch.config_file import dump_config, load_config
 from revpatch.durable import write_atomically
-from revpatch.ledger.history import Ledger
+from revpatch.ledger.history import JOURNAL_NAME, Ledger
+from revpatch.ledger.journal import Journal
 from revpatch.ledger.layers import SAME_MAP
 from revpatch.ledger.restoring import Origin, is_restored, origin_of
 from revpatch.ledger.run_lock import LOCK_NAME, lock_run
 from revpatch.monitoring.terminal import log_to
+from revpatch.training.config_changes import compare_configs
 from revpatch.training.going_on import check_history, check_nothing_made, how_anew
 from revpatch.training.snapshot import Snapshot, newest_snapshot
 
 CONFIG_NAME = "config.yaml"
 OUTPUTS = ("train.log", "ledger", "replay", "snapshot", "tensorboard", "report.html", CONFIG_NAME)
 """What a run writes into its folder. The config comes first and goes last: it is what makes the folder a run's."""
-
-MAY_CHANGE = (
-    r"output_dir|monitoring\..*|snapshot\..*|ledger\..*|engine\..*|build\..*|teacher\..*|probes\.(every|placement)",
-    r"stream\.(on_error|shard_cache|shard_cache_gb|retries)",
-    r"base\.(model|compile|activation_checkpointing)|batch\.micro_blocks",  # a base has its sha256
-    r"phases\.\d+\.steps",
-    r"replay\.base|probes\.sets\.\d+\.shards|phases\.\d+\.shards(\.\d+\.shards)?",  # shards have their digests
-)
-"""Keys that may differ from those a run began with; what they name is held against hashes where there are any."""
 
 
 @dataclass
@@ -43,6 +35,8 @@ class Standing:
     """It is there already."""
     snapshot: Snapshot | None = None
     """What it goes on from; None begins it anew."""
+    over: bool = False
+    """There is nothing left to do."""
     origin: Origin | None = None
     """The patch that it begins with, if it was restored from an entry of another run."""
     changed: dict[str, list[Any]] = field(default_factory=dict)
@@ -87,6 +81,11 @@ def stand(config: Config, fresh: bool, overwrite: bool) -> Standing:
         )
     directory.mkdir(parents=True, exist_ok=True)
     standing = Standing(directory, lock=claim(directory, named))
+    if has_begun(config) and not is_run:
+        raise ConfigError(
+            f"{named}: another process has begun a run there since this one looked. Nothing was overwritten: give the "
+            "command again to go on with that run, or choose another folder"
+        )
     standing.origin = origin_of(directory)
     if standing.origin is not None:
         check_shape(standing.origin, config.sidecar)
@@ -103,7 +102,8 @@ def stand(config: Config, fresh: bool, overwrite: bool) -> Standing:
     standing.snapshot = newest_snapshot(directory / "snapshot", how_anew(directory, standing.origin))
     standing.changed = compare_configs(load_config(directory / CONFIG_NAME), config, standing.snapshot, named)
     check_history(directory, standing.origin, standing.snapshot)
-    if not is_over(standing, config):
+    standing.over = _is_over(standing, config)
+    if not standing.over:
         check_nothing_made(directory, standing.origin, standing.snapshot, named)
     return standing
 
@@ -113,41 +113,13 @@ def has_begun(config: Config) -> bool:
     return (Path(config.output_dir) / CONFIG_NAME).is_file()
 
 
-def is_over(standing: Standing, config: Config) -> bool:
-    """Whether every phase of the config was committed."""
-    return standing.snapshot is not None and standing.snapshot.phase_index >= len(config.phases)
-
-
-def compare_configs(old: Config, new: Config, snapshot: Snapshot | None, named: str) -> dict[str, list[Any]]:
-    """The keys whose values differ, if all of them may.
-
-    Raises:
-        ConfigError: the differing keys that may not.
-    """
-    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
-    known = len(old.phases)
-    appended = [key for key in after if key not in before and (found := _phase_of(key)) is not None and found >= known]
-    changed = {
-        key: [before.get(key), after.get(key)]
-        for key in {**before, **after}
-        if before.get(key) != after.get(key) and key not in appended
-    }
-    wrong = [key for key in changed if not any(re.fullmatch(pattern, key) for pattern in MAY_CHANGE)]
-    for index, phase in enumerate(new.phases):
-        key = f"phases.{index}.steps"
-        if snapshot is None or key not in changed:
-            continue
-        made = snapshot.phase.step if snapshot.phase is not None and index == snapshot.phase_index else 0
-        if index < snapshot.phase_index or phase.steps < made:
-            wrong.append(key)
-    if wrong:
-        lines = [f"  {key}: {changed[key][0]!r} then, {changed[key][1]!r} now" for key in wrong]
-        raise ConfigError(
-            f"{named} holds a run that was begun with another config, which differs in\n" + "\n".join(lines) + "\n"
-            "Set these back to go on with it, or choose another folder (--set output_dir=...). Steps may change in "
-            "phases that are not committed, and not below what was trained; phases may be added at the end"
-        )
-    return changed
+def _is_over(standing: Standing, config: Config) -> bool:
+    """Whether every phase of the config was committed, and the run's end put down after that."""
+    snapshot = standing.snapshot
+    if snapshot is None or snapshot.phase_index < len(config.phases):
+        return False
+    records = Journal(standing.directory / "ledger" / JOURNAL_NAME).records()
+    return any(record["event"] == "run_end" for record in records[snapshot.events :])
 
 
 def check_shards(snapshot: Snapshot, digests: dict[str, list[str]]) -> None:
@@ -245,23 +217,6 @@ def _holds_anything(directory: Path, restored: bool) -> bool:
     a restored run begins with."""
     ours = (LOCK_NAME, f".{CONFIG_NAME}.*.tmp", *(["ledger"] if restored else []))
     return not all(any(fnmatch(path.name, name) for name in ours) for path in directory.iterdir())
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested keys and list items by their dotted names."""
-    items: Any = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
-    if items is None or not value:
-        return {prefix: value}
-    return {
-        key: leaf
-        for name, inner in items
-        for key, leaf in _flat(inner, f"{prefix}.{name}" if prefix else str(name)).items()
-    }
-
-
-def _phase_of(key: str) -> int | None:
-    found = re.match(r"phases\.(\d+)\.", key)
-    return int(found[1]) if found else None
 
 
 def _short(digests: list[str]) -> str:

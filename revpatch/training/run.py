@@ -8,12 +8,13 @@ from pathlib import Path
 
 from revpatch.config import Config
 from revpatch.training import startup
+from revpatch.training.config_changes import check_same_config
 from revpatch.training.first_use import build_on_first_use, needs_building
 from revpatch.training.interrupt import Interruption
 from revpatch.training.launch import Launch, process_group
 from revpatch.training.preflight import check, check_base
 from revpatch.training.record import Record
-from revpatch.training.resume import has_begun, is_over
+from revpatch.training.resume import has_begun
 from revpatch.training.trainer import Trainer
 
 log = logging.getLogger("revpatch")
@@ -52,12 +53,13 @@ def train(config: Config, fresh: bool = False, overwrite: bool = False) -> Outco
         check_base(config, launch.world)
     interruption = Interruption()
     with process_group(launch, device, config.engine.timeout_minutes) as peers:
+        check_same_config(config, peers)
         if plan is None:
             plan = check(build_on_first_use(config, peers), launch.world, begun)
         startup.check_same_data(config, plan, peers)
         base = startup.load_base(config.base, device)  # first, so that a base that fails leaves no folder behind
         standing = startup.prepare_run(config, peers, fresh, overwrite)
-        if is_over(standing, config):
+        if standing.over:
             if peers.rank == 0:
                 log.info("the run in %s is over: every phase is committed; add a phase to train on", standing.directory)
             return Outcome(standing.directory)

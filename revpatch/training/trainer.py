@@ -16,7 +16,7 @@ from revpatch.patch.patched_model import patch_disabled, patch_state
 from revpatch.stream.replay import write_replay
 from revpatch.stream.tars import ShardError
 from revpatch.training.bare_base import bare_base
-from revpatch.training.batches import Failure, Ready
+from revpatch.training.batches import Failure, Ready, stopping
 from revpatch.training.engine_state import fresh_state
 from revpatch.training.guard import Comparison, Keep, Rollback, Stop, decide, stopped_phase_keeps
 from revpatch.training.objective import TERMS
@@ -254,6 +254,7 @@ class Trainer(RunState):
         if not self.config.batch.replay_blocks or not phase.learned:
             return
         name, broken, kept = f"{phase.index:03d}_{phase.config.name}", [], False
+        failure: Failure | None = None
         while self.peers.rank == 0:
             ids = phase.batches.sample(self.config.seed, phase.learned, self.config.replay.blocks_per_phase)
             try:
@@ -261,11 +262,15 @@ class Trainer(RunState):
                     write_replay(self.plan.phases[phase.index], ids, self.directory / "replay", name)
                 break
             except ShardError as error:
-                found = phase.batches.broken(Failure.of(error, rank=0), phase.done + 1)
+                failure = Failure.of(error, rank=0)
+                found = phase.batches.broken(failure, phase.done + 1)
                 if self.config.stream.on_error == "stop" or not self.quarantine.add(found):
-                    raise
+                    break
                 broken.append(found)
-        broken, kept = self.peers.from_rank0((broken, kept))
+                failure = None
+        broken, kept, failure = self.peers.from_rank0((broken, kept, failure))
+        if failure is not None:
+            raise stopping([failure])
         for found in broken:
             self.quarantine.add(found)
         self._note(phase, Ready(phase.done, quarantined=broken))
