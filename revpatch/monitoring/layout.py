@@ -12,6 +12,8 @@ from typing import Any
 from revpatch.config import Config
 
 MARKS = ("commit", "rollback", "quarantine")
+DRAWN_BESIDE = ("phase_start", "limit", "commit_limit", *MARKS)
+"""The last words of the tags that are written as runs of their own: TensorBoard colours by run."""
 
 Layout = dict[str, dict[str, tuple[str, list[str]]]]
 """Category, chart, and its kind with the patterns of its tags, as `SummaryWriter.add_custom_scalars` takes it."""
