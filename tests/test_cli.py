@@ -214,7 +214,9 @@ def test_tensorboard_has_the_probes_and_the_commits(events: Any, run: Run) -> No
     # Each phase shows the state that it begins with, its probes, and the state that it commits.
     second = [first, *(step for step in probed if step > first), probed[-1]]
     shown = [0, *(step for step in probed if step <= first), first, *second]
-    beside = {name: events_in(run.directory / "tensorboard" / name) for name in ("phase_start", "limit", "commit_limit")}
+    beside = {
+        name: events_in(run.directory / "tensorboard" / name) for name in ("phase_start", "limit", "commit_limit")
+    }
     for name in ("base", "first", "second"):
         for value in ("loss", "gate", "phase_start", "sparsity", "patch_norm"):
             assert [point.step for point in beside.get(value, events).Scalars(f"probe/{name}/{value}")] == shown

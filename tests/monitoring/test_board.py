@@ -125,9 +125,9 @@ def test_a_long_run_has_a_picture_of_bounded_width():
 
 
 def test_the_page_of_charts_and_the_hyperparameters_are_kept(tmp_path, toy):
-    config = toy.config(tmp_path, monitoring={"peak_tflops": 1.0})
+    config = toy.config(tmp_path)
     with Board(tmp_path / "board") as board:
-        board.introduce(layout_of(config), hyperparameters(config, {"ranks": 2, "device": "cpu"}), ["loss/lm"])
+        board.introduce(layout_of(config, 1.0), hyperparameters(config, {"ranks": 2, "device": "cpu"}), ["loss/lm"])
         board.finished()
     read = read_back(tmp_path / "board")
     (event,) = read.Tensors("custom_scalars__config__")
@@ -226,7 +226,7 @@ def test_every_chart_of_the_page_has_its_numbers(tmp_path, toy, server):
     board = tmp_path / "run/tensorboard"
     folders = [board, *(path for path in board.iterdir() if path.is_dir())]
     written = [tag for folder in folders for tag in read_back(folder).Tags()["scalars"]]
-    charts = [chart for category in layout_of(load_config(file)).values() for chart in category.values()]
+    charts = [chart for category in layout_of(load_config(file), 1.0).values() for chart in category.values()]
     patterns = [pattern for _, patterns in charts for pattern in patterns]
     empty = [pattern for pattern in patterns if not any(re.match(pattern, tag) for tag in written)]
     may_be = [pattern for pattern in patterns if "quarantine" in pattern or "cache_hit_rate" in pattern]
