@@ -133,6 +133,9 @@ def test_what_is_typed_ends_well(document: str, server: RunServer, folder: Path,
     for run in (folder / "runs").iterdir():
         assert verify(run).ok, run
     if document == "README.md":
+        typist.types(
+            Block("", "revpatch report runs/gpt2_own_text --html")
+        )  # the run was begun anew since the first one
         the_outputs_are_where_it_says(blocks_of(document)["README.md: runs/NAME/"], folder / "runs/gpt2_own_text")
 
 
