@@ -19,8 +19,8 @@ fi
 HOSTFILE="$1"
 shift
 [ -f "$HOSTFILE" ] || { echo "${BASH_SOURCE[0]}: hostfile $HOSTFILE: no such file" >&2; exit 2; }
-FIRST="$(awk '!/^[[:space:]]*(#|$)/ { print $1; exit }' "$HOSTFILE")"
-LAUNCH+=(--hostfile "$HOSTFILE" --master_addr "${MASTER_ADDR:-$FIRST}" --master_port "${MASTER_PORT:-29500}")
+mapfile -t HOSTS < <(awk '!/^[[:space:]]*(#|$)/ { print $1 }' "$HOSTFILE")
+LAUNCH+=(--hostfile "$HOSTFILE" --master_addr "${MASTER_ADDR:-${HOSTS[0]:-}}" --master_port "${MASTER_PORT:-29500}")
 
 OPTIONS=("$@")
 if [[ " ${LAUNCH[*]} " != *" --no_ssh "* ]]; then
@@ -34,8 +34,10 @@ if [[ " ${LAUNCH[*]} " != *" --no_ssh "* ]]; then
     env | grep -E '^(NCCL|GLOO|TORCH|OMP|DS|HF|REVPATCH|PYTORCH|WANDB|MLFLOW)_[A-Z0-9_]+=' |
         grep -vE '^([A-Z0-9_]*(TOKEN|KEY|PASSWORD)[A-Z0-9_]*|DS_ENV_FILE)=' >>"$DS_ENV_FILE" || true
     # pdsh hands words to a shell there; deepspeed puts those with a space in double quotes and leaves the others as they
-    # are. In the quotes these three mean something; the others are quoted here.
+    # are. In the quotes these three mean something; the others are quoted here. Of one host deepspeed starts the ranks
+    # without pdsh, as they are.
     for i in "${!OPTIONS[@]}"; do
+        [ ${#HOSTS[@]} -gt 1 ] || break
         if [[ "${OPTIONS[i]}" == *" "* ]]; then
             OPTIONS[i]="$(sed 's/[\\$`]/\\&/g' <<<"${OPTIONS[i]}")"
         else

@@ -14,11 +14,12 @@ import shutil
 import socket
 import subprocess
 import tempfile
-import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
 from ranks import environment, free_port
+from waiting import until
 
 CONFIG = """ClusterName=revpatch
 SlurmctldHost={host}(127.0.0.1)
@@ -93,11 +94,8 @@ class Slurm:
         with (self.logs / name).open("ab") as log:
             self.daemons.append(subprocess.Popen([program, *arguments], env=self.environment, stdout=log, stderr=log))
 
-    def _until(self, holds: object, within: float, what: str) -> None:
-        until = time.monotonic() + within
-        while not holds():  # type: ignore[operator]
-            assert time.monotonic() < until, f"{what} is not ready within {within} s\n{self.said()}"
-            time.sleep(0.1)
+    def _until(self, holds: Callable[[], bool], within: float, what: str) -> None:
+        until(holds, lambda: f"{what}\n{self.said()}", within)
 
     def said(self) -> str:
         """What the daemons have said."""

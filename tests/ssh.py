@@ -11,12 +11,12 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import time
 from pathlib import Path
 from types import TracebackType
 
 from ranks import BIN
 from two_hosts import TwoHosts
+from waiting import until
 
 PRIVILEGES = Path("/run/sshd")
 """sshd's folder for privilege separation, which Debian's service makes."""
@@ -69,14 +69,14 @@ class Sshd:
         return file
 
     def _wait(self) -> None:
-        for node in (0, 1):
-            for _ in range(50):
-                check = self.hosts.start(0, ["ssh", f"node{node}", "true"], self.folder / "log", **self.variables)
-                if check.wait(20) == 0:
-                    break
-                time.sleep(0.1)
-            else:
-                raise AssertionError(f"no ssh to node{node}: {(self.folder / 'log').read_text()}")
+        log = self.folder / "log"
+        for node in ("node0", "node1"):
+            check = ["ssh", node, "true"]
+            until(
+                lambda check=check: self.hosts.start(0, check, log, **self.variables).wait(20) == 0,
+                lambda node=node: f"ssh to {node}: {log.read_text()}",
+                30,
+            )
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._made:  # the daemons end with the hosts

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from browser import Browser, Page
-from ranks import RunServer, free_port
+from browser import Browser
+from pages import charts_of, corners_of, go_when_up, is_drawn, series_of, tensorboard, wait_for_text
+from ranks import RunServer
 from toy import Toy
 
 from revpatch.config_file import load_config
@@ -23,21 +23,6 @@ pytestmark = pytest.mark.slow
 
 STEPS = 12
 WATCHED = {"tensorboard": True, "samples": {"max_new_tokens": 8}, "peak_tflops": 0.1}
-CHARTS = """(() => {
-  const all = (node, name, found) => {
-    if (node.localName === name) found.push(node);
-    if (node.shadowRoot) all(node.shadowRoot, name, found);
-    for (const child of node.childNodes) all(child, name, found);
-    return found;
-  };
-  return all(document, 'tf-custom-scalar-multi-line-chart-card', []).map(card => ({
-    title: card.__data.title,
-    series: Object.values(card.__data._nameToDataSeries || {}).map(s => ({
-      run: s.run, tag: s.tag, points: s.scalarData.map(p => [p.step, String(p.scalar)])})),
-    lines: all(card, 'path', []).filter(p => p.getAttribute('class') === 'line').map(p => p.getAttribute('d') || '')
-  }));
-})()"""
-"""What the page's charts are made of: their data, and the lines that are drawn."""
 
 
 @pytest.fixture(scope="module")
@@ -55,57 +40,39 @@ def runs(toy: Toy, server: RunServer, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture(scope="module")
-def tensorboard(runs: Path) -> Iterator[str]:
-    """Its address."""
-    port = free_port()
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(runs), "--port", str(port)]
-    with (runs.parent / "tensorboard.log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
-    try:
-        yield f"http://127.0.0.1:{port}/"
-    finally:
-        process.terminate()
-        process.wait(20)
+def address(runs: Path) -> Iterator[str]:
+    """TensorBoard's."""
+    with tensorboard([sys.executable, "-m", "tensorboard.main", "--logdir", str(runs)], runs.parent) as address:
+        yield address
 
 
 def events(run: Path, kind: str) -> list[dict[str, Any]]:
     return [e for e in Journal(run / "ledger/journal.jsonl", readonly=True).records() if e["event"] == kind]
 
 
-def go_when_up(browser: Browser, url: str) -> Page:
-    page = browser.open("about:blank", 1400, 9000)
-    page.go_until(url, "document.title === 'TensorBoard'")
-    return page
-
-
-def test_the_first_page_answers_with_the_numbers_of_the_log(browser: Browser, tensorboard: str, runs: Path) -> None:
-    page = go_when_up(browser, f"{tensorboard}#custom_scalars&_smoothingWeight=0")
-    layout = layout_of(load_config(runs / "one/config.yaml"))
-    titles = [title for category in layout.values() for title in category]
-    # A chart asks for its numbers when it comes into view; all are in view.
-    filled = f"{CHARTS}.filter(c => c.lines.some(d => d)).length"
-    page.wait_for(f"{CHARTS}.length === {len(titles)} && {filled} === {len(titles)}")
-    charts = {chart["title"]: chart for chart in page.evaluate(CHARTS)}
-    assert list(charts) == titles
-    assert all(category in visible_text(page) for category in layout)
+def test_the_first_page_answers_with_the_numbers_of_the_log(browser: Browser, address: str, runs: Path) -> None:
+    page = go_when_up(browser, f"{address}#custom_scalars&_smoothingWeight=0")
+    charts = charts_of(page, layout_of(load_config(runs / "one/config.yaml"), WATCHED["peak_tflops"]))
 
     first, second = events(runs / "one", "probe")[:2], events(runs / "one", "probe")[2:]
     chart = charts["base: loss, phase start, limits, marks"]
-    series = {s["tag"]: s["points"] for s in chart["series"] if s["run"] == "one/tensorboard"}
     before = first[0]["sets"]["base"]["before"]
     committed = [event["sets"]["base"]["loss"] for event in events(runs / "one", "commit")]
     # TensorBoard keeps the last point of a step: that of the commit, where there is one.
     losses = [before, first[0]["sets"]["base"]["loss"], committed[0], second[0]["sets"]["base"]["loss"], committed[1]]
     steps = [0, 6, 12, 18, 24]
-    assert [step for step, _ in series["probe/base/loss"]] == steps
-    assert [float(loss) for _, loss in series["probe/base/loss"]] == pytest.approx(losses)
-    assert float(series["probe/base/commit_limit"][0][1]) == pytest.approx(before + 0.5)
-    assert [step for step, _ in series["mark/base/rollback"]] == [4, 5, 6, 16, 17, 18, 22, 23, 24]
-    assert [step for step, _ in series["mark/base/commit"]] == [10, 11, 12, 22, 23, 24]
-    assert [value for _, value in series["mark/base/commit"]][2::3] == ["NaN", "NaN"]
+    shown = series_of(chart, "one/tensorboard", "probe/base/loss")
+    assert list(shown) == steps
+    assert list(shown.values()) == pytest.approx(losses)
+    limits = series_of(chart, "one/tensorboard/commit_limit", "probe/base/commit_limit")
+    assert limits[0] == pytest.approx(before + 0.5)
+    assert list(series_of(chart, "one/tensorboard/rollback", "mark/base/rollback")) == [4, 5, 6, 16, 17, 18, 22, 23, 24]
+    commits = series_of(chart, "one/tensorboard/commit", "mark/base/commit")
+    assert list(commits) == [10, 11, 12, 22, 23, 24]
+    assert np.isnan(list(commits.values())[2::3]).all()
 
     # What is drawn: somewhere a line whose corners are those losses, and one that is three strokes of a step's width.
-    corners = [corners_of(line) for line in chart["lines"]]
+    corners = [corners_of(line["path"]) for line in chart["lines"]]
     assert any(len(c) == 1 and is_drawn(c[0], steps, losses) for c in corners)
     marks = [c for c in corners if len(c) == 3]
     assert marks
@@ -119,8 +86,7 @@ def of_the_others(charts: dict[str, Any], run: Path, probes: list[dict[str, Any]
     """A chart of the questions after the second, held against the journal."""
 
     def at(title: str, tag: str, step: int) -> float:
-        (found,) = [s for s in charts[title]["series"] if (s["run"], s["tag"]) == (f"{run.name}/tensorboard", tag)]
-        return float(next(value for at, value in found["points"] if at == step))
+        return series_of(charts[title], f"{run.name}/tensorboard", tag)[step]
 
     sets, training = probes[0]["sets"]["first"], probes[0]["training"]
     assert at("mean gate on each held-out set", "probe/first/gate", 6) == pytest.approx(sets["gate"])
@@ -132,55 +98,18 @@ def of_the_others(charts: dict[str, Any], run: Path, probes: list[dict[str, Any]
     assert speed == pytest.approx(training["tokens_per_second"], rel=1e-5)
 
 
-def test_texts_pictures_histograms_and_hyperparameters_are_shown(
-    browser: Browser, tensorboard: str, runs: Path
-) -> None:
-    page = go_when_up(browser, f"{tensorboard}#text")
+def test_texts_pictures_histograms_and_hyperparameters_are_shown(browser: Browser, address: str, runs: Path) -> None:
+    page = go_when_up(browser, f"{address}#text")
     reason = events(runs / "one", "rollback")[0]["reason"].split(" nats")[0]
     wait_for_text(page, "first rolled back at 6", reason, "second committed")
     wait_for_text(page, "samples")
-    page.go(f"{tensorboard}?tab#images")
+    page.go(f"{address}?tab#images")
     wait_for_text(page, "gate/layer_by_step")
-    page.go(f"{tensorboard}?tab#histograms")
+    page.go(f"{address}?tab#histograms")
     wait_for_text(page, "gates_on_base")
-    page.go(f"{tensorboard}?tab#hparams")
+    page.go(f"{address}?tab#hparams")
     wait_for_text(page, "one/tensorboard", "two/tensorboard", "batch.new_blocks")
     page.close()
-
-
-def visible_text(page: Page) -> str:
-    """All text, also that inside of components."""
-    text: str = page.evaluate(
-        "(() => { const walk = n => (n.nodeType === 3 ? n.textContent : "
-        "['STYLE', 'SCRIPT'].includes(n.tagName) ? '' : "
-        "[...(n.shadowRoot ? n.shadowRoot.childNodes : []), ...n.childNodes].map(walk).join(' ')); "
-        "return walk(document.body).replace(/\\s+/g, ' '); })()"
-    )
-    return text
-
-
-def wait_for_text(page: Page, *words: str) -> None:
-    since = time.monotonic()
-    while missing := [word for word in words if word not in visible_text(page)]:
-        assert time.monotonic() - since < 60, f"{missing} not in: {visible_text(page)[:3000]}"
-        time.sleep(0.5)
-
-
-def corners_of(path: str) -> list[list[tuple[float, float]]]:
-    """The strokes of an SVG path of M and L, each a list of corners."""
-    strokes = [stroke for stroke in path.split("M") if stroke]
-    return [[tuple(map(float, c.split(","))) for c in stroke.split("L")] for stroke in strokes]  # type: ignore[misc]
-
-
-def is_drawn(corners: list[tuple[float, float]], steps: list[int], values: list[float]) -> bool:
-    """Whether the corners are these points, on linear axes whose y grows downwards."""
-    if len(corners) != len(steps):
-        return False
-    for pixels, numbers, sign in zip(zip(*corners, strict=True), (steps, values), (1, -1), strict=True):
-        slope, offset = np.polyfit(numbers, pixels, 1)
-        if sign * slope <= 0 or np.abs(np.polyval([slope, offset], numbers) - pixels).max() > 0.5:
-            return False
-    return True
 
 
 @pytest.mark.parametrize(("width", "height"), [(390, 844), (1280, 900)])

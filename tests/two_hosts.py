@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 
 from ranks import environment
+from waiting import until
 
 NETNS = Path("/etc/netns")
 
@@ -87,8 +88,8 @@ class TwoHosts:
 
     def rank(self, rank: int, within: float = 300) -> int:
         """The process of a rank, on whichever node; waits for it."""
-        end = time.monotonic() + within
-        while time.monotonic() < end:
+
+        def running() -> int | None:
             for pid in [pid for node in (0, 1) for pid in self.processes(node)]:
                 try:
                     variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
@@ -96,8 +97,11 @@ class TwoHosts:
                     continue
                 if f"RANK={rank}".encode() in variables and any(each.startswith(b"LOCAL_RANK=") for each in variables):
                     return pid
-            time.sleep(0.1)
-        raise AssertionError(f"no rank {rank} within {within} s")
+            return None
+
+        found = until(running, f"rank {rank}", within)
+        assert found is not None
+        return found
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for node, name in enumerate(self.names):

@@ -98,4 +98,5 @@ class MonitoringConfig(Section):
     """Services that get the same numbers; their packages must be installed."""
     samples: SamplesConfig = SamplesConfig()
     peak_tflops: PositiveFloat | None = None
-    """Peak of one device in the base's dtype, 10¹² operations a second, from its data sheet; null shows no share."""
+    """Peak of one device in the base's dtype, 10¹² operations a second, from its data sheet. Null takes, for a bfloat16
+    base on a GPU that is known by its name, what is known of it, and else shows no share."""

@@ -21,6 +21,8 @@ from revpatch.durable import sha256_of, sync_directory, write_atomically
 from revpatch.ledger.plain import to_plain
 
 GENESIS = sha256_of(b"revpatch journal, version 1")
+Sets = dict[str, dict[str, Any]]
+"""What an event keeps of each probe set, by name; docs/RUNS.md says what."""
 EVENT_FIELDS = ("seq", "time", "event", "previous")
 _decode = json.JSONDecoder().raw_decode  # json.loads looks for white space around the value: a fifth of the time
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from revpatch.monitoring.heat_map import HeatMap
-from revpatch.monitoring.layout import Layout
+from revpatch.monitoring.layout import DRAWN_BESIDE, Layout
 from revpatch.monitoring.trackers import Trackers
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ _PADDING = 0.05
 
 class Board:
     """Writes event files into `directory` (created with its parents) if `enabled`, else nothing at all; every number
-    also goes to the `trackers`, if there are any.
+    also goes to the `trackers`, if there are any. Limits and marks are in folders of `directory`, each of which
+    TensorBoard takes for a run of its own, with a name and a colour.
 
     `purge_step`: after a resume, the first step that will be written again; TensorBoard then hides what an earlier
     process wrote from there on. Raises ImportError if tensorboard is not installed, OSError if the folder can't be
@@ -38,7 +39,13 @@ class Board:
     def __init__(
         self, directory: Path, enabled: bool = True, purge_step: int | None = None, trackers: Trackers | None = None
     ) -> None:
+        self._directory, self._purge_step = directory, purge_step
         self._writer = _open_writer(directory, purge_step) if enabled else None
+        self._beside: dict[str, SummaryWriter] = {}
+        # Those that an earlier process has written are opened now, so that their lost steps are hidden too.
+        for line in DRAWN_BESIDE if enabled and purge_step is not None else ():
+            if (directory / line).is_dir():
+                self._line(line)
         self._trackers = trackers
         self._heat: dict[str, HeatMap] = {}
         self._ranges: dict[str, tuple[float, float]] = {}
@@ -48,7 +55,7 @@ class Board:
         """One point on the chart of each tag."""
         if self._writer is not None:
             for tag, value in values.items():
-                self._writer.add_scalar(tag, float(value), step)
+                self._line(tag.rpartition("/")[2]).add_scalar(tag, float(value), step)
         if self._trackers is not None:
             self._trackers.log(step, {tag: float(value) for tag, value in values.items()})
 
@@ -129,7 +136,7 @@ class Board:
             if self._writer is not None:
                 low, high = (low, high) if low < high else (low - _PADDING, high + _PADDING)
                 for back, end in ((2, low), (1, high), (0, np.nan)):  # the NaN: it isn't joined with the next mark
-                    self._writer.add_scalar(f"mark/{name}/{kind}", end, step - back)
+                    self._line(kind).add_scalar(f"mark/{name}/{kind}", end, step - back)
 
     def introduce(self, layout: Layout, hyperparameters: Mapping[str, Any], metrics: Sequence[str]) -> None:
         """The page of charts; the run's row in the HParams tab, with the tags that are its results."""
@@ -152,9 +159,19 @@ class Board:
     def close(self) -> None:
         """Writes what is still in memory, and closes the file; closing twice is fine."""
         if self._writer is not None:
-            self._writer.close()
+            for writer in (self._writer, *self._beside.values()):
+                writer.close()
         if self._trackers is not None:
             self._trackers.close()
+
+    def _line(self, name: str) -> SummaryWriter:
+        """The writer of what ends with this name in its tag."""
+        assert self._writer is not None
+        if name not in DRAWN_BESIDE:
+            return self._writer
+        if name not in self._beside:
+            self._beside[name] = _open_writer(self._directory / name, self._purge_step)
+        return self._beside[name]
 
     def __enter__(self) -> Board:
         return self

@@ -12,13 +12,15 @@ from typing import Any
 from revpatch.config import Config
 
 MARKS = ("commit", "rollback", "quarantine")
+DRAWN_BESIDE = ("phase_start", "limit", "commit_limit", *MARKS)
+"""The last words of the tags that are written as runs of their own: TensorBoard colours by run."""
 
 Layout = dict[str, dict[str, tuple[str, list[str]]]]
 """Category, chart, and its kind with the patterns of its tags, as `SummaryWriter.add_custom_scalars` takes it."""
 
 
-def layout_of(config: Config) -> Layout:
-    """The page for the probes and parts that this config has."""
+def layout_of(config: Config, peak: float | None) -> Layout:
+    """The page for the probes and parts that this config has; `peak`: of a device, if it is known."""
     probes = [probe.name for probe in config.probes.sets]
     taught = [probe.name for probe in config.probes.sets if probe.guard_after is not None]
     forgetting = {
@@ -40,7 +42,7 @@ def layout_of(config: Config) -> Layout:
         "gradient bytes reduced a step": _lines("wire/bytes_a_step"),
         "share of the teacher's states found in its cache": _lines("teacher/cache_hit_rate"),
     }
-    if config.monitoring.peak_tflops is not None:
+    if peak is not None:
         costs["share of peak"] = _lines("speed/share_of_peak")
     return {
         "1. Is it learning?": {

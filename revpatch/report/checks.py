@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from revpatch.report.history import PhaseHistory, RolledBack, RunHistory, Sets
+from revpatch.ledger.journal import Sets
+from revpatch.report.history import PhaseHistory, RolledBack, RunHistory
 from revpatch.report.matrix import Matrix
 
 MIN_GATE_GAP = 0.1

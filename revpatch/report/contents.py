@@ -8,7 +8,6 @@ from typing import Any
 
 from revpatch.ledger.plain import to_plain
 from revpatch.report.checks import Check, checklist
-from revpatch.report.curves import Line, Mark, chart
 from revpatch.report.history import RunHistory, read_history
 from revpatch.report.matrix import Estimate, Matrix, matrix_of
 
@@ -20,9 +19,6 @@ MEASURES = {
     "base text since the base": "change of −loss on what the base knew; below 0 is forgetting",
 }
 """What each measure says, in the order in which they are shown."""
-
-_COLOURS = ("#1f77b4", "#d95f02", "#7b3fa0", "#1b9e77", "#b8860b", "#c2185b", "#5d6d7e", "#8c564b")
-_MARKED = ("commit", "rollback", "quarantine")
 
 
 @dataclass(frozen=True)
@@ -59,37 +55,6 @@ class Report:
             }
         )
         return plain
-
-    def charts(self) -> list[str]:
-        """The curves as <figure>s: the training loss, and every probe with its phases' starts and limits."""
-        marks = [Mark(h.step, h.kind, f"step {h.step}: {h.words}") for h in self.run.happenings if h.kind in _MARKED]
-        points = [point for phase in self.run.phases for point in phase.probes]
-        trained = [(point.step, point.training["lm"]) for point in points if "lm" in point.training]
-        speed = [(p.step, p.training["tokens_per_second"]) for p in points if "tokens_per_second" in p.training]
-        charts = [chart("training loss on new text, nats per token", [Line("new text", trained, _COLOURS[0])], marks)]
-        for number, name in enumerate(self.run.taught_by):
-            losses: list[tuple[float, float]] = []
-            limits: list[tuple[float, float]] = []
-            for phase in self.run.phases:
-                if name not in phase.start:
-                    continue
-                start = phase.start[name]
-                losses.append((phase.first_step, start["loss"]))
-                losses += ((point.step, point.sets[name]["loss"]) for point in phase.probes)
-                losses += [] if phase.commit is None else [(phase.end, phase.commit[name]["loss"])]
-                if start["guarded"]:
-                    limit = start["loss"] + self.run.tolerances[name]
-                    limits += ((phase.first_step, limit), (phase.end, limit), (phase.end, float("nan")))
-            lines = [Line(name, losses, _COLOURS[number % len(_COLOURS)])]
-            lines += [Line("limit for a commit", limits, "#888", dashed=True)] if limits else []
-            charts.append(chart(f"held-out loss of {name}, nats per token", lines, marks))
-        gates = [
-            Line(name, [(p.step, p.sets[name]["gate"]) for p in points], _COLOURS[number % len(_COLOURS)])
-            for number, name in enumerate(self.run.taught_by)
-        ]
-        charts.append(chart("mean gate on each held-out set", gates, marks))
-        charts.append(chart("tokens a second", [Line("tokens/s", speed, _COLOURS[3])], marks))
-        return [figure for figure in charts if figure]
 
 
 def report_of(run: Path) -> Report:

@@ -8,11 +8,9 @@ from typing import Any
 
 from revpatch.config_file import load_config
 from revpatch.ledger.history import JOURNAL_NAME, effective
-from revpatch.ledger.journal import Journal
+from revpatch.ledger.journal import Journal, Sets
 from revpatch.training.resume import CONFIG_NAME
 
-Sets = dict[str, dict[str, Any]]
-"""What the journal keeps of each probe set, by name; see docs/RUNS.md."""
 _TRAINED_ON = ("probe", "rollback", "phase_start", "run_end")
 """The events that no run comes to, after a rollback, without training on; or, after its last step, without its end."""
 

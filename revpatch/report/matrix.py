@@ -22,7 +22,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from revpatch.report.history import RunHistory, Sets
+from revpatch.ledger.journal import Sets
+from revpatch.report.history import RunHistory
 from revpatch.training.guard import student_t_quantile
 
 Losses = NDArray[np.float64]

@@ -7,8 +7,11 @@ from html import escape
 from revpatch.monitoring.heat_map import colours, ink_on
 from revpatch.report.checks import VERDICTS, Check
 from revpatch.report.contents import MEASURES, Report
+from revpatch.report.curves import Line, Mark, chart
 from revpatch.report.matrix import Matrix
 
+_COLOURS = ("#1f77b4", "#d95f02", "#7b3fa0", "#1b9e77", "#b8860b", "#c2185b", "#5d6d7e", "#8c564b")
+_MARKED = ("commit", "rollback", "quarantine")
 _STYLE = """
 :root{color-scheme:light dark;--fg:#1c1f23;--bg:#fff;--soft:#667;--line:#d8dce2;--card:#f6f7f9}
 @media(prefers-color-scheme:dark){:root{--fg:#e6e8eb;--bg:#15181c;--soft:#9aa4b0;--line:#343a42;--card:#1d2127}}
@@ -49,7 +52,7 @@ def page_of(report: Report) -> str:
     ]
     if report.matrix is not None:
         body += ["<h2>Every corpus after every phase</h2>", _matrix(report.matrix), _measures(report)]
-    if charts := report.charts():
+    if charts := _charts(report):
         body += ["<h2>Curves</h2>", f'<div class="charts">{"".join(charts)}</div>']
     body += [_happenings(report), _samples(report), "<h2>Environment</h2>", _environment(report)]
     return (
@@ -104,6 +107,38 @@ def _measures(report: Report) -> str:
         figure = "no corpus to take it from" if found is None else str(found)
         rows.append(f"<tr><th>{escape(name)}</th><td>{escape(figure)}<br><small>{escape(meaning)}</small></td></tr>")
     return f'<div class="wide"><table>{"".join(rows)}</table></div>'
+
+
+def _charts(report: Report) -> list[str]:
+    """The curves as <figure>s: the training loss, and every probe with its phases' starts and limits."""
+    marks = [Mark(h.step, h.kind, f"step {h.step}: {h.words}") for h in report.run.happenings if h.kind in _MARKED]
+    points = [point for phase in report.run.phases for point in phase.probes]
+    trained = [(point.step, point.training["lm"]) for point in points if "lm" in point.training]
+    speed = [(p.step, p.training["tokens_per_second"]) for p in points if "tokens_per_second" in p.training]
+    charts = [chart("training loss on new text, nats per token", [Line("new text", trained, _COLOURS[0])], marks)]
+    for number, name in enumerate(report.run.taught_by):
+        losses: list[tuple[float, float]] = []
+        limits: list[tuple[float, float]] = []
+        for phase in report.run.phases:
+            if name not in phase.start:
+                continue
+            start = phase.start[name]
+            losses.append((phase.first_step, start["loss"]))
+            losses += ((point.step, point.sets[name]["loss"]) for point in phase.probes)
+            losses += [] if phase.commit is None else [(phase.end, phase.commit[name]["loss"])]
+            if start["guarded"]:
+                limit = start["loss"] + report.run.tolerances[name]
+                limits += ((phase.first_step, limit), (phase.end, limit), (phase.end, float("nan")))
+        lines = [Line(name, losses, _COLOURS[number % len(_COLOURS)])]
+        lines += [Line("limit for a commit", limits, "#888", dashed=True)] if limits else []
+        charts.append(chart(f"held-out loss of {name}, nats per token", lines, marks))
+    gates = [
+        Line(name, [(p.step, p.sets[name]["gate"]) for p in points], _COLOURS[number % len(_COLOURS)])
+        for number, name in enumerate(report.run.taught_by)
+    ]
+    charts.append(chart("mean gate on each held-out set", gates, marks))
+    charts.append(chart("tokens a second", [Line("tokens/s", speed, _COLOURS[3])], marks))
+    return [figure for figure in charts if figure]
 
 
 def _happenings(report: Report) -> str:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from revpatch.config import ProbeSetConfig, RollbackConfig, StreamConfig
 from revpatch.config_file import load_config
+from revpatch.ledger.journal import Sets
 from revpatch.patch.patched_model import Patch
 from revpatch.surgery.held_out import HeldOut, sets_of
 from revpatch.surgery.subject import Subject
 from revpatch.training.guard import Comparison, Keep, ProbeSet, compare_all, decide
 from revpatch.training.probe import Measurement
 from revpatch.training.resume import CONFIG_NAME
-
-Sets = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)

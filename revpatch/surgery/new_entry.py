@@ -10,8 +10,9 @@ from typing import Any
 
 from revpatch.config_file import load_config
 from revpatch.ledger.history import JOURNAL_NAME, Ledger
+from revpatch.ledger.journal import Sets
 from revpatch.surgery.arithmetic import Tensors
-from revpatch.surgery.judgement import Judgement, Sets
+from revpatch.surgery.judgement import Judgement
 from revpatch.surgery.subject import Entry
 from revpatch.training.resume import CONFIG_NAME, claim
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -9,6 +10,24 @@ from torch import nn
 
 from revpatch.patch.families import head_of
 from revpatch.patch.patched_model import Patch
+
+PEAKS = {
+    r"B200\b": 2250.0,
+    r"H200(?! NVL)\b": 989.0,
+    r"H100 PCIe": 756.0,
+    r"H100 80GB HBM3": 989.0,
+    r"A100\b": 312.0,
+    r"L40S\b": 362.0,
+    r"A10\b": 125.0,
+    r"RTX 4090(?! D| Laptop)\b": 165.0,
+    r"V100\b": 125.0,  # of float16: it has no bfloat16
+}
+"""Of CUDA devices by a pattern of their name: dense bfloat16, 10¹² operations a second, from NVIDIA's data sheets."""
+
+
+def peak_tflops(device_name: str) -> float | None:
+    """Peak of a CUDA device in bfloat16, 10¹² operations a second, by the name that torch gives it; None if unknown."""
+    return next((peak for pattern, peak in PEAKS.items() if re.search(rf"\b{pattern}", device_name)), None)
 
 
 def memory_in_use(device: torch.device) -> float:

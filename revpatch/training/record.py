@@ -23,6 +23,7 @@ from revpatch.monitoring.terminal import console
 from revpatch.monitoring.trackers import Trackers
 from revpatch.training.objective import TERMS
 from revpatch.training.probe import nearly_shut
+from revpatch.training.watch import in_words
 
 log = logging.getLogger("revpatch")
 
@@ -61,11 +62,12 @@ class Record:
         self._waited = 0.0
         self.restart_clock()
 
-    def introduce(self, config: Config, facts: Mapping[str, Any]) -> None:
-        """Makes TensorBoard's page of charts, and the run's row among others with its hyperparameters."""
+    def introduce(self, config: Config, facts: Mapping[str, Any], peak: float | None) -> None:
+        """Makes TensorBoard's page of charts, and the run's row among others with its hyperparameters. `peak`: of a
+        device, 10¹² operations a second, if it is known."""
         if self.enabled:
             metrics = ["loss/lm", *(f"probe/{probe.name}/loss" for probe in config.probes.sets)]
-            self.board.introduce(layout_of(config), hyperparameters(config, facts), metrics)
+            self.board.introduce(layout_of(config, peak), hyperparameters(config, facts), metrics)
 
     def event(self, name: str, **fields: Any) -> None:
         """A line in the journal."""
@@ -172,10 +174,7 @@ class Record:
         self.event("probe", phase=phase, step=step, sets=sets, training=self._training)
         self.show_probes(global_step, sets, spreads)
         self.board.heat_maps(global_step)
-        shown = []
-        for name, values in sets.items():
-            shown.append(f"{name} {values['loss']:.4f} ({values['drift']:+.4f})")
-        log.info("%s probe at %d  %s", phase, step, "  ".join(shown))
+        log.info("%s probe at %d  %s", phase, step, in_words(sets))
 
     def show_probes(
         self,

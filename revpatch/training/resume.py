@@ -17,12 +17,13 @@ from revpatch.ledger.layers import SAME_MAP
 from revpatch.ledger.restoring import Origin, is_restored, origin_of
 from revpatch.ledger.run_lock import LOCK_NAME, lock_run
 from revpatch.monitoring.terminal import log_to
+from revpatch.monitoring.trackers import IDS_NAME
 from revpatch.training.config_changes import compare_configs
 from revpatch.training.going_on import check_history, check_nothing_made, how_anew
 from revpatch.training.snapshot import Snapshot, newest_snapshot
 
 CONFIG_NAME = "config.yaml"
-OUTPUTS = ("train.log", "ledger", "replay", "snapshot", "tensorboard", "report.html", CONFIG_NAME)
+OUTPUTS = ("train.log", "ledger", "replay", "snapshot", "tensorboard", IDS_NAME, "report.html", CONFIG_NAME)
 """What a run writes into its folder. The config comes first and goes last: it is what makes the folder a run's."""
 
 

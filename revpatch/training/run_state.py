@@ -107,8 +107,12 @@ class RunState:
             facts["inverse error, weights ± 0.02"] = str(self.invertibility(self.plan.phases[index], noise=0.02))
         if self.peers.rank == 0:
             startup.show(facts)
-            self.record.introduce(self.config, facts)
-            self.record.costs = self._costs()
+            peak = startup.peak_of(self.config, self.peers.device)
+            if peak is None and self.peers.device.type == "cuda":
+                words = "the peak of %s in %s isn't known, so its share is not shown: monitoring.peak_tflops sets it"
+                log.info(words, facts["device"], self.config.base.dtype)
+            self.record.introduce(self.config, facts, peak)
+            self.record.costs = self._costs(peak)
             if self.config.base.dtype == "bfloat16" and self.peers.device.type == "cpu" and bfloat16_is_slow():
                 log.warning("this CPU is slower in bfloat16 than in float32: --set base.dtype=float32 is faster here")
         if standing.begun:
@@ -186,10 +190,11 @@ class RunState:
         with torch.compiler.set_stance("force_eager"):  # once or twice in a run
             return measure_invertibility(self.base, self.patch, tokens, noise)
 
-    def _costs(self) -> Callable[[float], dict[str, float]]:
-        """What a step costs besides time, by TensorBoard's tags, at so many tokens a second over all ranks."""
+    def _costs(self, peak: float | None) -> Callable[[float], dict[str, float]]:
+        """What a step costs besides time, by TensorBoard's tags, at so many tokens a second over all ranks; `peak`: of
+        a device, 10¹² operations a second, if it is known."""
         accumulation = self.config.batch.accumulation(self.peers.world)
-        wire, peak = startup.gradient_bytes(self.patch, self.engine, accumulation), self.config.monitoring.peak_tflops
+        wire = startup.gradient_bytes(self.patch, self.engine, accumulation)
         flops = flops_a_token(self.base, self.patch)
 
         def costs(tokens_per_second: float) -> dict[str, float]:

@@ -21,6 +21,7 @@ from revpatch.loading import load_base as load
 from revpatch.monitoring.terminal import console
 from revpatch.patch.families import blocks_of, check_head
 from revpatch.patch.patched_model import Patch, base_sha256
+from revpatch.training.cost import peak_tflops
 from revpatch.training.engine import Engine
 from revpatch.training.launch import Peers
 from revpatch.training.own_code import with_own_code
@@ -135,6 +136,14 @@ def facts(config: Config, base: nn.Module, patch: Patch, engine: Engine, peers: 
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, python "
         f"{platform.python_version()}",
     }
+
+
+def peak_of(config: Config, device: torch.device) -> float | None:
+    """Peak of this rank's device, 10¹² operations a second: what the config says or, for a bfloat16 base on a GPU that
+    is known by its name, its data sheet; None shows no share of it."""
+    if config.monitoring.peak_tflops is not None or device.type != "cuda":
+        return config.monitoring.peak_tflops
+    return peak_tflops(torch.cuda.get_device_name(device)) if config.base.dtype == "bfloat16" else None
 
 
 def gradient_bytes(patch: Patch, engine: Engine, accumulation: int) -> int:

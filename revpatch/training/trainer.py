@@ -12,6 +12,7 @@ import time
 import torch
 
 from revpatch.config import PhaseConfig
+from revpatch.ledger.journal import Sets
 from revpatch.patch.patched_model import patch_disabled, patch_state
 from revpatch.stream.replay import write_replay
 from revpatch.stream.tars import ShardError
@@ -24,7 +25,7 @@ from revpatch.training.phase import Phase
 from revpatch.training.rollback import GoodState, restore
 from revpatch.training.run_state import RunState
 from revpatch.training.schedule import learning_rate
-from revpatch.training.watch import Sets
+from revpatch.training.watch import in_words
 
 log = logging.getLogger("revpatch")
 Verdict = Keep | Rollback | Stop
@@ -243,8 +244,7 @@ class Trainer(RunState):
             sets=self.watch.with_blocks(sets, good.measurements),
         )
         self.record.show_probes(phase.global_step(phase.config.steps), sets, {})
-        words = "  ".join(f"{key} {values['loss']:.4f} ({values['drift']:+.4f})" for key, values in sets.items())
-        self.record.happened(phase.global_step(phase.config.steps), "commit", f"{name} committed: {words}")
+        self.record.happened(phase.global_step(phase.config.steps), "commit", f"{name} committed: {in_words(sets)}")
         self.write_samples(name, phase.global_step(phase.config.steps))
         self.take_snapshot(phase, committed=True)
         self.snapshots.finish()

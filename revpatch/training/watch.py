@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from torch import nn
 
 from revpatch.config import Config, ProbeSetConfig
+from revpatch.ledger.journal import Sets
 from revpatch.stream.shard_set import ShardSet
 from revpatch.training.guard import Comparison, ProbeSet, compare_all
 from revpatch.training.launch import Peers
 from revpatch.training.phase import Phase
 from revpatch.training.probe import Measurement, Prober, put_together
 
-Sets = dict[str, dict[str, Any]]
-"""What the journal keeps of each probe set, by name."""
+
+def in_words(sets: Sets) -> str:
+    """Each set's loss, and its drift since the phase's start, for a line of the log."""
+    return "  ".join(f"{name} {values['loss']:.4f} ({values['drift']:+.4f})" for name, values in sets.items())
 
 
 class Watch:

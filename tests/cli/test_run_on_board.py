@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +18,11 @@ from revpatch.training.objective import TERMS
 
 @pytest.fixture(scope="module")
 def events(run: Run) -> Any:
-    accumulator = EventAccumulator(str(run.directory / "tensorboard"))
+    return events_in(run.directory / "tensorboard")
+
+
+def events_in(folder: Path) -> Any:
+    accumulator = EventAccumulator(str(folder))
     accumulator.Reload()
     return accumulator
 
@@ -96,15 +101,19 @@ def test_tensorboard_has_the_probes_and_the_commits(events: Any, run: Run) -> No
     # Each phase shows the state that it begins with, its probes, and the state that it commits.
     second = [first, *(step for step in probed if step > first), probed[-1]]
     shown = [0, *(step for step in probed if step <= first), first, *second]
+    beside = {
+        name: events_in(run.directory / "tensorboard" / name) for name in ("phase_start", "limit", "commit_limit")
+    }
     for name in ("base", "first", "second"):
         for value in ("loss", "gate", "phase_start", "sparsity", "patch_norm"):
-            assert [point.step for point in events.Scalars(f"probe/{name}/{value}")] == shown
+            assert [point.step for point in beside.get(value, events).Scalars(f"probe/{name}/{value}")] == shown
     guarded = {"base": shown, "first": second}
     for name, steps in guarded.items():
         for value in ("reference", "limit", "commit_limit", "rise"):
-            assert [point.step for point in events.Scalars(f"probe/{name}/{value}")] == steps
-    assert "probe/second/limit" not in events.Tags()["scalars"], "no phase after it guards it"
-    for loss, limit in zip(events.Scalars("probe/base/reference"), events.Scalars("probe/base/limit"), strict=True):
+            assert [point.step for point in beside.get(value, events).Scalars(f"probe/{name}/{value}")] == steps
+    limits = beside["limit"]
+    assert "probe/second/limit" not in limits.Tags()["scalars"], "no phase after it guards it"
+    for loss, limit in zip(events.Scalars("probe/base/reference"), limits.Scalars("probe/base/limit"), strict=True):
         assert limit.value == pytest.approx(loss.value + 0.5, rel=1e-5)
     journal = [json.loads(line) for line in run.entry("journal.jsonl").read_text("utf-8").splitlines()]
     measured = [e for e in journal if e["event"] in ("probe", "commit") or e.get("kind") == "start"]
@@ -115,5 +124,5 @@ def test_tensorboard_has_the_probes_and_the_commits(events: Any, run: Run) -> No
     assert texts.keys() == {STEPS["first"], sum(STEPS.values())}
     assert "first committed" in texts[STEPS["first"]]
     # A vertical mark: three points, the last of which breaks the line, at rising steps, as some loaders want it.
-    marks = events.Scalars("mark/base/commit")
+    marks = events_in(run.directory / "tensorboard/commit").Scalars("mark/base/commit")
     assert [point.step for point in marks] == [step - before for step in texts for before in (2, 1, 0)]

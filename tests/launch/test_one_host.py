@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -38,3 +41,37 @@ def test_a_wrong_call_is_told(call: list[str], variables: dict[str, str], words:
     assert done.returncode in (1, 2)
     assert words in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("hosts", [["node0"], ["node0", "node1"]])
+def test_deepspeed_gives_the_ranks_the_words_that_were_typed(hosts: list[str], tmp_path: Path) -> None:
+    """Of several hosts through a shell, with those that have a space put in double quotes; of one host as they are."""
+    told = deepspeed_told(tmp_path, hosts, words := ["c.yaml", "--set", "a=b c `$HOME` \\ $(d)", "--set", "e='f;$(g)'"])
+    start = told.index("revpatch")
+    assert told[start : start + 2] == ["revpatch", "doctor"]
+    assert told[told.index("--master_addr") + 1] == "node0"
+    options = told[start + 2 :]
+    if len(hosts) > 1:
+        typed = " ".join(f'"{option}"' if " " in option else option for option in options)
+        shell = ["bash", "-c", f"printf '%s\\0' {typed}"]
+        options = subprocess.run(shell, capture_output=True, text=True, check=True).stdout.split("\0")[:-1]
+    assert options == words
+
+
+def deepspeed_told(folder: Path, hosts: list[str], words: list[str]) -> list[str]:
+    """What the script, in a checkout without a .venv, calls `deepspeed` with; it looks with doctor."""
+    stub = folder / "bin/deepspeed"
+    stub.parent.mkdir()
+    stub.write_text("#!/usr/bin/env python\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n")
+    stub.chmod(0o700)
+    hostfile = folder / "hostfile"
+    hostfile.write_text("# hosts\n\n" + "".join(f"{host} slots=1\n" for host in hosts))
+    (folder / "launch").mkdir()
+    script = shutil.copy(LAUNCH / "deepspeed_multi_node.sh", folder / "launch")
+    variables = {**environment(), "COMMAND": "doctor", "HOME": str(folder)}
+    variables["PATH"] = f"{stub.parent}{os.pathsep}{variables['PATH']}"
+    done = subprocess.run(
+        ["bash", str(script), str(hostfile), *words], env=variables, capture_output=True, text=True, check=True
+    )
+    told: list[str] = json.loads(done.stdout)
+    return told

@@ -3,16 +3,39 @@
 from __future__ import annotations
 
 import json
-import time
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
-from ranks import Runs
+from ranks import Runs, environment
 from slurm import Slurm
+from waiting import until
 
 SBATCH = Path(__file__).resolve().parents[2] / "launch/slurm.sbatch"
 HERE = ("--nodes=1", "--ntasks-per-node=2", "--gpus-per-node=0", "--cpus-per-task=1", "--time=10")
 """What this machine has, instead of what the file asks for."""
+
+
+def test_the_job_looks_with_doctor_where_it_is_told_to(tmp_path: Path) -> None:
+    """With stubs for what Slurm and its ranks would be: doctor under the real one needs nothing more of it."""
+    stubs = {"scontrol": "echo node0", "srun": 'shift; SLURM_PROCID=1 SLURM_LOCALID=1 exec "$@"'}
+    stubs["python"] = 'echo "rank $RANK of $WORLD_SIZE, local $LOCAL_RANK, $MASTER_ADDR:" "$@"; printf "[%s]" "$@"'
+    for name, body in stubs.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o700)
+    job = {
+        "SLURM_SUBMIT_DIR": str(tmp_path),
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "node[0-1]",
+        "SLURM_NTASKS": "2",
+    }
+    variables = {**environment(), **job, "COMMAND": "doctor"}
+    variables["PATH"] = f"{tmp_path}{os.pathsep}{variables['PATH']}"
+    command = ["bash", str(SBATCH), "c.yaml", "--json", "a b"]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
+    assert "rank 1 of 2, local 1, node0: -m revpatch doctor c.yaml --json a b" in done.stdout
+    assert "[a b]" in done.stdout
 
 
 @pytest.mark.slow
@@ -23,10 +46,7 @@ def test_a_job_that_is_told_to_stop_is_queued_again_and_goes_on(launched: Runs, 
         job = slurm.call("sbatch", "--parsable", *HERE, str(SBATCH), *train, cwd=tmp_path)
         assert job.isdigit(), job
         log = tmp_path / f"revpatch-{job}.log"
-        until = time.monotonic() + 300
-        while not (run / "snapshot").is_dir() or not any((run / "snapshot").iterdir()):
-            assert time.monotonic() < until, log.read_text() + slurm.said()
-            time.sleep(0.05)
+        until(lambda: any((run / "snapshot").glob("*")), lambda: log.read_text() + slurm.said(), 300)
         # As `--signal=USR1@300` does it near the end of the job's time: to the ranks, not to the script.
         slurm.call("scancel", "--signal=USR1", job)
         slurm.wait(job, "COMPLETED", within=300)

@@ -14,6 +14,7 @@ import pytest
 from ranks import Runs
 from ssh import Sshd
 from two_hosts import TwoHosts
+from waiting import until
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 pytestmark = pytest.mark.slow
@@ -88,10 +89,13 @@ def test_deepspeed_without_ssh(hosts: TwoHosts, launched: Runs, log: Path, tmp_p
     assert launched.commits("no_ssh") == launched.commits("plain")
 
 
-def test_doctor_looks_at_both_hosts(hosts: TwoHosts, launched: Runs, log: Path) -> None:
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_doctor_looks_at_both_hosts(hosts: TwoHosts, launched: Runs, log: Path, tmp_path: Path, launcher: str) -> None:
     variables = {"NODES": "2", "RDZV": "node0:29400", "RANKS": "1", "COMMAND": "doctor"}
     command = script("torchrun_multi_node.sh", launched.config, "--json")
-    agents = [hosts.start(node, command, log, **variables) for node in (0, 1)]
+    if launcher == "deepspeed":
+        command = script("deepspeed_multi_node.sh", "--no_ssh", hostfile(tmp_path), launched.config, "--json")
+    agents = [hosts.start(node, command, log, NODE_RANK=str(node), **variables) for node in (0, 1)]
     codes = end(agents, log)
     said = log.read_text()
     (line,) = (line for line in said.splitlines() if line.startswith("{"))
@@ -106,7 +110,10 @@ def test_doctor_looks_at_both_hosts(hosts: TwoHosts, launched: Runs, log: Path) 
 
 
 def wait_for(folder: Path, processes: list[subprocess.Popen[bytes]], log: Path) -> None:
-    until = time.monotonic() + 300
-    while not (folder.is_dir() and any(folder.iterdir())):
-        assert time.monotonic() < until and all(process.poll() is None for process in processes), log.read_text()
-        time.sleep(0.05)
+    """Until there is a file in it; fails at once if a process ends before."""
+
+    def there() -> bool:
+        assert all(process.poll() is None for process in processes), log.read_text()
+        return any(folder.glob("*"))
+
+    until(there, log.read_text, 300)

@@ -52,13 +52,21 @@ def test_a_probe_is_shown_against_its_reference_its_phase_and_its_limits(tmp_pat
     with Board(tmp_path) as board:
         board.probe(500, "base", {**PROBED, "guarded": True, "sparsity": 0.9})
         board.probe(500, "new", {**PROBED, "guarded": False, "sparsity": None})
-    read = read_back(tmp_path)
-    expected = {"loss": 3.42, "phase_start": 3.41, "gate": 0.1, "patch_norm": 2.0}
-    limits = {"reference": 3.40, "rise": 0.02, "limit": 3.43, "commit_limit": 3.44, "sparsity": 0.9}
-    tags = {f"probe/base/{key}": value for key, value in {**expected, **limits}.items()}
+    expected = {"loss": 3.42, "gate": 0.1, "patch_norm": 2.0}
+    more = {"reference": 3.40, "rise": 0.02, "sparsity": 0.9}
+    tags = {f"probe/base/{key}": value for key, value in {**expected, **more}.items()}
     tags |= {f"probe/new/{key}": value for key, value in expected.items()}
-    assert sorted(read.Tags()["scalars"]) == sorted(tags)
-    assert all(points(read, tag) == [(500, pytest.approx(value))] for tag, value in tags.items())
+    # Those are runs of their own, as TensorBoard colours by run.
+    beside = {
+        "phase_start": {"probe/base/phase_start": 3.41, "probe/new/phase_start": 3.41},
+        "limit": {"probe/base/limit": 3.43},
+        "commit_limit": {"probe/base/commit_limit": 3.44},
+    }
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == beside.keys()
+    for folder, values in {".": tags, **beside}.items():
+        read = read_back(tmp_path / folder)
+        assert sorted(read.Tags()["scalars"]) == sorted(values)
+        assert all(points(read, tag) == [(500, pytest.approx(value))] for tag, value in values.items())
 
 
 def test_a_mark_is_a_line_over_what_the_chart_shows_with_one_point_a_step(tmp_path):
@@ -67,7 +75,8 @@ def test_a_mark_is_a_line_over_what_the_chart_shows_with_one_point_a_step(tmp_pa
         board.probe(20, "new", {**PROBED, "loss": 5.0, "guarded": False})
         board.probe(40, "new", {**PROBED, "loss": 3.0, "guarded": False})
         board.mark(40, "rollback")
-    read = read_back(tmp_path)
+    assert not (tmp_path / "commit").exists()
+    read = read_back(tmp_path / "rollback")
     assert [tag for tag in read.Tags()["scalars"] if tag.startswith("mark/")] == ["mark/new/rollback"]
     low, high, end = points(read, "mark/new/rollback")
     assert (low, high) == ((38, 3.0), (39, 5.0))
@@ -79,7 +88,7 @@ def test_a_mark_is_seen_in_a_chart_that_this_process_has_not_drawn_yet(tmp_path)
         board.has_shown("new", [3.0])
         board.has_shown("old", [math.nan])
         board.mark(40, "quarantine")
-    read = read_back(tmp_path)
+    read = read_back(tmp_path / "quarantine")
     assert [tag for tag in read.Tags()["scalars"] if tag.startswith("mark/")] == ["mark/new/quarantine"]
     low, high, _ = points(read, "mark/new/quarantine")
     assert low[1] < 3.0 < high[1]
@@ -116,9 +125,9 @@ def test_a_long_run_has_a_picture_of_bounded_width():
 
 
 def test_the_page_of_charts_and_the_hyperparameters_are_kept(tmp_path, toy):
-    config = toy.config(tmp_path, monitoring={"peak_tflops": 1.0})
+    config = toy.config(tmp_path)
     with Board(tmp_path / "board") as board:
-        board.introduce(layout_of(config), hyperparameters(config, {"ranks": 2, "device": "cpu"}), ["loss/lm"])
+        board.introduce(layout_of(config, 1.0), hyperparameters(config, {"ranks": 2, "device": "cpu"}), ["loss/lm"])
         board.finished()
     read = read_back(tmp_path / "board")
     (event,) = read.Tensors("custom_scalars__config__")
@@ -166,11 +175,12 @@ def test_text_and_numbers_that_are_not_finite(tmp_path):
 def test_after_a_resume_the_lost_steps_are_hidden(tmp_path):
     with Board(tmp_path) as board:
         for step in (10, 20, 30):
-            board.scalars(step, {"loss": 1.0})
+            board.scalars(step, {"loss": 1.0, "probe/base/limit": 3.0})
     time.sleep(1.1)  # the files are read in the order of their names, which have the second
     with Board(tmp_path, purge_step=20) as board:
         board.scalars(20, {"loss": 2.0})
     assert points(read_back(tmp_path), "loss") == [(10, 1.0), (20, 2.0)]
+    assert points(read_back(tmp_path / "limit"), "probe/base/limit") == [(10, 3.0)]
 
 
 def test_a_disabled_board_does_nothing(tmp_path):
@@ -213,8 +223,10 @@ def test_every_chart_of_the_page_has_its_numbers(tmp_path, toy, server):
     file = toy.config_file(tmp_path, monitoring=watched)
     log = tmp_path / "log"
     assert server.run("train", file, output=log, world=2, harm=[[0, 6]]) == [0, 0], log.read_text()
-    written = read_back(tmp_path / "run/tensorboard").Tags()["scalars"]
-    charts = [chart for category in layout_of(load_config(file)).values() for chart in category.values()]
+    board = tmp_path / "run/tensorboard"
+    folders = [board, *(path for path in board.iterdir() if path.is_dir())]
+    written = [tag for folder in folders for tag in read_back(folder).Tags()["scalars"]]
+    charts = [chart for category in layout_of(load_config(file), 1.0).values() for chart in category.values()]
     patterns = [pattern for _, patterns in charts for pattern in patterns]
     empty = [pattern for pattern in patterns if not any(re.match(pattern, tag) for tag in written)]
     may_be = [pattern for pattern in patterns if "quarantine" in pattern or "cache_hit_rate" in pattern]

@@ -45,7 +45,9 @@ def tell(what, values):
         file.write(json.dumps([what, values]) + "\\n")
 def search_experiments(filter_string): return []
 def create_experiment(name, **_): return name
-def start_run(experiment_id, run_name, **_): tell("start", {"experiment": experiment_id, "name": run_name})
+def start_run(experiment_id, run_name, run_id, **_):
+    tell("start", {"experiment": experiment_id, "name": run_name, "run_id": run_id})
+    return types.SimpleNamespace(info=types.SimpleNamespace(run_id=run_id or "chosen by MLflow"))
 def log_params(values): tell("config", values)
 def log_metrics(values, step): tell("log", {"step": step, **values})
 def end_run(): tell("finish", {})
@@ -70,21 +72,25 @@ def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize(
     ("service", "begins"),
     [
-        ("wandb", ["init", {"project": "revpatch", "name": "mine", "dir": "runs/mine"}]),
-        ("mlflow", ["start", {"experiment": "revpatch", "name": "mine"}]),
+        ("wandb", ["init", {"project": "revpatch", "name": "mine"}]),
+        ("mlflow", ["start", {"experiment": "revpatch", "name": "mine", "run_id": None}]),
     ],
 )
 def test_a_tracker_is_told_what_the_board_is_told_a_step_at_a_time(
     service: str, begins: list[Any], told: Any, tmp_path: Path
 ) -> None:
     check_trackers([service])
-    with Board(tmp_path, enabled=False, trackers=Trackers([service], Path("runs/mine"))) as board:
+    run = tmp_path / "mine"
+    with Board(tmp_path, enabled=False, trackers=Trackers([service], run)) as board:
         board.introduce({}, {"optimizer.lr": 0.1}, [])
         board.scalars(10, {"loss/lm": 2.0})
         board.layers(10, {"gate": {0: 0.5, 3: 0.7}})
         board.scalars(20, {"loss/lm": 1.0})
-    assert told() == [
-        begins,
+    first, *others = told()
+    where = {key: first[1].pop(key, None) for key in ("dir", "id", "resume")}
+    assert first == begins
+    assert where["dir"] in (None, str(run))
+    assert others == [
         ["config", {"optimizer.lr": 0.1}],
         ["log", {"step": 10, "loss/lm": 2.0, "gate/layer_00": 0.5, "gate/layer_03": 0.7, "gate/mean": 0.6}],
         ["log", {"step": 20, "loss/lm": 1.0}],
@@ -92,8 +98,33 @@ def test_a_tracker_is_told_what_the_board_is_told_a_step_at_a_time(
     ]
 
 
-def test_a_service_that_fails_does_not_stop_the_run(told: Any, caplog: Any, monkeypatch: Any) -> None:
-    trackers = Trackers(["wandb"], Path("runs/mine"))
+@pytest.mark.parametrize(("service", "begins", "name"), [("wandb", "init", "id"), ("mlflow", "start", "run_id")])
+def test_a_run_that_goes_on_is_the_same_run_to_its_trackers(
+    service: str, begins: str, name: str, told: Any, tmp_path: Path
+) -> None:
+    for step in (10, 20):
+        with Board(tmp_path, enabled=False, trackers=Trackers([service], tmp_path / "mine")) as board:
+            board.introduce({}, {"ranks": step}, [])
+            board.scalars(step, {"loss/lm": 2.0})
+    Trackers([service], tmp_path / "other").close()
+    first, again, other = (values for what, values in told() if what == begins)
+    kept = json.loads((tmp_path / "mine/trackers.json").read_text())[service]
+    assert again[name] == kept != other[name]
+    assert {"wandb": [kept] * 2, "mlflow": [None, kept]}[service] == [first[name], again[name]]
+    # MLflow refuses another value of what it was told once.
+    ranks = [values["ranks"] for what, values in told() if what == "config"]
+    assert ranks == {"wandb": [10, 20], "mlflow": [10]}[service]
+    assert [again.get("resume")] == {"wandb": ["allow"], "mlflow": [None]}[service]
+
+
+def test_a_file_of_ids_that_is_none_is_refused(told: Any, tmp_path: Path) -> None:
+    (tmp_path / "trackers.json").write_text("[1")
+    with pytest.raises(ValueError, match=r"trackers.json: expected the trackers' ids .* remove it"):
+        Trackers(["wandb"], tmp_path)
+
+
+def test_a_service_that_fails_does_not_stop_the_run(told: Any, caplog: Any, monkeypatch: Any, tmp_path: Path) -> None:
+    trackers = Trackers(["wandb"], tmp_path)
     monkeypatch.setattr(sys.modules["wandb"].Run, "log", lambda *_, **__: 1 / 0)
     monkeypatch.setattr(logging.getLogger("revpatch"), "propagate", True)
     with caplog.at_level(logging.WARNING, "revpatch"):

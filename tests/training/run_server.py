@@ -7,7 +7,7 @@ The processes are forked, so that each is what `python -m revpatch` would be, se
 a moment at which it sends itself SIGKILL: the n-th call of "module:function", before it, after it, or ("half") when it
 has written half of what it was to write. `wait_at` names a call before which it makes a file OUTPUT.waiting, and waits
 until that is removed. `harm` names probes, by phase and step, that find every loss worse by 1 nat. `swap` has one rank
-find another folder. `limit` is the most bytes that a file may get, as on a disk that is full.
+find another folder. `limit` is the most bytes that a file may get, as on a disk that is full. `cwd` is where they run.
 """
 
 from __future__ import annotations
@@ -114,6 +114,7 @@ def child(rank: int, port: int, request: dict[str, Any]) -> None:
     output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for descriptor in (1, 2):
         os.dup2(output, descriptor)
+    os.chdir(request.get("cwd", "."))
     from revpatch import cli
 
     kill = request.get("kill")
