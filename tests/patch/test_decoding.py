@@ -277,16 +277,27 @@ def test_a_cache_that_went_on_without_the_patch_is_refused(
     assert _largest(_in_chunks(model, ids, None, [5, 7], cache), logits(model, ids)) <= TOLERANCE
 
 
-def test_sums_that_miss_tokens_are_refused(patched: Callable[..., Any]) -> None:
-    """As those of tokens that the model read while the patch was detached."""
-    model, ids = patched("gpt2"), left_padded()[0]
-    cache = DynamicCache(config=model.config)
-    _in_chunks(model, ids[:, :3], None, [3], cache)
+@every_causal_gate
+@pytest.mark.parametrize(("static", "taken_back"), [(False, 0), (False, 2), (True, 0)])
+def test_tokens_that_were_read_while_the_patch_was_detached_are_noticed(
+    patched: Callable[..., Any], logits: Logits, gate: str, static: bool, taken_back: int
+) -> None:
+    """Even if the cache holds no more of them than the patch had read: their keys and values are the base's."""
+    model, ids = patched("gpt2", gate=gate), left_padded()[0]
+    cache: Any = StaticCache(model.config, max_cache_len=20) if static else DynamicCache(config=model.config)
+    _in_chunks(model, ids[:, :5], None, [5], cache)
+    attach(model, detach(model))  # no token is read meanwhile, so nothing is lost
+    found = _in_chunks(model, ids[:, 5:7], None, [1, 1], copy.deepcopy(cache))
+    assert _largest(found, logits(model, ids[:, :7])[:, 5:]) <= TOLERANCE
     patch = detach(model)
+    if taken_back:
+        cache.crop(-taken_back)
     _in_chunks(model, ids[:, 3:5], None, [2], cache)
     attach(model, patch)
-    with pytest.raises(ValueError, match=r"holds 5 past tokens.*without this patch.*empty cache"):
+    with pytest.raises(ValueError, match=rf"holds {cache.get_seq_length()} past tokens.*without this patch.*empty"):
         _in_chunks(model, ids[:, 5:], None, [7], cache)
+    cache.reset()
+    assert _largest(_in_chunks(model, ids, None, [5, 7], cache), logits(model, ids)) <= TOLERANCE
 
 
 @every_causal_gate
@@ -339,6 +350,21 @@ def test_a_static_cache(patched: Callable[..., Any], logits: Logits, family: str
         cache.reset()
 
 
+@every_causal_gate
+@pytest.mark.parametrize("padded", [False, True], ids=["unpadded", "left-padded"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_static_cache_token_by_token(
+    patched: Callable[..., Any], logits: Logits, gate: str, padded: bool, rows: int
+) -> None:
+    """The places of a static cache that are still empty are not attended to, mask or none."""
+    model = patched("llama", gate=gate)
+    ids, mask = (tensor[-rows:] for tensor in left_padded())
+    given = mask if padded else None
+    real = mask.bool() if padded else torch.ones_like(mask).bool()
+    found = _in_chunks(model, ids, given, [5, *[1] * 7], StaticCache(model.config, max_cache_len=20))
+    assert _largest(found[real], logits(model, ids, given)[real]) <= TOLERANCE
+
+
 def test_a_mask_of_pairs_that_is_not_only_padding_is_refused(patched: Callable[..., Any]) -> None:
     model, ids = patched("llama"), left_padded()[0]
     mask = torch.zeros(3, 1, 12, 20, dtype=torch.bool)
@@ -367,8 +393,31 @@ def test_other_kinds_of_cache_are_refused_for_a_prefix_gate_only(patched: Callab
     with pytest.raises(ValueError, match="prefix gate keeps its past in a DynamicCache or a StaticCache, found _Other"):
         _in_chunks(model, ids, None, [12], _OtherCache(layer_class_to_replicate=DynamicLayer))
     model = patched("llama", gate="token")
-    found = _in_chunks(model, ids, None, [5, 7], _OtherCache(layer_class_to_replicate=DynamicLayer))
-    assert _largest(found, logits(model, ids)) <= TOLERANCE
+    cache = _OtherCache(layer_class_to_replicate=DynamicLayer)
+    for _ in range(2):
+        assert _largest(_in_chunks(model, ids, None, [5, 7], cache), logits(model, ids)) <= TOLERANCE
+        cache.reset()
+
+
+@pytest.mark.parametrize("change", ["crop", "detach", "disable"])
+def test_other_kinds_of_cache_are_refused_once_they_hold_what_a_token_gate_cannot_know_of(
+    patched: Callable[..., Any], change: str
+) -> None:
+    model, ids = patched("llama", gate="token"), left_padded()[0]
+    cache = _OtherCache(layer_class_to_replicate=DynamicLayer)
+    _in_chunks(model, ids[:, :5], None, [5], cache)
+    if change == "crop":
+        cache.crop(-2)
+    elif change == "detach":
+        patch = detach(model)
+        _in_chunks(model, ids[:, 5:6], None, [1], cache)
+        attach(model, patch)
+    else:
+        with patch_disabled(model):
+            _in_chunks(model, ids[:, 5:6], None, [1], cache)
+    words = "without this patch" if change == "disable" else "last call there were 5: .* _OtherCache can't say which"
+    with pytest.raises(ValueError, match=words):
+        _in_chunks(model, ids[:, 6:], None, [6], cache)
 
 
 def test_deepcopy_of_a_patched_model_is_apart(patched: Callable[..., Any], logits: Logits) -> None:

@@ -232,7 +232,7 @@ def test_what_a_killed_export_left_does_not_stand_in_the_way(make_run: Make, tmp
     half = tmp_path / ".out.unfinished/half"
     with (
         new_folder(tmp_path / "out", "another export"),
-        pytest.raises(FileExistsError, match="--out .*another process is writing there"),
+        pytest.raises(FileExistsError, match=r"--out .*another process is writing there"),
     ):
         export(str(run.directory), "safetensors", tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == [], "the other one's"
