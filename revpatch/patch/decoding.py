@@ -224,9 +224,9 @@ def _filled_without(past: int) -> str:
 
 
 def _other_length(cache: Cache, past: int) -> str:
-    kind = type(cache).__name__
+    kind, read = type(cache).__name__, cache.revpatch_read
     return (
-        f"the cache holds {past} past tokens, and at the end of the patch's last call there were {cache.revpatch_read}: "
+        f"the cache holds {past} past tokens, and at the end of the patch's last call there were {read}: "
         f"some were read without the patch or taken back, and a {kind} can't say which; start from an empty cache, or "
         "take a DynamicCache"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -165,10 +166,9 @@ def check_identity(snapshot: Snapshot, identity: dict[str, Any]) -> None:
     Raises:
         ConfigError: they are others; their names and folders may differ.
     """
-    then, now = snapshot.identity, identity
     for what, before, after in (
-        ("base.model: weights of sha256", then["base"]["sha256"], now["base"]["sha256"]),
-        ("base.model: a tokenizer of fingerprint", then["tokenizer"], now["tokenizer"]),
+        ("base.model: weights of sha256", snapshot.identity["base"]["sha256"], identity["base"]["sha256"]),
+        ("base.model: a tokenizer of fingerprint", snapshot.identity["tokenizer"], identity["tokenizer"]),
     ):
         if before != after:
             raise ConfigError(
@@ -192,7 +192,7 @@ def check_origin(origin: Origin, identity: dict[str, Any]) -> None:
             f"{name} is a patch of {found['base'].get('model')}, weights of sha256 {str(then)[:16]}…, and base.model "
             f"has {now[:16]}…: name the base that it was trained on"
         )
-    if found.get("tokenizer") != identity["tokenizer"]:
+    if found.get("tokenizer") not in (None, identity["tokenizer"]):  # what was saved from a model names none
         raise ConfigError(f"{name} was trained with another tokenizer than base.model has: name the right base")
 
 
@@ -209,8 +209,7 @@ def go_back(standing: Standing, config: Config, ledger: Ledger, **fields: Any) -
     write_atomically(standing.directory / CONFIG_NAME, dump_config(config).encode())
     snapshot, origin = standing.snapshot, standing.origin
     orphans = ledger.set_aside_orphans()
-    begun = 0 if origin is None else origin.events
-    events = begun if snapshot is None else snapshot.events
+    events = snapshot.events if snapshot is not None else 0 if origin is None else origin.events
     ledger.resume(
         events,
         snapshot=None if snapshot is None else snapshot.name,
@@ -218,10 +217,9 @@ def go_back(standing: Standing, config: Config, ledger: Ledger, **fields: Any) -
         orphans=orphans,
         **fields,
     )
-    keep = [] if snapshot is None else snapshot.replay
     replay = standing.directory / "replay"
     for folder in sorted(replay.iterdir()) if replay.is_dir() else []:
-        if folder.name not in keep:
+        if snapshot is None or folder.name not in snapshot.replay:
             shutil.rmtree(folder)
 
 
@@ -249,10 +247,13 @@ def _check_nothing_made(standing: Standing, named: str) -> None:
     made = [entry for entry in entries if entry.seq >= events and "made_by" in entry.fields]
     if made:
         place = "its beginning" if snapshot is None else f"snapshot {snapshot.name}"
+        reference = shlex.quote(f"{standing.directory}@{Path(made[-1].name).stem}")
+        learned = ", ".join(entry.phase for entry in entries if entry.kind == "commit" and entry not in made)
+        rest = f" without the phases that were committed here ({learned}) and their guard_after" if learned else ""
         raise ConfigError(
             f"{named}: training goes on from {place}, and would set aside {made[-1].name}, which was made since by a "
-            "revert, merge or import. To train on from it make a new run: `revpatch ledger restore "
-            f"{standing.directory}@{Path(made[-1].name).stem} --as-new-run NEW`, then train with --set output_dir=NEW"
+            f"revert, merge or import. To train on from it make a new run: `revpatch ledger restore {reference} "
+            f"--as-new-run NEW`, then `revpatch train CONFIG --set output_dir=NEW`, with a CONFIG{rest}"
         )
 
 
