@@ -41,9 +41,9 @@ _ACTIVATIONS: dict[type[nn.Module], Callable[[Array], Array]] = {
     nn.Tanh: np.tanh,
 }
 
-Shift = Callable[[Array], Array]
+ShiftOfHalf = Callable[[Array], Array]
 """A half, as it is, to F or G of it normalised."""
-Gate = Callable[[Array, RunningSums | None, int], float]
+GateOfOne = Callable[[Array, RunningSums | None, int], float]
 """What a gate sees, not normalised, the past of prefix gates and the gate's number there, to its value."""
 
 
@@ -51,15 +51,15 @@ class _Step:
     """The map of one sidecar, over its parameters' own memory."""
 
     def __init__(self, sidecar: Sidecar) -> None:
-        owners = [(module._parameters, name) for module in sidecar.modules() for name in module._parameters]
-        self.held = [(parameters, name, _pointer(parameters[name])) for parameters, name in owners]
+        owners: list[dict[str, Any]] = [module._parameters for module in sidecar.modules()]
+        self.held = [(owner, name, owner[name].data_ptr()) for owner in owners for name in owner]
         self.dtype = sidecar.dtype
         self.run = _run(sidecar)
 
     def current(self) -> bool:
         """Whether the parameters still lie where they did."""
-        for parameters, name, pointer in self.held:  # noqa: SIM110  (a generator would cost as much as the looking)
-            if _pointer(parameters[name]) != pointer:
+        for owner, name, pointer in self.held:  # noqa: SIM110  (a generator would cost as much as the looking)
+            if owner[name].data_ptr() != pointer:
                 return False
         return True
 
@@ -123,7 +123,7 @@ def _run(sidecar: Sidecar) -> Callable[[Array, RunningSums | None, int], Array]:
     return coupled if sidecar.coupled else residual
 
 
-def _shift(mlp: nn.Module, normed: bool) -> Shift:
+def _shift(mlp: nn.Module, normed: bool) -> ShiftOfHalf:
     view = {name: parameter.detach().numpy() for name, parameter in mlp.named_parameters()}
     down, down_bias, up, up_bias = (view[name] for name in ("down.weight", "down.bias", "up.weight", "up.bias"))
     activation = _ACTIVATIONS[type(cast(nn.Module, mlp.activation))]
@@ -140,7 +140,7 @@ def _shift(mlp: nn.Module, normed: bool) -> Shift:
     return shift
 
 
-def _gate(gate: nn.Module, normed: bool) -> Gate:
+def _gate(gate: nn.Module, normed: bool) -> GateOfOne:
     view = {name: parameter.detach().numpy() for name, parameter in gate.named_parameters()}
     weight, bias = view["weight"], view["bias"]
 
@@ -153,7 +153,3 @@ def _gate(gate: nn.Module, normed: bool) -> Gate:
         return 0.5 + 0.5 * math.tanh(0.5 * (score + float(bias[0])))
 
     return value
-
-
-def _pointer(parameter: Tensor | None) -> int:
-    return 0 if parameter is None else parameter.data_ptr()
