@@ -1,13 +1,19 @@
-"""Files that survive a crash: written beside their place, synced, renamed, and the folder synced; and their sha256."""
+"""Files and folders that survive a crash: written beside their place, synced, renamed; and the sha256 of files."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any
 
 _CHUNK = 1 << 20
+_LOCK_NAME = ".lock"
 TEMPORARY_SUFFIX = ".tmp"
 
 
@@ -31,6 +37,67 @@ def write_atomically(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
+
+
+def unfinished(folder: Path) -> Path:
+    """Where `new_folder` writes what is to become `folder`: `.NAME.unfinished` beside it."""
+    return folder.with_name(f".{folder.name}.unfinished")
+
+
+@contextmanager
+def new_folder(folder: Path, named: str) -> Iterator[Path]:
+    """A folder beside `folder` that becomes it when all is written and on the disk, and goes if something fails.
+
+    It is locked, so what a process that was killed has left there is known to be nobody's, and is written anew.
+
+    Args:
+        folder: not there yet; its parents are made.
+        named: what a person called it, for messages.
+
+    Raises:
+        FileExistsError: another process is writing it.
+        OSError: the disk fails, or something has taken the name meanwhile.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = unfinished(folder)
+    temporary.mkdir(exist_ok=True)
+    lock = _locked(temporary / _LOCK_NAME, named)
+    try:
+        for left in temporary.iterdir():
+            if left.name != _LOCK_NAME:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+        yield temporary
+        _sync_tree(temporary)
+        (temporary / _LOCK_NAME).unlink()
+        temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    finally:
+        lock.close()
+    sync_directory(folder.parent)
+
+
+def _locked(path: Path, named: str) -> IO[Any]:
+    file = path.open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Whoever held it may have finished between the opening and the locking: the file is then no longer there.
+        if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+            return file
+    except BlockingIOError:
+        pass
+    file.close()
+    raise FileExistsError(f"{named}: another process is writing there: wait for it, or name another folder")
+
+
+def _sync_tree(folder: Path) -> None:
+    """Makes all files and names in `folder` durable."""
+    for place, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            with (Path(place) / name).open("rb") as file:
+                os.fsync(file.fileno())
+        sync_directory(Path(place))
 
 
 def sync_directory(directory: Path) -> None:

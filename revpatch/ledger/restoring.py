@@ -3,6 +3,9 @@
     NEW/ledger/journal.jsonl                line 1: the entry, and `restored`: where it came from
     NEW/ledger/000_wikitext_origin.pt       the patch; its parent is the entry it was restored from
 
+NEW appears when it is whole: until then it is `.NEW.unfinished` beside it, or, in a NEW that is there and empty, its
+ledger is `NEW/.ledger.unfinished`. What a process that was killed leaves of these goes when NEW is restored again.
+
 `revpatch train CONFIG --set output_dir=NEW` takes it up as the patch that its first phase starts from and is held to.
 """
 
@@ -13,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from revpatch.durable import new_folder, unfinished
 from revpatch.ledger.history import JOURNAL_NAME, Ledger
 from revpatch.ledger.layers import check_patch, layers_of
 from revpatch.ledger.references import locate
@@ -48,11 +52,12 @@ def restore(reference: str, run: Path) -> Restored:
     """Makes the folder `run`, which must not exist or be empty, with the patch that `reference` names.
 
     Raises:
-        FileExistsError: there is something in the folder; nothing is overwritten.
+        FileExistsError: there is something in the folder, or another process is writing it; nothing is overwritten.
         FileNotFoundError, EntryError, JournalError: as `locate` and `Located.load` do; or it is no patch.
         OSError: the disk fails.
     """
-    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+    place, there = run / "ledger", run.exists()
+    if there and (not run.is_dir() or any(path != unfinished(place) for path in run.iterdir())):
         raise FileExistsError(f"{run}: it exists and is not an empty folder. Nothing was overwritten: name another")
     located = locate(reference)
     tensors, metadata = located.load()
@@ -64,7 +69,10 @@ def restore(reference: str, run: Path) -> Restored:
     source = {"from": reference, "file": located.path.name, "sha256": sha256, **where, "head": head}
     phase = str(metadata.get("phase", "patch"))
     own = {"kind": KIND, "phase": phase, "phase_index": 0, "step": 0, "parent": sha256, "restored": where}
-    path, new = Ledger(run / "ledger").record(KIND, 0, phase, 0, tensors, {**metadata, **own}, restored=source)
+    # A folder that is there keeps its owner and rights, and may be where a disk is mounted or a shell stands.
+    with new_folder(place if there else run, f"--as-new-run {run}") as folder:
+        ledger = Ledger(folder if there else folder / place.name)
+        path, new = ledger.record(KIND, 0, phase, 0, tensors, {**metadata, **own}, restored=source)
     return Restored(str(run), path.name, new, source)
 
 

@@ -1,9 +1,13 @@
-"""Gates under a KV cache: their running sums live in the cache itself, as one extra layer.
+"""Gates under a KV cache: what they need of the past lives in the cache itself, as one extra layer.
 
 A prefix gate needs the sum of wᵀx over every past token, and how many there were. The transformers cache gets one more
 layer, whose "keys" are these sums after each token, one "head" a gate, and whose "values" are the counts. So reordering
 (beam search), cropping (assisted decoding, which takes tokens back) and repeating treat them exactly as they treat keys
 and values, with no code of ours; and a step reads the last sum, however long the past is.
+
+A token gate needs nothing of the past, but the keys and values that its token attends to must be those of the patched
+model. For it the extra layer has a mark for each token that the patch has read, so that a cache which holds others is
+known, whichever the gate.
 """
 
 from __future__ import annotations
@@ -27,7 +31,23 @@ class Owner(Protocol):
     blocks: int
 
 
-class RunningSums(DynamicLayer):  # type: ignore[misc]
+class PatchLayer(DynamicLayer):  # type: ignore[misc]
+    """The patch's own layer of a cache: as long as the tokens that the patch has read."""
+
+    # By this transformers knows a static cache, whose empty places it must mask; here the other layers have the say.
+    is_compileable = True
+
+
+class Marks(PatchLayer):
+    """A mark for each token, (rows, 1, time, 1)."""
+
+    def add(self, hidden: Tensor) -> None:
+        """One for each token of hidden, (rows, now, d)."""
+        marks = hidden.new_ones((len(hidden), 1, hidden.shape[1], 1), dtype=torch.bool)
+        self.update(marks, marks)
+
+
+class RunningSums(PatchLayer):
     """The sums of a patch's gates after each token, (rows, gates, time, 1), and the counts, (rows, 1, time, 1)."""
 
     gates = 0
@@ -151,39 +171,47 @@ def disown(cache: Cache) -> None:
 
 
 def _begin(cache: Cache, patch: Owner, gates: int, hidden: Tensor, mask: Tensor | None) -> None:
-    """Checks, at the first sidecar of a call, that the cache is the patch's, and lets the sums begin."""
-    prefix = patch.config.gate == "prefix"
-    if prefix and not isinstance(cache, DynamicCache | StaticCache):
+    """Checks, at the first sidecar of a call, that the patch has read all that the cache holds, and notes this call."""
+    keeps = isinstance(cache, DynamicCache | StaticCache)
+    if patch.config.gate == "prefix" and not keeps:
         raise ValueError(
             f"a prefix gate keeps its past in a DynamicCache or a StaticCache, found {type(cache).__name__}: use one "
             "of these kinds"
         )
-    owner = getattr(cache, "revpatch_owner", None)
+    past, owner = _past_length(cache, hidden), getattr(cache, "revpatch_owner", None)
     if owner is None or owner() is not patch:
-        _claim(cache, patch, _past_length(cache, hidden))
-    if prefix:
-        sums = cast(RunningSums, cache.layers[cache.revpatch_layer])
-        if (past := _past_length(cache, hidden)) != sums.get_seq_length():
-            raise ValueError(_half_way(patch) if sums.half_way else _filled_without(past))
-        sums.begin(gates, mask, hidden)
+        _claim(cache, patch, past, keeps)
+    if not keeps:
+        if past and past != cache.revpatch_read:
+            raise ValueError(_other_length(cache, past))
+        cache.revpatch_read = past + hidden.shape[1]
+        return
+    layer = cache.layers[cache.revpatch_layer]
+    if past != layer.get_seq_length():
+        half_way = isinstance(layer, RunningSums) and layer.half_way
+        raise ValueError(_half_way(patch) if half_way else _filled_without(past))
+    if isinstance(layer, RunningSums):
+        layer.begin(gates, mask, hidden)
+    else:
+        cast(Marks, layer).add(hidden)
 
 
 def _past_length(cache: Cache, hidden: Tensor) -> int:
     return int(cache.get_seq_length()) - hidden.shape[1]
 
 
-def _claim(cache: Cache, patch: Owner, past: int) -> None:
-    """Notes in an empty cache whose it is, and adds the gates' layer behind those of the blocks."""
+def _claim(cache: Cache, patch: Owner, past: int, keeps: bool) -> None:
+    """Notes in an empty cache whose it is, and adds the patch's layer behind those of the blocks."""
     if past > 0:
         raise ValueError(_filled_without(past))
     if hasattr(cache, "revpatch_layer"):  # emptied with reset(), after another patch has used it
         del cache.layers[cache.revpatch_layer :]
-    if patch.config.gate == "prefix":
+    if keeps:
         # A DynamicCache made without a config grows layer by layer, in the middle of this very call.
         while len(cache.layers) < patch.blocks and cache.layer_class_to_replicate is not None:
             cache.layers.append(cache.layer_class_to_replicate())
         cache.revpatch_layer = len(cache.layers)
-        cache.layers.append(RunningSums())
+        cache.layers.append(RunningSums() if patch.config.gate == "prefix" else Marks())
     # A weak reference: copying a cache must not copy the patch.
     cache.revpatch_owner = weakref.ref(patch)
 
@@ -192,6 +220,15 @@ def _filled_without(past: int) -> str:
     return (
         f"the cache holds {past} past tokens, and some of them were read without this patch (by the base, another "
         "patch or gates held open): start from an empty cache"
+    )
+
+
+def _other_length(cache: Cache, past: int) -> str:
+    kind, read = type(cache).__name__, cache.revpatch_read
+    return (
+        f"the cache holds {past} past tokens, and at the end of the patch's last call there were {read}: "
+        f"some were read without the patch or taken back, and a {kind} can't say which; start from an empty cache, or "
+        "take a DynamicCache"
     )
 
 

@@ -49,19 +49,21 @@ class PaddingReader:
         if not isinstance(mask, dict):
             return _of_pairs(mask, past, now, now)
         if "full_attention" in mask:
-            pairs, window = mask["full_attention"], now
-        elif "sliding_attention" in mask and self.window is not None and past == 0:
-            pairs, window = mask["sliding_attention"], self.window
+            pairs, first, window = mask["full_attention"], past, now
+        elif "sliding_attention" in mask and self.window is not None:
+            _, forgotten = cache.get_mask_sizes(now, cache.is_sliding.index(True))
+            pairs, first, window = mask["sliding_attention"], past - forgotten, self.window
         else:
             _refuse(mask)
-        return None if pairs is None else _of_pairs(pairs, past, now, window)
+        return None if pairs is None else _of_pairs(pairs, first, now, window)
 
 
-def _of_pairs(mask: Tensor, past: int, now: int, window: int) -> Tensor:
-    """The padding mask that a causal mask (batch, 1, now, keys) was made of; ValueError if it was made of more."""
+def _of_pairs(mask: Tensor, first: int, now: int, window: int) -> Tensor:
+    """The padding mask that a causal mask (batch, 1, now, keys) was made of, whose key `first` is the first token's;
+    ValueError if it was made of more."""
     if not isinstance(mask, Tensor) or mask.dim() != 4:
         _refuse(mask)
-    seen = mask[:, 0, :, past : past + now]
+    seen = mask[:, 0, :, first : first + now]
     seen = seen if seen.dtype == torch.bool else seen >= 0
     real = seen.diagonal(dim1=1, dim2=2)  # a token sees itself, unless it is padding
     causal = torch.ones(now, now, dtype=torch.bool, device=seen.device).tril().triu(1 - window) & real[:, None, :]

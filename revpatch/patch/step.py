@@ -1,7 +1,8 @@
 """One token of one sequence on a CPU: the map of sidecar.py for a single position, by NumPy.
 
 A step works on a few hundred numbers, so its cost is the number of calls and what each costs, not their size; a call of
-NumPy costs a fifth of one of torch. This is the same formula on the same memory; `Sidecar.forward` is what it must
+NumPy costs a fifth of one of torch. So norms are applied as numbers to what is narrow, and all that a step needs lies
+in the closure of one function a sidecar. This is the same formula on the same memory; `Sidecar.forward` is what it must
 agree with, and what several sequences at once go through, whose calls are shared.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -40,37 +41,30 @@ _ACTIVATIONS: dict[type[nn.Module], Callable[[Array], Array]] = {
     nn.Tanh: np.tanh,
 }
 
-
-class _Mlp(NamedTuple):
-    down: Array
-    down_bias: Array
-    up: Array
-    up_bias: Array
+ShiftOfHalf = Callable[[Array], Array]
+"""A half, as it is, to F or G of it normalised."""
+GateOfOne = Callable[[Array, RunningSums | None, int], float]
+"""What a gate sees, not normalised, the past of prefix gates and the gate's number there, to its value."""
 
 
-class _Views:
-    """A sidecar's parameters as arrays over the same memory."""
+class _Step:
+    """The map of one sidecar, over its parameters' own memory."""
 
     def __init__(self, sidecar: Sidecar) -> None:
-        owners = [(module._parameters, name) for module in sidecar.modules() for name in module._parameters]
-        self.held = [(parameters, name, _pointer(parameters[name])) for parameters, name in owners]
-        view = {name: parameter.detach().numpy() for name, parameter in sidecar.named_parameters()}
-        self.f, self.g = (
-            _Mlp(*(view[f"coupling.{half}.{part}"].T for part in ("down.weight", "down.bias", "up.weight", "up.bias")))
-            for half in "fg"
-        )
-        self.log_scale = view["coupling.log_scale"]
-        self.gates = [(view[f"gates.{i}.weight"], view[f"gates.{i}.bias"]) for i in range(len(sidecar.gates))]
-        self.activation = _ACTIVATIONS[type(sidecar.coupling.f.activation)]
-        self.normed = sidecar.coupling.normalize == "rms"
+        owners: list[dict[str, Any]] = [module._parameters for module in sidecar.modules()]
+        self.held = [(owner, name, owner[name].data_ptr()) for owner in owners for name in owner]
         self.dtype = sidecar.dtype
+        self.run = _run(sidecar)
 
     def current(self) -> bool:
         """Whether the parameters still lie where they did."""
-        return all(_pointer(parameters[name]) == pointer for parameters, name, pointer in self.held)
+        for owner, name, pointer in self.held:  # noqa: SIM110  (a generator would cost as much as the looking)
+            if owner[name].data_ptr() != pointer:
+                return False
+        return True
 
 
-_views: WeakKeyDictionary[Sidecar, _Views] = WeakKeyDictionary()
+_steps: WeakKeyDictionary[Sidecar, _Step] = WeakKeyDictionary()
 
 
 def step(sidecar: Sidecar, u: Tensor, sums: RunningSums | None, first_gate: int) -> Tensor | None:
@@ -84,55 +78,78 @@ def step(sidecar: Sidecar, u: Tensor, sums: RunningSums | None, first_gate: int)
     """
     if u.shape[:2] != (1, 1) or u.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
-    views = _views.get(sidecar)
-    if views is None or not views.current():
+    made = _steps.get(sidecar)
+    if made is None or not made.current():
         if sidecar.dtype not in (torch.float32, torch.float64):
             return None
-        views = _views[sidecar] = _Views(sidecar)
+        made = _steps[sidecar] = _Step(sidecar)
     if sums is not None and sums.padding is not None:
         return None
-    x: Array = (u if u.dtype == views.dtype else u.to(views.dtype)).numpy().reshape(-1)
-    half = len(x) // 2
-    a, b = x[:half], x[half:]
-    update = np.empty_like(x)
-    shift_a, shift_b = update[:half], update[half:]
+    x: Array = (u if u.dtype == made.dtype else u.to(made.dtype)).numpy().reshape(-1)
     with np.errstate(all="ignore"):  # as torch does
-        scale = float(np.exp(views.log_scale[0]))
-        seen = _norm(views, b)
-        gate = scale * _gate(views, 0, seen, sums, first_gate) if sidecar.coupled else scale
-        np.multiply(_mlp(views, views.f, seen), gate, out=shift_a)
-        seen = _norm(views, a + shift_a)
-        gate = scale * _gate(views, 1, seen, sums, first_gate) if sidecar.coupled else scale
-        np.multiply(_mlp(views, views.g, seen), gate, out=shift_b)
-        if not sidecar.coupled:
-            update *= _gate(views, 0, _norm(views, x), sums, first_gate)
-        update += x
-    h = torch.from_numpy(update.reshape(1, 1, -1))
+        h = torch.from_numpy(made.run(x, sums, first_gate).reshape(1, 1, -1))
     return h if h.dtype == u.dtype else h.to(u.dtype)
 
 
-def _mlp(views: _Views, mlp: _Mlp, x: Array) -> Array:
-    inner = x @ mlp.down
-    inner += mlp.down_bias
-    out: Array = views.activation(inner) @ mlp.up
-    out += mlp.up_bias
-    return out
+def _run(sidecar: Sidecar) -> Callable[[Array, RunningSums | None, int], Array]:
+    """u to h, both (d,), with the past of prefix gates and the number of the first gate there."""
+    normed = sidecar.coupling.normalize == "rms"
+    gates = [_gate(gate, normed) for gate in sidecar.gates]
+    f, g = (_shift(mlp, normed) for mlp in (sidecar.coupling.f, sidecar.coupling.g))
+    log_scale, half = sidecar.coupling.log_scale.detach().numpy(), sidecar.coupling.f.down.in_features
+
+    def residual(x: Array, sums: RunningSums | None, first: int) -> Array:
+        scale = float(np.exp(log_scale[0]))
+        gate = gates[0](x, sums, first)
+        a, b, h = x[:half], x[half:], np.empty_like(x)
+        shift = f(b)
+        shift *= scale
+        np.multiply(shift, gate, out=h[:half])
+        shift += a
+        np.multiply(g(shift), scale * gate, out=h[half:])
+        h += x
+        return h
+
+    def coupled(x: Array, sums: RunningSums | None, first: int) -> Array:
+        scale = float(np.exp(log_scale[0]))
+        a, b, h = x[:half], x[half:], np.empty_like(x)
+        moved = h[:half]
+        np.multiply(f(b), scale * gates[0](b, sums, first), out=moved)
+        moved += a
+        np.multiply(g(moved), scale * gates[1](moved, sums, first + 1), out=h[half:])
+        h[half:] += b
+        return h
+
+    return coupled if sidecar.coupled else residual
 
 
-def _norm(views: _Views, x: Array) -> Array:
-    if not views.normed:
-        return x
-    out: Array = x * (float(np.dot(x, x)) / len(x) + RMS_EPS) ** -0.5
-    return out
+def _shift(mlp: nn.Module, normed: bool) -> ShiftOfHalf:
+    view = {name: parameter.detach().numpy() for name, parameter in mlp.named_parameters()}
+    down, down_bias, up, up_bias = (view[name] for name in ("down.weight", "down.bias", "up.weight", "up.bias"))
+    activation = _ACTIVATIONS[type(cast(nn.Module, mlp.activation))]
+
+    def shift(x: Array) -> Array:
+        inner: Array = down.dot(x)
+        if normed:
+            inner *= (float(x.dot(x)) / len(x) + RMS_EPS) ** -0.5
+        inner += down_bias
+        out: Array = up.dot(activation(inner))
+        out += up_bias
+        return out
+
+    return shift
 
 
-def _gate(views: _Views, index: int, x: Array, sums: RunningSums | None, first_gate: int) -> float:
-    weight, bias = views.gates[index]
-    score = float(np.dot(x, weight))
-    if sums is not None:
-        score = sums.step_mean(first_gate + index, score)
-    return 0.5 + 0.5 * math.tanh(0.5 * (score + float(bias[0])))
+def _gate(gate: nn.Module, normed: bool) -> GateOfOne:
+    view = {name: parameter.detach().numpy() for name, parameter in gate.named_parameters()}
+    weight, bias = view["weight"], view["bias"]
 
+    def value(x: Array, sums: RunningSums | None, number: int) -> float:
+        score = float(x.dot(weight))
+        if normed:
+            score *= (float(x.dot(x)) / len(x) + RMS_EPS) ** -0.5
+        if sums is not None:
+            score = sums.step_mean(number, score)
+        return 0.5 + 0.5 * math.tanh(0.5 * (score + float(bias[0])))
 
-def _pointer(parameter: Tensor | None) -> int:
-    return 0 if parameter is None else parameter.data_ptr()
+    return value

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import transformers
 from torch import nn
 
-from revpatch.durable import sync_directory
+from revpatch.durable import new_folder
 from revpatch.ledger.entry import tensors_digest, write_entry
 from revpatch.ledger.plain import to_plain
 from revpatch.ledger.references import Located, locate
@@ -39,14 +34,16 @@ def export(reference: str, to: str, out: Path, base: str | None = None) -> list[
         base: of `hf`, name or folder of the base; None is the one that the patch names.
 
     Raises:
-        FileExistsError: `out` is there.
+        FileExistsError: `out` is there, or another process is writing it.
         ValueError, OSError: another format; no such patch or base, or a damaged one.
     """
     if to not in FORMATS:
         raise ValueError(f"--to {to}: expected one of {', '.join(FORMATS)}")
     located = locate(reference)
     entry = Entry.located(located, reference)
-    with _new_folder(out) as folder:
+    if out.exists():
+        raise FileExistsError(f"--out {out}: it exists. Nothing was overwritten: name a folder that is not there")
+    with new_folder(out, f"--out {out}") as folder:
         if to == "safetensors":
             write_entry(folder / f"{located.path.stem}.safetensors", entry.tensors, entry.metadata)
         else:
@@ -91,39 +88,3 @@ def _public(thing: nn.Module | Any) -> str:
     if getattr(transformers, name, None) is not type(thing):
         raise ValueError(f"{name} is no public class of transformers, so an exported model can't be built on it")
     return name
-
-
-@contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that becomes it when all is written, and goes if something fails.
-
-    It is locked, so what an export that was killed has left there is known to be nobody's, and is written anew.
-    """
-    if out.exists():
-        raise FileExistsError(f"--out {out}: it exists. Nothing was overwritten: name a folder that is not there")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = out.with_name(f".{out.name}.unfinished")
-    folder.mkdir(exist_ok=True)
-    with _locked(folder, out):
-        try:
-            for left in folder.iterdir():
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-            yield folder
-            folder.rename(out)
-            sync_directory(out.parent)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-
-
-@contextmanager
-def _locked(folder: Path, out: Path) -> Iterator[None]:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise FileExistsError(f"--out {out}: another export writes there: wait for it, or name another") from error
-        yield
-    finally:
-        os.close(descriptor)

@@ -3,6 +3,7 @@ what would help."""
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ def how_anew(directory: Path, origin: Origin | None) -> str:
         return ANEW
     return (
         "or begin another run with the patch that this one began with: `revpatch ledger restore "
-        f"{directory}@{Path(origin.name).stem} --as-new-run NEW`, then train with --set output_dir=NEW"
+        f"{_reference(directory, origin.name)} --as-new-run NEW`, then train with --set output_dir=NEW"
     )
 
 
@@ -48,13 +49,22 @@ def check_history(directory: Path, origin: Origin | None, snapshot: Snapshot | N
 def check_nothing_made(directory: Path, origin: Origin | None, snapshot: Snapshot | None, named: str) -> None:
     """Raises ConfigError if to go on would set aside a patch that was made since by other means than training."""
     made = _made_since(directory, (0 if origin is None else origin.events) if snapshot is None else snapshot.events)
-    if made is not None:
-        place = "its beginning" if snapshot is None else f"snapshot {snapshot.name}"
-        raise ConfigError(
-            f"{named}: training goes on from {place}, and would set aside {made}, which was made since by a "
-            "revert, merge or import. To train on from it make a new run: `revpatch ledger restore "
-            f"{directory}@{Path(made).stem} --as-new-run NEW`, then train with --set output_dir=NEW"
-        )
+    if not made:
+        return
+    place = "its beginning" if snapshot is None else f"snapshot {snapshot.name}"
+    entries = Ledger(directory / "ledger", readonly=True).entries()
+    learned = ", ".join(entry.phase for entry in entries if entry.kind == "commit" and entry.name not in made)
+    rest = f", without the phases that were committed here ({learned}) and their guard_after" if learned else ""
+    raise ConfigError(
+        f"{named}: training goes on from {place}, and would set aside {made[-1]}, which was made since by a revert, "
+        "merge or import. To train on from it make a new run: `revpatch ledger restore "
+        f"{_reference(directory, made[-1])} --as-new-run NEW`, then `revpatch train CONFIG --set output_dir=NEW`{rest}"
+    )
+
+
+def _reference(directory: Path, entry: str) -> str:
+    """RUN@ENTRY, as it is typed."""
+    return shlex.quote(f"{directory}@{Path(entry).stem}")
 
 
 def _fits(journal: Journal, snapshot: Snapshot) -> bool:
@@ -72,14 +82,14 @@ def _older(directory: Path, journal: Journal, snapshot: Snapshot) -> Snapshot | 
             continue
         except ConfigError:
             return None
-        return older if _fits(journal, older) and _made_since(directory, older.events) is None else None
+        return older if _fits(journal, older) and not _made_since(directory, older.events) else None
     return None
 
 
-def _made_since(directory: Path, events: int) -> str | None:
-    """The newest entry after so many events that a revert, merge or import has made."""
+def _made_since(directory: Path, events: int) -> list[str]:
+    """The entries after so many events that a revert, merge or import has made, the newest last."""
     entries = Ledger(directory / "ledger", readonly=True).entries()
-    return next((entry.name for entry in reversed(entries) if entry.seq >= events and "made_by" in entry.fields), None)
+    return [entry.name for entry in entries if entry.seq >= events and "made_by" in entry.fields]
 
 
 def _needs_snapshot(event: dict[str, Any]) -> bool:

@@ -143,10 +143,9 @@ def check_identity(snapshot: Snapshot, identity: dict[str, Any]) -> None:
     Raises:
         ConfigError: they are others; their names and folders may differ.
     """
-    then, now = snapshot.identity, identity
     for what, before, after in (
-        ("base.model: weights of sha256", then["base"]["sha256"], now["base"]["sha256"]),
-        ("base.model: a tokenizer of fingerprint", then["tokenizer"], now["tokenizer"]),
+        ("base.model: weights of sha256", snapshot.identity["base"]["sha256"], identity["base"]["sha256"]),
+        ("base.model: a tokenizer of fingerprint", snapshot.identity["tokenizer"], identity["tokenizer"]),
     ):
         if before != after:
             raise ConfigError(
@@ -170,7 +169,7 @@ def check_origin(origin: Origin, identity: dict[str, Any]) -> None:
             f"{name} is a patch of {found['base'].get('model')}, weights of sha256 {str(then)[:16]}…, and base.model "
             f"has {now[:16]}…: name the base that it was trained on"
         )
-    if found.get("tokenizer") != identity["tokenizer"]:
+    if found.get("tokenizer") not in (None, identity["tokenizer"]):  # what was saved from a model names none
         raise ConfigError(f"{name} was trained with another tokenizer than base.model has: name the right base")
 
 
@@ -187,8 +186,7 @@ def go_back(standing: Standing, config: Config, ledger: Ledger, **fields: Any) -
     write_atomically(standing.directory / CONFIG_NAME, dump_config(config).encode())
     snapshot, origin = standing.snapshot, standing.origin
     orphans = ledger.set_aside_orphans()
-    begun = 0 if origin is None else origin.events
-    events = begun if snapshot is None else snapshot.events
+    events = snapshot.events if snapshot is not None else 0 if origin is None else origin.events
     ledger.resume(
         events,
         snapshot=None if snapshot is None else snapshot.name,
@@ -196,10 +194,9 @@ def go_back(standing: Standing, config: Config, ledger: Ledger, **fields: Any) -
         orphans=orphans,
         **fields,
     )
-    keep = [] if snapshot is None else snapshot.replay
     replay = standing.directory / "replay"
     for folder in sorted(replay.iterdir()) if replay.is_dir() else []:
-        if folder.name not in keep:
+        if snapshot is None or folder.name not in snapshot.replay:
             shutil.rmtree(folder)
 
 

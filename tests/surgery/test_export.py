@@ -20,10 +20,11 @@ from toy import POSITIONS, Toy
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from revpatch.config import SidecarConfig
+from revpatch.durable import new_folder
 from revpatch.ledger.entry import read_entry, write_entry
 from revpatch.loading import load_patched
 from revpatch.patch.patched_model import Patch, base_sha256, patch_disabled, patch_state, switchboard
-from revpatch.surgery.export import _locked, export
+from revpatch.surgery.export import export
 from revpatch.surgery.modeling import modeling_source
 
 Make = Callable[..., MadeUp]
@@ -228,13 +229,16 @@ def test_nothing_is_overwritten_and_nothing_half_done_is_left(
 def test_what_a_killed_export_left_does_not_stand_in_the_way(make_run: Make, tmp_path: Path) -> None:
     run = make_run(config=False)
     run.phase("first", patch_tensors(strength=0), patch_tensors(1))
-    (tmp_path / ".out.unfinished/half").mkdir(parents=True)
-    (tmp_path / ".out.unfinished/half/weights").write_bytes(b"half")
+    half = tmp_path / ".out.unfinished/half"
     with (
-        _locked(tmp_path / ".out.unfinished", tmp_path / "out"),
-        pytest.raises(FileExistsError, match="another export writes there"),
+        new_folder(tmp_path / "out", "another export"),
+        pytest.raises(FileExistsError, match=r"--out .*another process is writing there"),
     ):
         export(str(run.directory), "safetensors", tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == [], "the other one's"
+    (tmp_path / "out").rmdir()
+    half.mkdir(parents=True)
+    (half / "weights").write_bytes(b"half")
     (file,) = export(str(run.directory), "safetensors", tmp_path / "out")
     assert file.name == "000_first_commit.safetensors"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]

@@ -37,6 +37,7 @@ MOMENTS: dict[str, dict[str, Any]] = {
         "call": 3,
         "when": "before",
     },
+    "before its end is put down": {"target": "revpatch.training.record:Record.end", "call": 1, "when": "before"},
     "between phases": {"target": "revpatch.training.trainer:Trainer._begin", "call": 2, "when": "before"},
 }
 QUICK = ("a rank, in a step", "a snapshot, half", "an entry without its line", "a rollback, before its event")

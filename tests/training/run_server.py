@@ -7,7 +7,8 @@ The processes are forked, so that each is what `python -m revpatch` would be, se
 a moment at which it sends itself SIGKILL: the n-th call of "module:function", before it, after it, or ("half") when it
 has written half of what it was to write. `wait_at` names a call before which it makes a file OUTPUT.waiting, and waits
 until that is removed. `harm` names probes, by phase and step, that find every loss worse by 1 nat. `swap` has one rank
-find another folder. `limit` is the most bytes that a file may get, as on a disk that is full. `cwd` is where they run.
+find another folder, `also` gives one more options. `limit` is the most bytes that a file may get, as on a disk that is
+full. `cwd` is where they run.
 """
 
 from __future__ import annotations
@@ -127,7 +128,8 @@ def child(rank: int, port: int, request: dict[str, Any]) -> None:
     make_worse(request.get("harm", []))
     if (swap := request.get("swap")) is not None and swap["rank"] == rank:
         swap_folders(*swap["path"])
-    sys.argv = ["revpatch", *request["args"]]
+    also = request.get("also", {"rank": None})
+    sys.argv = ["revpatch", *request["args"], *(also["options"] if also["rank"] == rank else [])]
     try:
         cli.main()
         code = 0

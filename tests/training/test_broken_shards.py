@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -261,13 +260,3 @@ def test_a_real_launcher_ends_within_seconds_of_a_broken_shard(runs: Runs) -> No
     assert done.returncode != 0 and time.monotonic() - began < 60
     assert "All ranks stop here" in done.stdout and str(broken_shard(runs, 1)) in done.stdout
     assert "Traceback" not in done.stdout.split("torch/distributed")[0]
-
-
-def test_two_ranks_with_other_shards_under_one_name_are_stopped(runs: Runs, toy: Toy) -> None:
-    """As on two nodes, each with a copy of its own."""
-    other = runs.folder / "other"
-    shutil.copytree(toy.shards("second"), other)
-    swap = {"rank": 1, "path": [str(runs.folder / "new"), str(other)]}
-    assert runs.run("run", swap=swap) == [2, 2]
-    words = runs.log("run").read_text()
-    assert "rank 0 and rank 1 found different shards" in words and "phases first" in words

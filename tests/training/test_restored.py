@@ -82,6 +82,43 @@ def test_killed_it_goes_on_to_the_same_commit(runs: Runs, call: int) -> None:
     assert verify(runs.path(name)).ok
 
 
+MOMENTS: dict[str, dict[str, Any]] = {
+    "the entry, half": {"target": "revpatch.ledger.entry:write_atomically", "when": "half"},
+    "the entry without its line": {"target": "revpatch.ledger.history:write_entry", "when": "after"},
+    "the line, half": {"target": "revpatch.ledger.journal:Journal._write", "when": "half"},
+    "before it has its name": {"target": "revpatch.durable:_sync_tree", "when": "after"},
+}
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["new", "an empty folder"])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_restore_that_was_killed_leaves_no_run_and_is_done_again(runs: Runs, moment: str, there: bool) -> None:
+    folder = runs.folder / f"{moment} {there}"
+    folder.mkdir()
+    new, log = folder / "new", folder.with_suffix(".log")
+    if there:
+        new.mkdir()
+    args = ("ledger", "restore", runs.path("old"), "--as-new-run", new)
+    kill = {"rank": 0, "call": 1, **MOMENTS[moment]}
+    assert runs.server.run(*args, output=log, kill=kill) == [-signal.SIGKILL]
+    assert not (new / "ledger").exists() and new.exists() == there
+    assert runs.server.run(*args, output=log) == [0], log.read_text()
+    assert [path.name for path in folder.iterdir()] == ["new"], "nothing is left beside it"
+    assert [path.name for path in new.iterdir()] == ["ledger"], "nor in it"
+    assert locate(f"{new}@origin").file_sha256() == locate(f"{runs.path('through')}@origin").file_sha256()
+    assert verify(new).ok
+
+
+def test_a_restore_that_was_killed_at_its_very_end_is_whole(runs: Runs) -> None:
+    new, log = runs.path("restored"), runs.log("restored")
+    args = ("ledger", "restore", runs.path("old"), "--as-new-run", new)
+    kill = {"rank": 0, "target": "pathlib:Path.rename", "call": 1, "when": "after"}
+    assert runs.server.run(*args, output=log, kill=kill) == [-signal.SIGKILL]
+    assert verify(new).ok and [path.name for path in new.iterdir()] == ["ledger"]
+    assert runs.server.run(*args, output=log) == [2]
+    assert "Nothing was overwritten" in log.read_text()
+
+
 def contents(run: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
 

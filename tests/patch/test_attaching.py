@@ -1,0 +1,99 @@
+"""What can't be attached or detached is refused, and the model is left as it was."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+import torch
+from patching import (
+    Build,
+    Config,
+    Logits,
+    Randomize,
+    some_ids,
+)
+from torch import nn
+from transformers import BertConfig, BertLMHeadModel
+
+from revpatch.patch.families import family_of
+from revpatch.patch.patched_model import (
+    Patch,
+    PatchedBlock,
+    attach,
+    detach,
+    is_patched,
+    patch_state,
+    set_gate,
+    switchboard,
+)
+
+
+def test_refuses_an_odd_width(build: Build, sidecar_config: Config) -> None:
+    model = build("gpt2", width=15)
+    with pytest.raises(ValueError, match="15 is odd"):
+        attach(model, sidecar_config())
+    _untouched(model)
+
+
+def test_refuses_an_unknown_family_and_says_how_to_add_a_row(sidecar_config: Config) -> None:
+    model = BertLMHeadModel(
+        BertConfig(
+            vocab_size=20,
+            hidden_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            intermediate_size=8,
+            is_decoder=True,
+        )
+    )
+    with pytest.raises(ValueError, match=r"'bert'.*gpt2, llama, qwen2, qwen3.*add one to FAMILIES in .*families\.py"):
+        attach(model, sidecar_config())
+    with pytest.raises(ValueError, match="'Linear'"):
+        family_of(nn.Linear(2, 2))
+
+
+def test_refuses_a_second_patch_and_detaching_none(
+    build: Build, logits: Logits, sidecar_config: Config, randomize: Randomize
+) -> None:
+    model, ids = build("llama"), some_ids()
+    for call in (detach, switchboard, patch_state, lambda m: set_gate(m, "on")):
+        with pytest.raises(ValueError, match=r"carries no patch.*attach"):
+            call(model)
+    _untouched(model)
+    patch = randomize(attach(model, sidecar_config()))
+    assert is_patched(model)
+    expected = logits(model, ids)
+    for second in (sidecar_config(), patch):
+        with pytest.raises(ValueError, match=r"patch already.*detach"):
+            attach(model, second)
+    assert torch.equal(logits(model, ids), expected)
+    with pytest.raises(ValueError, match=r"'half'.*'learned', 'on' or 'off'"):
+        set_gate(model, cast(Any, "half"))
+    assert torch.equal(logits(model, ids), expected)
+    assert detach(model) is patch
+    assert not is_patched(model)
+    with pytest.raises(ValueError, match="carries no patch"):
+        detach(model)
+
+
+def test_refuses_layers_that_are_not_there(build: Build, sidecar_config: Config) -> None:
+    model = build("qwen3")
+    with pytest.raises(ValueError, match=r"block 3.*blocks 0 to 2"):
+        attach(model, sidecar_config(layers=[0, 3]))
+    _untouched(model)
+
+
+@pytest.mark.parametrize(("width", "blocks"), [(8, 3), (32, 3), (16, 2), (16, 4)])
+def test_refuses_a_patch_of_another_shape(build: Build, sidecar_config: Config, width: int, blocks: int) -> None:
+    model = build("gpt2")
+    words = rf"width of {width}.*width is 16" if width != 16 else rf"{blocks} blocks.*has 3"
+    with pytest.raises(ValueError, match=words):
+        attach(model, Patch(width, blocks, sidecar_config()))
+    _untouched(model)
+
+
+def _untouched(model: nn.Module) -> None:
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not any(isinstance(module, PatchedBlock) for module in model.modules())
+    assert not any(module._forward_pre_hooks for module in model.modules())

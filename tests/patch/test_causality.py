@@ -1,0 +1,111 @@
+"""What a position must not see: later tokens, padding, and the rows beside its own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from patching import (
+    ROUNDING,
+    Build,
+    Config,
+    Logits,
+    Randomize,
+    every_dtype,
+    every_family,
+    every_gate,
+    every_placement,
+    largest,
+    some_ids,
+)
+
+from revpatch.patch.patched_model import (
+    attach,
+)
+
+PADDED = {torch.float64: ROUNDING * 2**-29, torch.float32: ROUNDING, torch.bfloat16: 8 * 2**-8 * 5}
+"""The same for other dtypes; in bfloat16 a few roundings of a logit of 5, as sums are kept in float32 there."""
+
+
+@every_family
+@every_gate
+@every_placement
+@every_dtype
+def test_causality(
+    build: Build,
+    logits: Logits,
+    sidecar_config: Config,
+    randomize: Randomize,
+    family: str,
+    gate: str,
+    placement: str,
+    dtype: torch.dtype,
+) -> None:
+    """Token t + 1 does not reach the logits up to t; with a SeqGate it does, so its losses are no language model's."""
+    model, ids = build(family, dtype=dtype), some_ids(2, 10)
+    randomize(attach(model, sidecar_config(gate=gate, placement=placement)))
+    before = logits(model, ids)
+    for t in (0, 4, 8):
+        other = ids.clone()
+        other[:, t + 1] = (other[:, t + 1] + 7) % 50 + 3
+        after = logits(model, other)
+        leak = largest(after[:, : t + 1], before[:, : t + 1])
+        assert largest(after[:, t + 1 :], before[:, t + 1 :]) > 1e-2
+        if gate == "seq":
+            assert leak > 1e-3
+        else:
+            assert leak <= 1e-6
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@every_gate
+@every_placement
+@pytest.mark.parametrize("dtype", PADDED, ids=str)
+@given(
+    real=st.lists(st.integers(1, 8), min_size=1, max_size=4),
+    pads=st.lists(st.integers(0, 6), min_size=4, max_size=4),
+    left=st.booleans(),
+    junk=st.integers(0, 60),
+)
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_padding_and_company_change_nothing(
+    build: Build,
+    logits: Logits,
+    sidecar_config: Config,
+    randomize: Randomize,
+    family: str,
+    gate: str,
+    placement: str,
+    dtype: torch.dtype,
+    real: list[int],
+    pads: list[int],
+    left: bool,
+    junk: int,
+) -> None:
+    """A row's logits are those it has alone and unpadded, whatever it is padded with and whoever shares the batch."""
+    model = build(family, dtype=dtype)
+    patch = randomize(attach(model, sidecar_config(gate=gate, placement=placement)))
+    if dtype == torch.float64:
+        patch.double()
+    rows = [some_ids(1, length, seed=index)[0] for index, length in enumerate(real)]
+    width = max(length + pad for length, pad in zip(real, pads, strict=False))
+    ids = torch.full((len(rows), width), junk)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(rows):
+        place = slice(width - len(row), width) if left else slice(0, len(row))
+        ids[index, place], mask[index, place] = row, 1
+    batch = logits(model, ids, mask)
+    for index, row in enumerate(rows):
+        assert largest(batch[index][mask[index].bool()], logits(model, row[None])[0]) <= PADDED[dtype]
+
+
+def test_padding_matters_without_a_mask(
+    build: Build, logits: Logits, sidecar_config: Config, randomize: Randomize
+) -> None:
+    """The check on the check: the gate does hang on the mask it is given."""
+    model = build("gpt2")
+    patch = randomize(attach(model, sidecar_config()))
+    u = torch.randn(2, 6, 16)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    assert largest(patch.sidecar(0)(u, mask).gate[0, 2:], patch.sidecar(0)(u).gate[0, 2:]) > 1e-2
