@@ -77,7 +77,7 @@ ELSEWHERE = {
     ),
     "docs/PATCHES.md: python tools/sample_outputs.py RUN --out page.md": (
         "the benchmark takes minutes",
-        "tests/test_cli.py::test_a_page_shows_what_each_commit_writes",
+        "tests/cli/test_generate_cli.py::test_a_page_shows_what_each_commit_writes",
     ),
     "docs/RUNS.md: tensorboard --logdir runs": (
         "a server",

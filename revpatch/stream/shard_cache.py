@@ -127,7 +127,7 @@ class ShardCache:
 
     def _obtain(self, placed: PlacedShard, in_background: bool) -> int:
         """A locked descriptor of a verified copy, whoever fetches it."""
-        deadline = time.monotonic() + ROOM_SECONDS
+        deadline: float | None = None  # of waiting for room; another's fetch takes what it takes
         while True:
             descriptor = self._open_verified(placed)
             if descriptor is not None:
@@ -139,6 +139,7 @@ class ShardCache:
                     with self._lock:
                         if self._close_oldest():
                             continue
+                deadline = deadline or time.monotonic() + ROOM_SECONDS
                 if in_background or time.monotonic() > deadline:
                     raise self._folder.no_room(placed.shard.bytes) from None
             if descriptor is not None:

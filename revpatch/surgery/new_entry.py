@@ -11,6 +11,7 @@ from typing import Any
 from revpatch.config_file import load_config
 from revpatch.ledger.history import JOURNAL_NAME, Ledger
 from revpatch.ledger.journal import Sets
+from revpatch.ledger.run_lock import LOCK_NAME
 from revpatch.surgery.arithmetic import Tensors
 from revpatch.surgery.judgement import Judgement
 from revpatch.surgery.subject import Entry
@@ -52,11 +53,11 @@ def claimed(run: Path, create: bool = False) -> Iterator[Ledger]:
     if not (run / "ledger" / JOURNAL_NAME).is_file():
         if not create:
             raise FileNotFoundError(f"{run}: expected the folder of a run, found none with ledger/{JOURNAL_NAME} in it")
-        if run.exists():
+        if run.exists() and (not run.is_dir() or {path.name for path in run.iterdir()} - {LOCK_NAME, "ledger"}):
             raise FileExistsError(
                 f"{run}: it exists and is no run. Nothing was overwritten: name a run, or a folder that is not there"
             )
-        run.mkdir(parents=True)
+        run.mkdir(parents=True, exist_ok=True)  # a command that was killed may have left it, without a journal
     lock = claim(run, str(run))
     try:
         ledger = Ledger(run / "ledger")

@@ -12,9 +12,11 @@ import contextlib
 import importlib
 import os
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from revpatch.config import Config, ConfigError
@@ -99,16 +101,28 @@ class _ZeroState:
                 held_of(zero.optimizer, partition)
         zero._lazy_init_hp_params_optimizer_state()
 
+    @torch.no_grad()
     def state(self) -> EngineState:
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-        master, moments = {}, {key: {} for key in MOMENTS}  # type: dict[str, Tensor], dict[str, dict[str, Tensor]]
-        for name, parameter in self.patch.named_parameters():
-            master[name] = safe_get_full_fp32_param(parameter).cpu()
-            for key in MOMENTS:
-                moments[key][name] = safe_get_full_optimizer_state(parameter, key).cpu()
-        first = self.zero.optimizer.param_groups[0]["params"][0]
-        return EngineState(master, moments, int(self.zero.optimizer.state[first]["step"]))
+        """Every rank puts down what it holds, and one sum brings all together; DeepSpeed's `safe_get_full_...` would
+        take three for each parameter, and a step would stand still for them."""
+        named = dict(self.patch.named_parameters())
+        sizes = [parameter.numel() for parameter in named.values()]
+        first = next(iter(named.values()))
+        flat = first.new_zeros((1 + len(MOMENTS), sum(sizes)), dtype=torch.float32)
+        for parameter, end in zip(named.values(), accumulate(sizes), strict=True):
+            held: Any = parameter._hp_mapping  # type: ignore[attr-defined]  # None where other ranks hold all of it
+            if held is not None:
+                start = end - parameter.numel() + held.lp_fragment_address.start
+                for row, key in zip(flat, (None, *MOMENTS), strict=True):
+                    row[start : start + held.lp_fragment_address.numel] = held.get_hp_fragment(key)
+        dist.all_reduce(flat, group=first._dp_group)  # type: ignore[attr-defined]
+        master, *moments = (
+            {name: part.reshape(named[name].shape).clone() for name, part in zip(named, row.split(sizes), strict=True)}
+            for row in flat.cpu()
+        )
+        partition = self.zero.optimizer.param_groups[0]["params"][0]
+        step = int(self.zero.optimizer.state[partition]["step"])
+        return EngineState(master, dict(zip(MOMENTS, moments, strict=True)), step)
 
     @torch.no_grad()
     def load(self, state: EngineState) -> None:

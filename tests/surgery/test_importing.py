@@ -67,6 +67,22 @@ def test_a_patch_comes_back_as_the_newest_commit(run: MadeUp, tmp_path: Path, to
         assert verify(target).ok
 
 
+@pytest.mark.parametrize("moment", ["surgery.new_entry.Ledger.__init__", "ledger.journal.Journal.append"])
+def test_an_import_into_a_new_run_that_was_killed_is_done_again(
+    run: MadeUp, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    def gone(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as killed:
+        killed.setattr(f"revpatch.{moment}", gone)
+        with pytest.raises(KeyboardInterrupt):
+            import_patch(folder, tmp_path / "new")
+    assert (tmp_path / "new").is_dir()
+    assert import_patch(folder, tmp_path / "new").name == "000_first_commit.pt"
+    assert verify(tmp_path / "new").ok
+
+
 def test_the_sha256_of_the_origin_is_kept(run: MadeUp, folder: Path) -> None:
     origin = run.ledger.newest()
     assert origin is not None
@@ -154,6 +170,7 @@ def test_no_code_is_run_and_no_other_shape_is_taken(
         assert (result.code, result.out) == (2, ""), result
         assert words in result.err, result.err
     (tmp_path / "taken").mkdir()
+    (tmp_path / "taken/thesis.txt").touch()
     refused = revpatch("ledger", "import", folder, tmp_path / "taken")
     assert refused.code == 2 and "Nothing was overwritten" in refused.err
     assert not (tmp_path / "ran").exists()
