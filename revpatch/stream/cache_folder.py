@@ -2,6 +2,7 @@
 
     <sha256>.tar    a whole shard, under the name of its content; who reads it holds a shared lock on it
     <sha256>.part   one that is being fetched, of its full size from the start; who fetches it holds an exclusive lock
+    <sha256>.failed why it could not be fetched, for those who waited for it
     .lock           locked while room is made
 
 A lock ends with its process, so that what a killed one leaves behind can be told from what is in use.
@@ -9,6 +10,7 @@ A lock ends with its process, so that what a killed one leaves behind can be tol
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import re
@@ -86,12 +88,26 @@ class CacheFolder:
             raise self.failed(error) from error
         with self._locked():  # a listing might else miss both names, and flock's change of a lock is not atomic
             self._part(sha256).rename(self._path(sha256))
+            self._failed(sha256).unlink(missing_ok=True)
             fcntl.flock(descriptor, fcntl.LOCK_SH)
 
     def abandon(self, sha256: str, descriptor: int) -> None:
         """Remove a reserved file."""
         self._part(sha256).unlink(missing_ok=True)
         os.close(descriptor)
+
+    def note_failure(self, sha256: str, why: str) -> None:
+        """Tell those who wait for this shard why it didn't come."""
+        with contextlib.suppress(OSError):  # they will find out themselves
+            self._failed(sha256).write_text(why, encoding="utf-8")
+
+    def failure_since(self, sha256: str, moment: float) -> str | None:
+        """What `note_failure` was told last, if that was after this moment (seconds since the epoch)."""
+        path = self._failed(sha256)
+        try:
+            return path.read_text(encoding="utf-8") if path.stat().st_mtime >= moment else None
+        except OSError:
+            return None
 
     def discard(self, sha256: str, descriptor: int) -> None:
         """Remove a damaged shard, unless another process has replaced it meanwhile, and close it."""
@@ -162,6 +178,9 @@ class CacheFolder:
 
     def _part(self, sha256: str) -> Path:
         return self.folder / f"{sha256}.part"
+
+    def _failed(self, sha256: str) -> Path:
+        return self.folder / f"{sha256}.failed"
 
     def _budget(self, size: int, why: str) -> str:
         return (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import queue
@@ -128,12 +129,13 @@ class ShardCache:
     def _obtain(self, placed: PlacedShard, in_background: bool) -> int:
         """A locked descriptor of a verified copy, whoever fetches it."""
         deadline: float | None = None  # of waiting for room; another's fetch takes what it takes
+        began = time.time()
         while True:
             descriptor = self._open_verified(placed)
             if descriptor is not None:
                 return descriptor
             try:
-                descriptor = self._fetch(placed)
+                descriptor = self._fetch(placed, began)
             except BlockingIOError:
                 if not in_background:
                     with self._lock:
@@ -160,16 +162,25 @@ class ShardCache:
         self._verified.add(sha256)
         return descriptor
 
-    def _fetch(self, placed: PlacedShard) -> int | None:
-        """Fetch the shard, unless another thread or process does or did. Raises BlockingIOError for want of room."""
+    def _fetch(self, placed: PlacedShard, began: float) -> int | None:
+        """Fetch the shard, unless another thread or process does or did. Raises BlockingIOError for want of room.
+
+        Raises what another has met since this one `began` to wait for it: all ranks of a machine may wait for a shard
+        that is gone, and one round of attempts is enough for them.
+        """
         sha256 = placed.shard.sha256
         descriptor = self._folder.reserve(sha256, placed.shard.bytes)
         if descriptor is None:
             return None
         try:
+            if why := self._folder.failure_since(sha256, began):
+                told = json.loads(why)
+                raise ShardError(**told, location=placed.location, shard=placed.index, digest=placed.digest)
             self._download(placed, descriptor)
             self._folder.keep(sha256, descriptor)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, ShardError):
+                self._folder.note_failure(sha256, json.dumps({"message": str(error), "offset": error.offset}))
             self._folder.abandon(sha256, descriptor)
             raise
         if sha256 in self._fetched:

@@ -70,13 +70,13 @@ class Trainer(RunState):
                     verdict = self._log(phase, step, rate)
                 if isinstance(verdict, Keep) and self._probe_due(step, steps):
                     verdict = self._probe(phase, step)
-                if isinstance(verdict, Rollback):
-                    self._roll_back(phase, step, verdict.reason)
-                elif isinstance(verdict, Stop):
-                    self._stop(phase, step, verdict.reason)
+                if not self._carry_out(verdict, phase, step):
                     return True
                 if step % self.config.snapshot.every == 0:
                     self.take_snapshot(phase)
+        # Of a phase whose steps were lowered to those that it had made already, the last was no reason to probe then.
+        if phase.pending and phase.probed[0] != steps and not self._carry_out(self._probe(phase, steps), phase, steps):
+            return True
         if phase.pending:
             self._return_to(phase, steps, phase.good, "the phase ended with a probe above its tolerance")
         return True
@@ -178,6 +178,15 @@ class Trainer(RunState):
             if self.record.ledger is not None:
                 self.record.ledger.prune_good(self.config.ledger.keep_good)
         return verdict
+
+    def _carry_out(self, verdict: Verdict, phase: Phase, step: int) -> bool:
+        """Does what was decided; false if the phase ends with it."""
+        if isinstance(verdict, Rollback):
+            self._roll_back(phase, step, verdict.reason)
+        elif isinstance(verdict, Stop):
+            self._stop(phase, step, verdict.reason)
+            return False
+        return True
 
     def _roll_back(self, phase: Phase, step: int, reason: str) -> None:
         """Back to the last good state, at a lower rate; the data go on past the window."""

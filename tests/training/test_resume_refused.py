@@ -164,5 +164,11 @@ def test_steps_may_change_while_the_phase_is_under_way(make_runs: Callable[..., 
     kill = {"rank": 0, "target": "revpatch.training.trainer:Trainer._log", "call": 3, "when": "before"}
     assert runs.run("run", world=1, kill=kill) == [-signal.SIGKILL]
     assert runs.run("run", "--set", "phases.0.steps=4", world=1) == [2], "fewer than were made"
+    shutil.copytree(runs.path("run"), runs.path("same"))
     assert runs.run("run", "--set", "phases.0.steps=15", world=1) == [0], runs.log("run").read_text()
     assert [event["step"] for event in runs.events("run", "probe") if event["phase"] == "first"][-1] == 15
+    made = Snapshot.read(max((runs.path("same") / "snapshot").iterdir())).step
+    assert made % 3, "not a step at which a probe is due"
+    assert runs.run("same", "--set", f"phases.0.steps={made}", world=1) == [0], runs.log("same").read_text()
+    commit = runs.events("same", "commit")[0]
+    assert commit["step"] == made and not commit["rollbacks"], "what was trained is probed and kept"

@@ -6,18 +6,21 @@ import os
 import resource
 import signal
 import subprocess
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from cached_set import BLOCKS, SHARD_BYTES, size_of, tar_of
-from flaky_server import FlakyServer, slow
+from flaky_server import FlakyServer, slow, status
 from waiting import until
 
+from revpatch.stream import remote
 from revpatch.stream.cache_folder import ShardCacheError
 from revpatch.stream.shard_cache import ShardCache
 from revpatch.stream.shard_set import ShardSet
+from revpatch.stream.tars import ShardError
 
 
 @pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:-1], lambda data: data[:9] + b"?" + data[10:]])
@@ -51,6 +54,33 @@ def test_a_process_killed_while_it_fetches_leaves_nothing_that_stays(
         assert not left.exists()
         np.testing.assert_array_equal(shards.read(np.arange(60)), BLOCKS)
     assert size_of(where) == SHARD_BYTES
+
+
+def test_those_who_wait_for_a_shard_that_never_comes_share_one_round_of_attempts(
+    server: FlakyServer, where: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the ranks of one machine do; each has a cache object of its own on the one folder."""
+    monkeypatch.setattr(remote, "FIRST_WAIT_SECONDS", 0.3)
+    server.always["shard-000000.tar"] = status(503)
+    words = []
+
+    def read() -> None:
+        with ShardCache(where, 10**6, retries=2) as cache, ShardSet(server.url, cache) as shards:
+            with pytest.raises(ShardError) as caught:
+                shards.read(np.array([0]))
+            words.append(str(caught.value))
+
+    ranks = [threading.Thread(target=read) for _ in range(4)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    assert server.count("shard-000000.tar") == 3, "one attempt and two retries"
+    assert len(words) == 4 and len(set(words)) == 1 and "HTTP 503" in words[0]
+    server.always.clear()
+    with ShardCache(where, 10**6) as cache, ShardSet(server.url, cache) as shards:
+        np.testing.assert_array_equal(shards.read(np.arange(10)), BLOCKS[:10])
+    assert not list(where.glob("*.failed"))
 
 
 def test_a_full_disk_is_told(reader: Callable[..., subprocess.Popen], where: Path) -> None:
