@@ -102,9 +102,8 @@ class RunState:
     def take_up(self, standing: Standing) -> None:
         """Brings model, teacher, probes, replay and ledger to where the run stands, and puts down that it goes on."""
         facts = startup.facts(self.config, self.base, self.patch, self.engine, self.peers)
-        index = 0 if standing.snapshot is None else standing.snapshot.phase_index
-        if self.config.sidecar.check_invertibility and index in self.plan.phases:
-            facts["inverse error, weights ± 0.02"] = str(self.invertibility(self.plan.phases[index], noise=0.02))
+        if self.config.sidecar.check_invertibility and standing.snapshot is None:
+            facts["inverse error, weights ± 0.02"] = str(self.invertibility(self.plan.phases[0], noise=0.02))
         if self.peers.rank == 0:
             startup.show(facts)
             peak = startup.peak_of(self.config, self.peers.device)
