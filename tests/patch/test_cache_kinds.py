@@ -16,7 +16,7 @@ from patching import (
     in_chunks,
     largest,
 )
-from transformers.cache_utils import Cache, DynamicLayer, StaticCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache
 
 from revpatch.patch.patched_model import attach, detach, patch_disabled
 
@@ -64,6 +64,29 @@ def test_a_static_cache_token_by_token(
     real = mask.bool() if padded else torch.ones_like(mask).bool()
     found = in_chunks(model, ids, given, [5, *[1] * 7], StaticCache(model.config, max_cache_len=20))
     assert largest(found[real], logits(model, ids, given)[real]) <= TOLERANCE
+
+
+@every_causal_gate
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_mask_longer_than_the_tokens_so_far(
+    patched: Callable[..., Any], logits: Logits, gate: str, kind: str, rows: int
+) -> None:
+    """Ones for the tokens, then zeros for the places to come: those are not this call's padding."""
+    model = patched("llama", gate=gate)
+    ids, mask = (tensor[:rows] for tensor in left_padded())
+    expected, real = logits(model, ids, mask), mask.bool()
+    long = torch.cat([mask, torch.zeros(rows, 8, dtype=mask.dtype)], 1)
+    cache = StaticCache(model.config, max_cache_len=20) if kind == "static" else DynamicCache(config=model.config)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    parts = []
+    for here in (slice(0, 7), slice(7, 8), slice(8, 12)):
+        so_far = long.clone()
+        so_far[:, here.stop :] = 0
+        with torch.no_grad():
+            out = model(ids[:, here], attention_mask=so_far, position_ids=positions[:, here], past_key_values=cache)
+        parts.append(out.logits)
+    assert largest(torch.cat(parts, 1)[real], expected[real]) <= TOLERANCE
 
 
 def test_a_mask_of_pairs_that_is_not_only_padding_is_refused(patched: Callable[..., Any]) -> None:
