@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Iterator
-from typing import Literal, cast
+from typing import Any, Literal, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +70,7 @@ def attach(model: nn.Module, patch: Patch | SidecarConfig, name: str = DEFAULT_N
     board.hook = body.register_forward_pre_hook(board.read_padding, with_kwargs=True)
     for layer, block in enumerate(blocks):
         blocks[layer] = PatchedBlock(block, layer, board)
+    cast(Any, model).save_pretrained = _refuse_to_save
     return patch
 
 
@@ -84,9 +85,18 @@ def detach(model: nn.Module) -> Patch:
         blocks[layer] = cast(PatchedBlock, block).block
     assert board.hook is not None
     board.hook.remove()
+    model.__dict__.pop("save_pretrained", None)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(board.required_grad[name])
     return board.attached
+
+
+def _refuse_to_save(*_: object, **__: object) -> NoReturn:
+    """In the place of a patched model's `save_pretrained`. A function of the module, so that models can be copied."""
+    raise ValueError(
+        "the model carries a patch, and its blocks' weights would be written under names that no base has, without the "
+        "patch: detach(model) first, or revpatch.save_pretrained(model, folder) for the patch"
+    )
 
 
 def is_patched(model: nn.Module) -> bool:

@@ -57,7 +57,7 @@ def _write_hf(folder: Path, entry: Entry, located: Located, subject: Subject, na
     weights |= {f"{PREFIX}{key}": tensor for key, tensor in entry.tensors.items()}
     if entry.sidecar.gate == "seq":  # its past changes with each token, so no cache can hold it
         model.generation_config.use_cache = model.config.use_cache = False
-    model.save_pretrained(folder, state_dict=weights)
+    type(model).save_pretrained(model, folder, state_dict=weights)  # the model's own is refused while it is patched
     subject.tokenizer.save_pretrained(folder)
     kind = str(model.config.model_type)
     source = modeling_source(_public(model), _public(model.config), kind)

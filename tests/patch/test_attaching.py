@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -91,6 +94,27 @@ def test_refuses_a_patch_of_another_shape(build: Build, sidecar_config: Config, 
     with pytest.raises(ValueError, match=words):
         attach(model, Patch(width, blocks, sidecar_config()))
     _untouched(model)
+
+
+def test_a_patched_model_is_not_saved_as_if_it_were_the_base(
+    build: Build, logits: Logits, sidecar_config: Config, randomize: Randomize, tmp_path: Path
+) -> None:
+    model, ids = cast(Any, build("gpt2")), some_ids()
+    base = logits(model, ids)
+    patch = randomize(attach(model, sidecar_config()))
+    copied = copy.deepcopy(model)
+    for patched in (model, copied, pickle.loads(pickle.dumps(model))):
+        with pytest.raises(ValueError, match=r"detach\(model\) first, or revpatch\.save_pretrained"):
+            patched.save_pretrained(tmp_path / "base")
+    assert not (tmp_path / "base").exists()
+    with torch.no_grad():
+        switchboard(copied).attached.sidecar(0).coupling.log_scale.add_(1)
+    assert switchboard(copied).attached is not patch
+    assert not torch.equal(logits(copied, ids), logits(model, ids)), "each has a patch of its own"
+    for patched in (model, copied):
+        detach(patched)
+        patched.save_pretrained(tmp_path / "base")
+        assert torch.equal(logits(type(model).from_pretrained(tmp_path / "base"), ids), base)
 
 
 def _untouched(model: nn.Module) -> None:
