@@ -87,7 +87,8 @@ def detach(model: nn.Module) -> Patch:
     board.hook.remove()
     model.__dict__.pop("save_pretrained", None)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(board.required_grad[name])
+        if name in board.required_grad:  # not one that was added since
+            parameter.requires_grad_(board.required_grad[name])
     return board.attached
 
 

@@ -80,6 +80,16 @@ def test_refuses_a_second_patch_and_detaching_none(
         detach(model)
 
 
+def test_a_parameter_that_was_added_since_stays_as_it_is(build: Build, sidecar_config: Config) -> None:
+    model = build("gpt2")
+    attach(model, sidecar_config())
+    model.probe = nn.Linear(2, 2)
+    model.probe.bias.requires_grad_(False)
+    detach(model)
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    assert [name for name, flag in flags.items() if not flag] == ["probe.bias"]
+
+
 def test_refuses_layers_that_are_not_there(build: Build, sidecar_config: Config) -> None:
     model = build("qwen3")
     with pytest.raises(ValueError, match=r"block 3.*blocks 0 to 2"):
