@@ -80,7 +80,7 @@ class PatchedBlock(nn.Module):
             return getattr(super().__getattr__("block"), name)  # models read attributes of their blocks
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PatchedBlock:
-        """What `to`, `cuda` and the like call: the sidecars after this block follow it to its device, in their dtype."""
+        """What `to`, `cuda` and the like call: the sidecars of this block follow it to its device, in their dtype."""
         super()._apply(fn, recurse)
         device = next(self.block.parameters()).device
         for patch in self._switchboard[0].patches.values():

@@ -97,6 +97,26 @@ def test_a_mask_of_pairs_that_is_not_only_padding_is_refused(patched: Callable[.
         in_chunks(model, ids, mask, [12], StaticCache(config=model.config, max_cache_len=20))
 
 
+class _Offloaded(DynamicCache):
+    """As one that is offloaded, without the streams that only a GPU has."""
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        self.offloading = False
+        states = super().update(*args, **kwargs)
+        self.offloading = True
+        return states
+
+
+@every_causal_gate
+def test_an_offloaded_cache_is_refused(patched: Callable[..., Any], gate: str) -> None:
+    """After its last layer transformers fetches the next, which would be the patch's and not the first block's."""
+    model, ids = patched("llama", gate=gate), left_padded()[0]
+    with pytest.raises(ValueError, match=r"_Offloaded, is offloaded .* layer by layer.* cache_implementation"):
+        in_chunks(model, ids, None, [12], _Offloaded(config=model.config))
+    with patch_disabled(model):
+        in_chunks(model, ids, None, [5, 7], _Offloaded(config=model.config))
+
+
 @every_causal_gate
 def test_rows_of_several_sequences(patched: Callable[..., Any], logits: Logits, gate: str) -> None:
     """As `generate_batch` packs them: a gate that averages would do so over strangers."""
