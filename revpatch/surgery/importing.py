@@ -10,9 +10,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from revpatch.durable import sha256_of_file
+from revpatch.durable import sha256_of, sha256_of_file
 from revpatch.ledger.entry import SUFFIXES, EntryError, check_name, tensors_digest
 from revpatch.ledger.folder import CONFIG_NAME, WEIGHTS_NAME, is_patch_folder, read_folder
+from revpatch.ledger.plain import canonical_json
 from revpatch.surgery.arithmetic import check_finite
 from revpatch.surgery.modeling import PREFIX
 from revpatch.surgery.new_entry import Made, claimed, write
@@ -70,10 +71,20 @@ def _read_hf(folder: Path) -> Entry:
     try:
         said = json.loads(config.read_text(encoding="utf-8"))["revpatch"]
         metadata, sha256, expected = dict(said["entry"]), str(said["sha256"]), str(said["tensors_sha256"])
-    except (ValueError, KeyError, TypeError) as error:
+        guarded = said.get("content_sha256")
+        held = sha256_of(canonical_json({key: said[key] for key in said if key != "content_sha256"}).encode())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise EntryError(
             f"{config}: expected a table `revpatch` that `revpatch ledger export` wrote, found none"
         ) from error
+    if guarded != held:
+        raise EntryError(
+            f"{config}: its table `revpatch` should hash to {guarded}, found {held}: it was damaged or edited; take "
+            "the folder from where it came again"
+            if guarded
+            else f"{config}: its table `revpatch` has no content_sha256, so nothing vouches for what it says of the "
+            "patch: an older revpatch wrote it, or it was edited; export the patch again"
+        )
     tensors = _sidecars(folder)
     if (found := tensors_digest(tensors)) != expected:
         raise EntryError(
@@ -88,7 +99,7 @@ def _sidecars(folder: Path) -> dict[str, Tensor]:
     if (folder / _INDEX).is_file():
         try:
             places = dict(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise EntryError(f"{folder / _INDEX}: expected a table `weight_map`, found none") from error
         names = {str(file) for name, file in places.items() if str(name).startswith(PREFIX)}
         files = sorted(check_name(name, f"{folder / _INDEX}: file") for name in names)
