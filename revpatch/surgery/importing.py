@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from revpatch.durable import sha256_of, sha256_of_file
-from revpatch.ledger.entry import SUFFIXES, EntryError, check_name, tensors_digest
+from revpatch.ledger.entry import SUFFIXES, EntryError, check_name, entry_name, tensors_digest
 from revpatch.ledger.folder import CONFIG_NAME, WEIGHTS_NAME, is_patch_folder, read_folder
 from revpatch.ledger.plain import canonical_json
 from revpatch.surgery.arithmetic import check_finite
@@ -33,14 +33,18 @@ def import_patch(source: Path, run: Path) -> Made:
         ValueError, OSError: it is damaged, no patch, or not finite; or of another base or shape than the run's.
     """
     entry = _read_folder(source) if source.is_dir() else Entry.read(str(source))
-    phase = check_name(str(entry.metadata.get("phase", "imported")), f"{source}: phase name")
+    phase = str(entry.metadata.get("phase", "imported"))
+    try:
+        entry_name(0, phase, "commit")  # before a folder is made
+    except EntryError as error:
+        raise EntryError(f"{source}: {error}") from error
     made_by: dict[str, Any] = {
         "operation": "import",
         "sha256": entry.sha256,
         "parent": entry.metadata.get("parent"),
         "made_by": entry.metadata.get("made_by"),
     }
-    check_finite(entry.tensors, str(source))  # before a folder is made
+    check_finite(entry.tensors, str(source))
     with claimed(run, create=True) as ledger:
         if (newest := ledger.newest()) is not None:
             there = Entry.recorded(ledger, newest)

@@ -177,6 +177,15 @@ def test_what_is_not_finite_leaves_no_folder(run: MadeUp, tmp_path: Path, revpat
     assert not (tmp_path / "new").exists()
 
 
+def test_a_name_that_no_entry_can_have_leaves_no_folder(run: MadeUp, tmp_path: Path) -> None:
+    for length in (114, 115):
+        write_entry(tmp_path / f"{length}.pt", patch_tensors(1), {**run.metadata, "phase": "p" * length})
+    with pytest.raises(ValueError, match=r"115\.pt: entry name '000_p.*at most 128 characters"):
+        import_patch(tmp_path / "115.pt", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    assert import_patch(tmp_path / "114.pt", tmp_path / "new").name == f"000_{'p' * 114}_commit.pt"
+
+
 def test_how_a_patch_was_begun_does_not_keep_it_out(run: MadeUp, tmp_path: Path) -> None:
     sidecar = {**run.metadata["sidecar"], "init_scale": 0.5, "layers": [0, 1], "check_invertibility": False}
     write_entry(tmp_path / "other.pt", patch_tensors(2), {**run.metadata, "phase": "first", "sidecar": sidecar})
