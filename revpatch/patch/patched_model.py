@@ -79,6 +79,13 @@ def detach(model: nn.Module) -> Patch:
 
     Raises:
         ValueError: the model carries no patch.
+
+    >>> import revpatch
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=8, n_layer=2, n_head=2)).eval()
+    >>> patch = revpatch.attach(model, revpatch.SidecarConfig(bottleneck=2))
+    >>> revpatch.detach(model) is patch
+    True
     """
     board, blocks = switchboard(model), blocks_of(model)
     for layer, block in enumerate(blocks):
@@ -101,7 +108,17 @@ def _refuse_to_save(*_: object, **__: object) -> NoReturn:
 
 
 def is_patched(model: nn.Module) -> bool:
-    """Whether `attach` has wrapped the model's blocks."""
+    """Whether `attach` has wrapped the model's blocks.
+
+    >>> import revpatch
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=8, n_layer=2, n_head=2)).eval()
+    >>> revpatch.is_patched(model)
+    False
+    >>> patch = revpatch.attach(model, revpatch.SidecarConfig(bottleneck=2))
+    >>> revpatch.is_patched(model)
+    True
+    """
     return isinstance(blocks_of(model)[0], PatchedBlock)
 
 
@@ -157,7 +174,16 @@ def active_patch(model: nn.Module, patch: Patch | None) -> Iterator[None]:
 
 
 def patch_disabled(model: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Runs the base alone; its logits are bit-identical to those of the model before `attach`."""
+    """Runs the base alone; its logits are bit-identical to those of the model before `attach`.
+
+    >>> import revpatch
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=8, n_layer=2, n_head=2)).eval()
+    >>> patch = revpatch.attach(model, revpatch.SidecarConfig(bottleneck=2))
+    >>> with revpatch.patch_disabled(model):
+    ...     model.generate(max_new_tokens=1, bos_token_id=1, pad_token_id=0).shape
+    torch.Size([1, 2])
+    """
     return active_patch(model, None)
 
 
