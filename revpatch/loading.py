@@ -182,6 +182,13 @@ def _check_base(source: str | Path, stored: Stored, model: nn.Module, name: str)
     """The model's sha256, if it is that of the patch's base or the patch names none."""
     expected, found = stored.base["sha256"], base_sha256(model, rounded=True)
     if expected is not None and found != expected:
+        if "float16" in (stored.base["dtype"], held := str(next(model.parameters()).dtype).removeprefix("torch.")):
+            raise ValueError(
+                f"{source} is a patch of a base in {stored.base['dtype']} with sha256 {expected[:16]}…, and {name} is "
+                f"held in {held} with {found[:16]}…. If it is the same base: float16 rounds weights otherwise than "
+                f"bfloat16 and float32, so hold it in {stored.base['dtype']}; else name the right base with --base "
+                "(base=)"
+            )
         raise ValueError(
             f"{source} is a patch of a base with sha256 {expected[:16]}…, but {name} has {found[:16]}…: name the right "
             "base with --base (base=)"

@@ -31,7 +31,7 @@ def test_the_examples_run(module: str) -> None:
     assert found.attempted > 5
 
 
-@pytest.mark.parametrize("name", ["save_patch", "save_pretrained", "load_patched", "load_patch", "active_patch"])
+@pytest.mark.parametrize("name", sorted(set(revpatch.__all__) - {"SidecarConfig", "Patch"}))
 def test_the_documented_functions_have_examples(name: str) -> None:
     assert f"revpatch.{name}(" in (getattr(revpatch, name).__doc__ or "")
 
@@ -107,6 +107,19 @@ def test_another_base_is_refused(toy: Toy, patched: Any, tmp_path: Path) -> None
     with pytest.raises(ValueError, match=r"one is a patch of a base with sha256 \w{16}…, but the model has \w{16}…"):
         revpatch.load_patch(other, tmp_path / "one")
     assert not revpatch.is_patched(other)
+
+
+@pytest.mark.parametrize("half", ["then", "now"])
+def test_a_base_in_float16_is_told_so(toy: Toy, patched: Any, tmp_path: Path, half: str) -> None:
+    """It is the right base: to name another would be of no help."""
+    other = base(toy)
+    (patched if half == "then" else other).half()
+    revpatch.save_pretrained(patched, tmp_path / "one")
+    kinds = ("float16", "float32") if half == "then" else ("float32", "float16")
+    words = rf"a base in {kinds[0]} with sha256 .* held in {kinds[1]} .* so hold it in {kinds[0]}"
+    with pytest.raises(ValueError, match=words):
+        revpatch.load_patch(other, tmp_path / "one")
+    revpatch.from_pretrained(base(toy).half() if half == "then" else base(toy), tmp_path / "one")
 
 
 def _edited(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:

@@ -13,6 +13,7 @@ from revpatch.ledger.entry import EntryError
 from revpatch.ledger.headers import read_metadata
 from revpatch.ledger.history import JOURNAL_NAME, Recorded, live_entries, pruned_names, stray_files
 from revpatch.ledger.journal import GENESIS, Scan, scan
+from revpatch.ledger.references import ledger_of, run_of
 
 SNAPSHOTS = "snapshot"
 """A run's folder of snapshots. Each notes the journal's head as it was then."""
@@ -54,7 +55,7 @@ def verify(run: Path, expected_head: str | None = None, hash_files: bool = True)
     lines missing at the end and an edited last line. The run's own snapshots have noted such heads too. Without
     `hash_files` a file is looked at only for its size. Damage is reported, not raised; OSError if a file can't be read.
     """
-    directory = run / "ledger"
+    directory = ledger_of(run)
     report = VerifyReport(directory, hash_files)
     if not (directory / JOURNAL_NAME).is_file():
         report.add(str(directory / JOURNAL_NAME), "is not there", "Is this the folder of a run? Or take a backup.")
@@ -62,7 +63,7 @@ def verify(run: Path, expected_head: str | None = None, hash_files: bool = True)
     # Files and snapshots are looked at before the journal is read: what a running trainer adds meanwhile is then no
     # orphan, and no head that the journal doesn't hold yet.
     files = stray_files(directory, live={})
-    noted = _snapshots_heads(run / SNAPSHOTS, report)
+    noted = _snapshots_heads(run_of(directory) / SNAPSHOTS, report)
     found = scan((directory / JOURNAL_NAME).read_bytes())
     report.events = len(found.records)
     report.head = found.digests[-1] if found.digests else GENESIS

@@ -159,7 +159,7 @@ def read_entry(path: Path, sha256: str | None = None) -> tuple[dict[str, Tensor]
     metadata, expected = checked_header(path, header)
     try:
         found = _content_sha256(tensors, metadata)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _foreign(path, str(error)) from error
     if found != expected:
         raise EntryError(
@@ -250,7 +250,7 @@ def safetensors_header(path: Path, data: bytes) -> Any:
     try:
         text = json.loads(data)
         return text.get("__metadata__", {}).get(_HEADER_KEY)
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise EntryError(f"{path} is truncated or damaged, or no safetensors file. Take it from a backup.") from error
 
 
@@ -258,7 +258,7 @@ def checked_header(path: Path, text: Any) -> tuple[dict[str, Any], str]:
     """The metadata and `content_sha256` in a header's text. Raises EntryError for a text that is no header."""
     try:
         header = json.loads(text)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise _foreign(path, "it has no readable header") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise _foreign(path, f"expected a header of format {FORMAT!r}")

@@ -59,7 +59,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{folder}: expected a folder with {CONFIG_NAME} and {WEIGHTS_NAME}, as save_pretrained writes it, found "
             f"no {CONFIG_NAME} that can be read ({error.strerror})"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise EntryError(f"{path} is no JSON ({error}): take it from where the folder came from") from error
     if not isinstance(config, dict) or config.get("format") != FORMAT or config.get("version") != VERSION:
         raise EntryError(f"{path}: expected format {FORMAT!r} of version {VERSION}: not a folder of a patch")

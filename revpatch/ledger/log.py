@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from revpatch.ledger.history import JOURNAL_NAME, pruned_in, superseded_in
 from revpatch.ledger.journal import EVENT_FIELDS, Journal
+from revpatch.ledger.references import ledger_of
 
 KEPT, PRUNED, SUPERSEDED, AGAIN, UNDONE = "kept", "pruned", "superseded", "recorded again", "undone"
 _IN_COLUMNS = frozenset(("kind", "phase", "phase_index", "step", "bytes", "sha256", "sets", *EVENT_FIELDS))
@@ -53,7 +54,7 @@ class LogRow(NamedTuple):
 
 def log_rows(run: Path) -> list[LogRow]:
     """Every event of the run in `run`, oldest first, unknown ones too. Raises JournalError for a damaged journal."""
-    return list(rows_of(Journal(run / "ledger" / JOURNAL_NAME, readonly=True).records()))
+    return list(rows_of(Journal(ledger_of(run) / JOURNAL_NAME, readonly=True).records()))
 
 
 def rows_of(events: list[dict[str, Any]]) -> Iterator[LogRow]:
@@ -71,7 +72,7 @@ def as_json(run: Path) -> str:
 
     The events are the journal's own lines, which are JSON already. Raises JournalError for a damaged journal.
     """
-    journal = Journal(run / "ledger" / JOURNAL_NAME, readonly=True)
+    journal = Journal(ledger_of(run) / JOURNAL_NAME, readonly=True)
     states = states_of(journal.records())
     events = ", ".join(
         f'{line.decode()[:-1]},"state":"{state}"}}' for line, state in zip(journal.lines(), states, strict=True)

@@ -17,6 +17,7 @@ from revpatch.ledger.entry import SUFFIXES
 from revpatch.ledger.headers import read_metadata
 from revpatch.ledger.history import JOURNAL_NAME, Ledger, effective, superseded_in
 from revpatch.ledger.journal import JournalError
+from revpatch.ledger.references import ledger_of, run_of
 from revpatch.ledger.run_lock import lock_run
 
 _ENDS = "|".join(map(re.escape, SUFFIXES))
@@ -45,13 +46,15 @@ def prune(run: Path, keep: int, dry_run: bool = False) -> Pruned:
         EntryError: a snapshot can't be read, so that nobody knows what it needs.
         ValueError: another process writes to the folder; or `keep` is below 1.
     """
-    if not (run / "ledger" / JOURNAL_NAME).is_file():
-        raise JournalError(f"{run / 'ledger' / JOURNAL_NAME} is not there. Is {run} the folder of a run?")
+    directory = ledger_of(run)
+    if not (directory / JOURNAL_NAME).is_file():
+        raise JournalError(f"{directory / JOURNAL_NAME} is not there. Is {run} the folder of a run?")
+    run = run_of(directory)
     lock = lock_run(run)
     if lock is None:
         raise ValueError(f"{run}: another process is writing to this folder: wait for it or stop it, then prune")
     with lock:
-        ledger = Ledger(run / "ledger", readonly=dry_run)
+        ledger = Ledger(directory, readonly=dry_run)
         needed = _needed(run, ledger)
         surplus, leftovers = ledger.surplus_good(keep, needed), _leftovers(ledger)
         spared = [entry.name for entry in ledger.surplus_good(keep) if entry.name in needed]

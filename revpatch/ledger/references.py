@@ -62,6 +62,19 @@ def locate(reference: str | Path) -> Located:
     return Located(ledger.directory / entry.name, ledger, entry)
 
 
+def ledger_of(run: Path) -> Path:
+    """The folder of a run's ledger: `run`/ledger, or `run` itself where it is a ledger, whatever it is called."""
+    inside = run / "ledger"
+    return run if (run / JOURNAL_NAME).is_file() and not (inside / JOURNAL_NAME).is_file() else inside
+
+
+def run_of(ledger: Path) -> Path:
+    """The folder of the run that a ledger is of: the one it lies in, or itself where it was copied by itself under
+    another name; then there is nothing else of a run in it."""
+    ledger = ledger.absolute()
+    return ledger.parent if ledger.name == "ledger" else ledger
+
+
 def _file(path: Path) -> Located:
     if not (path.parent / JOURNAL_NAME).is_file():
         return Located(path)
@@ -71,15 +84,14 @@ def _file(path: Path) -> Located:
 
 
 def _ledger_of(run: Path, reference: str) -> Ledger:
-    if run.name == "ledger" and (run / JOURNAL_NAME).is_file():
-        return Ledger(run, readonly=True)
-    if not (run / "ledger" / JOURNAL_NAME).is_file():
+    directory = ledger_of(run)
+    if not (directory / JOURNAL_NAME).is_file():
         raise FileNotFoundError(
             f"patch {reference}: expected a patch file ({' or '.join(SUFFIXES)}), the folder of a run, or RUN@ENTRY, "
             f"{'found a folder without ledger/' + JOURNAL_NAME if run.is_dir() else 'no such file or folder'}; see "
             "`revpatch ledger log RUN` for the entries of a run"
         )
-    return Ledger(run / "ledger", readonly=True)
+    return Ledger(directory, readonly=True)
 
 
 def _newest_commit(ledger: Ledger, run: str) -> Recorded:

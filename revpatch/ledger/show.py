@@ -21,6 +21,7 @@ from revpatch.ledger.history import JOURNAL_NAME
 from revpatch.ledger.journal import Journal
 from revpatch.ledger.log import AGAIN, KEPT, PRUNED, SUPERSEDED, UNDONE, LogRow, ProbeReading, rows_of
 from revpatch.ledger.paint import Painter
+from revpatch.ledger.references import ledger_of
 
 _COLOURS = {
     "good": "cyan",
@@ -38,7 +39,7 @@ _SHORT_SHA256 = 12
 def print_log(run: Path, console: Console) -> None:
     """Prints every event of the run in `run`, oldest first, then what is kept. Raises JournalError for a damaged
     journal."""
-    journal = Journal(run / "ledger" / JOURNAL_NAME, readonly=True)
+    journal = Journal(ledger_of(run) / JOURNAL_NAME, readonly=True)
     paint, kept, commit = Painter(console), [], "none yet"
 
     def paragraphs() -> Iterator[str]:

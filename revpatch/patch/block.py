@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -77,6 +78,15 @@ class PatchedBlock(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("block"), name)  # models read attributes of their blocks
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PatchedBlock:
+        """What `to`, `cuda` and the like call: the sidecars of this block follow it to its device, in their dtype."""
+        super()._apply(fn, recurse)
+        device = next(self.block.parameters()).device
+        for patch in self._switchboard[0].patches.values():
+            if (sidecar := patch.sidecar(self.layer)) is not None:
+                sidecar.to(device)
+        return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         board = self._switchboard[0]

@@ -152,7 +152,7 @@ def past_of(cache: Cache, patch: Owner, layer: int, hidden: Tensor, mask: Tensor
 
     Raises:
         ValueError: the gates see the future, or the cache is of a kind that can't grow by a layer, or it was filled
-            without this patch.
+            without this patch; or it is offloaded.
     """
     kind, slot = patch.config.gate, patch.layers.index(layer)
     if kind == "seq":
@@ -172,6 +172,12 @@ def disown(cache: Cache) -> None:
 
 def _begin(cache: Cache, patch: Owner, gates: int, hidden: Tensor, mask: Tensor | None) -> None:
     """Checks, at the first sidecar of a call, that the patch has read all that the cache holds, and notes this call."""
+    if getattr(cache, "offloading", False):
+        raise ValueError(
+            f"the cache, a {type(cache).__name__}, is offloaded to the CPU layer by layer, and the patch's own layer "
+            "in it would be fetched in the place of the first block's: take a cache that stays on the device, as "
+            'cache_implementation "dynamic" or "static", or hold the gates "on" or "off"'
+        )
     keeps = isinstance(cache, DynamicCache | StaticCache)
     if patch.config.gate == "prefix" and not keeps:
         raise ValueError(

@@ -48,6 +48,15 @@ def set_patch(model: nn.Module, name: str) -> None:
 
     Raises:
         ValueError: there is no patch of that name, or `patch_disabled` or `active_patch` is in force.
+
+    >>> import revpatch
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=8, n_layer=2, n_head=2)).eval()
+    >>> first = revpatch.attach(model, revpatch.SidecarConfig(bottleneck=2), name="a")
+    >>> second = revpatch.add_patch(model, revpatch.SidecarConfig(bottleneck=4), name="b")
+    >>> revpatch.set_patch(model, "b")
+    >>> revpatch.detach(model) is second
+    True
     """
     board = free_switchboard(model)
     patch = _named(board, name)
@@ -62,6 +71,14 @@ def remove_patch(model: nn.Module, name: str) -> Patch:
     Raises:
         ValueError: there is no patch of that name, it is the chosen one, or `patch_disabled` or `active_patch` is in
             force.
+
+    >>> import revpatch
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=8, n_layer=2, n_head=2)).eval()
+    >>> first = revpatch.attach(model, revpatch.SidecarConfig(bottleneck=2), name="a")
+    >>> second = revpatch.add_patch(model, revpatch.SidecarConfig(bottleneck=4), name="b")
+    >>> revpatch.remove_patch(model, "b") is second
+    True
     """
     board = free_switchboard(model)
     if _named(board, name) is board.attached:
@@ -70,7 +87,15 @@ def remove_patch(model: nn.Module, name: str) -> Patch:
 
 
 def patch_names(model: nn.Module) -> list[str]:
-    """The names of the patches on a model, in the order in which they came. Raises ValueError if there is none."""
+    """The names of the patches on a model, in the order in which they came. Raises ValueError if there is none.
+
+    >>> import revpatch
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=8, n_layer=2, n_head=2)).eval()
+    >>> patch = revpatch.attach(model, revpatch.SidecarConfig(bottleneck=2))
+    >>> revpatch.patch_names(model)
+    ['default']
+    """
     return list(switchboard(model).patches)
 
 

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import StaticCache
+from transformers.cache_utils import Cache, StaticCache
 
 PACKED = ("cu_seq_lens_q", "cu_seq_lens_k")
 """By these a call says that a row holds several sequences: `generate_batch` does, and collators that pack."""
@@ -38,10 +38,11 @@ class PaddingReader:
         inputs = given.get("inputs_embeds") if inputs is None else inputs
         if mask is None or inputs is None:
             return None
-        now = inputs.shape[1]
+        now, cache = inputs.shape[1], given.get("past_key_values")
         if isinstance(mask, Tensor) and mask.dim() == 2:
-            return mask[:, -now:]
-        cache = given.get("past_key_values")
+            past = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
+            # As long as a cache with empty places: what follows this call's tokens says nothing of them.
+            return mask[:, past : past + now] if mask.shape[1] > past + now else mask[:, -now:]
         if not isinstance(cache, StaticCache):
             _refuse(mask)
         # What `generate` makes of a padding mask for a cache of this kind, before the body is called.

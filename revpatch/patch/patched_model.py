@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Iterator
-from typing import Literal, cast
+from typing import Any, Literal, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +70,7 @@ def attach(model: nn.Module, patch: Patch | SidecarConfig, name: str = DEFAULT_N
     board.hook = body.register_forward_pre_hook(board.read_padding, with_kwargs=True)
     for layer, block in enumerate(blocks):
         blocks[layer] = PatchedBlock(block, layer, board)
+    cast(Any, model).save_pretrained = _refuse_to_save
     return patch
 
 
@@ -78,19 +79,46 @@ def detach(model: nn.Module) -> Patch:
 
     Raises:
         ValueError: the model carries no patch.
+
+    >>> import revpatch
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=8, n_layer=2, n_head=2)).eval()
+    >>> patch = revpatch.attach(model, revpatch.SidecarConfig(bottleneck=2))
+    >>> revpatch.detach(model) is patch
+    True
     """
     board, blocks = switchboard(model), blocks_of(model)
     for layer, block in enumerate(blocks):
         blocks[layer] = cast(PatchedBlock, block).block
     assert board.hook is not None
     board.hook.remove()
+    model.__dict__.pop("save_pretrained", None)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(board.required_grad[name])
+        if name in board.required_grad:  # not one that was added since
+            parameter.requires_grad_(board.required_grad[name])
     return board.attached
 
 
+def _refuse_to_save(*_: object, **__: object) -> NoReturn:
+    """In the place of a patched model's `save_pretrained`. A function of the module, so that models can be copied."""
+    raise ValueError(
+        "the model carries a patch, and its blocks' weights would be written under names that no base has, without the "
+        "patch: detach(model) first, or revpatch.save_pretrained(model, folder) for the patch"
+    )
+
+
 def is_patched(model: nn.Module) -> bool:
-    """Whether `attach` has wrapped the model's blocks."""
+    """Whether `attach` has wrapped the model's blocks.
+
+    >>> import revpatch
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=8, n_layer=2, n_head=2)).eval()
+    >>> revpatch.is_patched(model)
+    False
+    >>> patch = revpatch.attach(model, revpatch.SidecarConfig(bottleneck=2))
+    >>> revpatch.is_patched(model)
+    True
+    """
     return isinstance(blocks_of(model)[0], PatchedBlock)
 
 
@@ -146,7 +174,16 @@ def active_patch(model: nn.Module, patch: Patch | None) -> Iterator[None]:
 
 
 def patch_disabled(model: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Runs the base alone; its logits are bit-identical to those of the model before `attach`."""
+    """Runs the base alone; its logits are bit-identical to those of the model before `attach`.
+
+    >>> import revpatch
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=8, n_layer=2, n_head=2)).eval()
+    >>> patch = revpatch.attach(model, revpatch.SidecarConfig(bottleneck=2))
+    >>> with revpatch.patch_disabled(model):
+    ...     model.generate(max_new_tokens=1, bos_token_id=1, pad_token_id=0).shape
+    torch.Size([1, 2])
+    """
     return active_patch(model, None)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from revpatch.ledger.history import Ledger, Recorded
+from revpatch.ledger.references import ledger_of
 from revpatch.surgery.arithmetic import bypassed, layers_of
 from revpatch.surgery.held_out import HeldOut, sets_of
 from revpatch.surgery.losses import Losses, interval
@@ -77,7 +78,7 @@ def bisect(
     Raises:
         ValueError, OSError: the run has no commit; or as `probe`.
     """
-    ledger = Ledger(run / "ledger", readonly=True)
+    ledger = Ledger(ledger_of(run), readonly=True)
     states = _states(ledger, run)
     newest = states[-1]
     assert newest is not None

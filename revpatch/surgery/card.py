@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
 from torch import nn
 
 from revpatch.ledger.history import Ledger
@@ -88,6 +90,7 @@ def _facts(entry: Entry, model: nn.Module, sizes: dict[str, int]) -> Iterable[tu
     patch = sum(tensor.numel() for tensor in entry.tensors.values())
     yield "parameters of the patch", f"{patch:,} in float32, {4 * patch:,} bytes"
     yield "parameters of the base", f"{sum(p.numel() for p in model.parameters()):,} in {entry.base['dtype']}"
+    yield "written with, and needs as new", f"torch {torch.__version__}, transformers {transformers.__version__}"
     yield "sha256 of the patch's entry", f"`{entry.sha256}`"
     yield "sha256 of the base, rounded to bfloat16", f"`{entry.base['sha256']}`"
     if entry.base.get("revision") is not None:

@@ -9,9 +9,9 @@ from typing import Any
 import transformers
 from torch import nn
 
-from revpatch.durable import new_folder
+from revpatch.durable import new_folder, sha256_of
 from revpatch.ledger.entry import tensors_digest, write_entry
-from revpatch.ledger.plain import to_plain
+from revpatch.ledger.plain import canonical_json, to_plain
 from revpatch.ledger.references import Located, locate
 from revpatch.surgery.card import base_name, model_card
 from revpatch.surgery.modeling import FILE_NAME, MODEL_TYPE, PREFIX, modeling_source
@@ -57,25 +57,26 @@ def _write_hf(folder: Path, entry: Entry, located: Located, subject: Subject, na
     weights |= {f"{PREFIX}{key}": tensor for key, tensor in entry.tensors.items()}
     if entry.sidecar.gate == "seq":  # its past changes with each token, so no cache can hold it
         model.generation_config.use_cache = model.config.use_cache = False
-    model.save_pretrained(folder, state_dict=weights)
+    type(model).save_pretrained(model, folder, state_dict=weights)  # the model's own is refused while it is patched
     subject.tokenizer.save_pretrained(folder)
     kind = str(model.config.model_type)
     source = modeling_source(_public(model), _public(model.config), kind)
     (folder / FILE_NAME).write_text(source, encoding="utf-8")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     module = FILE_NAME.removesuffix(".py")
+    said = to_plain(
+        {
+            "sidecar": entry.sidecar.model_dump(mode="json"),
+            "entry": {**entry.metadata, "base": {**entry.base, "model": base_name(entry)}},
+            "sha256": entry.sha256,
+            "tensors_sha256": tensors_digest(entry.tensors),
+        }
+    )
     config |= {
         "model_type": f"{MODEL_TYPE}{kind}",
         "architectures": ["RevpatchForCausalLM"],
         "auto_map": {"AutoConfig": f"{module}.RevpatchConfig", "AutoModelForCausalLM": f"{module}.RevpatchForCausalLM"},
-        "revpatch": to_plain(
-            {
-                "sidecar": entry.sidecar.model_dump(mode="json"),
-                "entry": {**entry.metadata, "base": {**entry.base, "model": base_name(entry)}},
-                "sha256": entry.sha256,
-                "tensors_sha256": tensors_digest(entry.tensors),
-            }
-        ),
+        "revpatch": {**said, "content_sha256": sha256_of(canonical_json(said).encode())},
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}

@@ -10,9 +10,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from revpatch.durable import sha256_of_file
-from revpatch.ledger.entry import SUFFIXES, EntryError, check_name, tensors_digest
+from revpatch.durable import sha256_of, sha256_of_file
+from revpatch.ledger.entry import SUFFIXES, EntryError, check_name, entry_name, tensors_digest
 from revpatch.ledger.folder import CONFIG_NAME, WEIGHTS_NAME, is_patch_folder, read_folder
+from revpatch.ledger.plain import canonical_json
 from revpatch.surgery.arithmetic import check_finite
 from revpatch.surgery.modeling import PREFIX
 from revpatch.surgery.new_entry import Made, claimed, write
@@ -32,14 +33,18 @@ def import_patch(source: Path, run: Path) -> Made:
         ValueError, OSError: it is damaged, no patch, or not finite; or of another base or shape than the run's.
     """
     entry = _read_folder(source) if source.is_dir() else Entry.read(str(source))
-    phase = check_name(str(entry.metadata.get("phase", "imported")), f"{source}: phase name")
+    phase = str(entry.metadata.get("phase", "imported"))
+    try:
+        entry_name(0, phase, "commit")  # before a folder is made
+    except EntryError as error:
+        raise EntryError(f"{source}: {error}") from error
     made_by: dict[str, Any] = {
         "operation": "import",
         "sha256": entry.sha256,
         "parent": entry.metadata.get("parent"),
         "made_by": entry.metadata.get("made_by"),
     }
-    check_finite(entry.tensors, str(source))  # before a folder is made
+    check_finite(entry.tensors, str(source))
     with claimed(run, create=True) as ledger:
         if (newest := ledger.newest()) is not None:
             there = Entry.recorded(ledger, newest)
@@ -70,10 +75,20 @@ def _read_hf(folder: Path) -> Entry:
     try:
         said = json.loads(config.read_text(encoding="utf-8"))["revpatch"]
         metadata, sha256, expected = dict(said["entry"]), str(said["sha256"]), str(said["tensors_sha256"])
-    except (ValueError, KeyError, TypeError) as error:
+        guarded = said.get("content_sha256")
+        held = sha256_of(canonical_json({key: said[key] for key in said if key != "content_sha256"}).encode())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise EntryError(
             f"{config}: expected a table `revpatch` that `revpatch ledger export` wrote, found none"
         ) from error
+    if guarded != held:
+        raise EntryError(
+            f"{config}: its table `revpatch` should hash to {guarded}, found {held}: it was damaged or edited; take "
+            "the folder from where it came again"
+            if guarded
+            else f"{config}: its table `revpatch` has no content_sha256, so nothing vouches for what it says of the "
+            "patch: an older revpatch wrote it, or it was edited; export the patch again"
+        )
     tensors = _sidecars(folder)
     if (found := tensors_digest(tensors)) != expected:
         raise EntryError(
@@ -88,7 +103,7 @@ def _sidecars(folder: Path) -> dict[str, Tensor]:
     if (folder / _INDEX).is_file():
         try:
             places = dict(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise EntryError(f"{folder / _INDEX}: expected a table `weight_map`, found none") from error
         names = {str(file) for name, file in places.items() if str(name).startswith(PREFIX)}
         files = sorted(check_name(name, f"{folder / _INDEX}: file") for name in names)

@@ -10,6 +10,8 @@ import ast
 import importlib.util
 from pathlib import Path
 
+import transformers
+
 _ROOT = "revpatch.patch.patched_model"
 _ROOM = "revpatch.patch."
 _CONFIG = "revpatch.config"
@@ -33,7 +35,16 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import transformers
 from transformers import {config_class}, {model_class}
+
+try:
+    from transformers.utils.output_capturing import _active_collector
+except ImportError as error:
+    raise ImportError(
+        "this model was written with transformers {version}, whose insides it uses, and the one here, "
+        f"{{transformers.__version__}}, lacks them: pip install transformers=={version}"
+    ) from error
 
 
 class SidecarConfig(SimpleNamespace):
@@ -62,6 +73,7 @@ class RevpatchForCausalLM({model_class}):
         super().__init__(config)
         sidecar = SidecarConfig(**config.revpatch["sidecar"])
         self.revpatch = attach(self, Patch(width_of(self), len(blocks_of(self)), sidecar))
+        del self.save_pretrained  # here the sidecars are weights of the model, and the names those of its class
 
     def set_gate(self, mode):
         """As learned ("learned"), all gates held at 1 ("on"), or the patch bypassed ("off")."""
@@ -76,6 +88,7 @@ class RevpatchForCausalLM({model_class}):
 def modeling_source(model_class: str, config_class: str, kind: str) -> str:
     """The file's text, for a base of these classes of transformers and this model_type."""
     names = {"model_class": model_class, "config_class": config_class, "kind": kind, "prefix": MODEL_TYPE}
+    names["version"] = transformers.__version__
     seen: dict[str, str] = {}
     parts = [_HEAD.format(**names)]
     for module in _in_order(_ROOT):

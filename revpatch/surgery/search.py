@@ -50,8 +50,9 @@ def fewest_to_blame(loss: Callable[[frozenset[int]], float], parts: Sequence[int
     """Parts without which the loss is not above the limit, and each of which is needed for that.
 
     Grows the group from the front until the loss is not above the limit: the part that made the difference is to
-    blame, by bisection. With it out, the same is asked of the parts before it, until no more are needed: about
-    k·(1 + log2(n)) questions for k of n parts.
+    blame, by bisection. With it out, the same is asked of the parts before it, until no more are needed. At the end
+    each is put back once, as what was found first may be needless beside what was found later. About k·(2 + log2(n))
+    questions for k of n parts.
 
     Args:
         loss: the loss without these parts; that without none is above the limit.
@@ -80,4 +81,6 @@ def fewest_to_blame(loss: Callable[[frozenset[int]], float], parts: Sequence[int
             low, high = (low, middle) if fine(found + candidates[:middle]) else (middle, high)
         found.append(candidates[high - 1])
         candidates = candidates[: high - 1]
+    while (spare := next((part for part in found if fine([each for each in found if each != part])), None)) is not None:
+        found.remove(spare)
     return sorted(found)

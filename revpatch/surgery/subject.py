@@ -17,7 +17,7 @@ from revpatch.ledger.layers import check_comparable
 from revpatch.ledger.references import Located, locate
 from revpatch.loading import DTYPES, load_base, load_hashed, whose
 from revpatch.patch.families import blocks_of, width_of
-from revpatch.patch.patched_model import Patch, attach, base_sha256, check_fits, load_tensors, switchboard
+from revpatch.patch.patched_model import Patch, attach, base_sha256, check_fits, load_tensors
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,6 @@ class Subject:
         self.sha256 = sha256 or base_sha256(model, rounded=True)
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model.to(self.device)
-        switchboard(model).attached.to(self.device)
 
     @classmethod
     def of(cls, reference: str, base: str | None = None, device: torch.device | None = None) -> Subject:

@@ -1,5 +1,6 @@
 """Entry files that are damaged, foreign or unsafe: nothing believed, nothing run that is code."""
 
+import json
 import os
 import pickle
 from pathlib import Path
@@ -9,7 +10,9 @@ import safetensors.torch
 import torch
 from an_entry import METADATA, a_patch
 
-from revpatch.ledger.entry import EntryError, read_entry, tensors_digest, write_entry
+from revpatch.ledger.entry import FORMAT, VERSION, EntryError, read_entry, tensors_digest, write_entry
+from revpatch.ledger.folder import read_folder
+from revpatch.ledger.headers import read_metadata
 
 
 class Evil:
@@ -52,6 +55,30 @@ def test_a_flipped_bit_never_changes_anything_unseen_without_the_sha256(tmp_path
         except EntryError:
             refused += 1
     assert refused > 20
+
+
+@pytest.mark.parametrize("depth", [600, 100_000])
+@pytest.mark.parametrize("where", [".pt", ".safetensors", "header of .safetensors", "folder"])
+def test_what_is_nested_deeper_than_python_can_read(tmp_path, where, depth):
+    """Some is too deep for the parser, and some only for what hashes it."""
+    deep = "[" * depth + "]" * depth
+    header = json.dumps({"format": FORMAT, "version": VERSION, "content_sha256": "0", "metadata": {}})
+    header = header.replace('"metadata": {}', f'"metadata": {{"a": {deep}}}')
+    path = tmp_path / "entry.pt"
+    if where == ".pt":
+        torch.save({"header": header, "tensors": {}}, path)
+    elif where == "folder":
+        path = tmp_path / "patch_config.json"
+        path.write_text(deep)
+    else:
+        path = tmp_path / "entry.safetensors"
+        path.write_bytes(safetensors.torch.save(a_patch(), metadata={"revpatch": header}))
+        if where.startswith("header"):
+            path.write_bytes(len(deep).to_bytes(8, "little") + deep.encode())
+            with pytest.raises(EntryError, match=r"truncated or damaged"):
+                read_metadata(path)
+    with pytest.raises(EntryError, match=r"truncated or damaged|not a revpatch entry|is no JSON|not a folder|damaged"):
+        read_folder(tmp_path) if where == "folder" else read_entry(path)
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,6 +51,28 @@ def test_old_good_entries_go_and_what_is_needed_stays(run: Path) -> None:
     again = prune(run, keep=1)
     assert (again.entries, again.bytes) == ([], 0)
     assert sum(e["event"] == "pruned" for e in Ledger(run / "ledger", readonly=True).journal.records()) == 1
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["in its run", "by itself, under another name"])
+def test_a_ledger_may_be_named_by_its_own_folder(
+    run: Path, tmp_path: Path, revpatch: Callable[..., Any], copied: bool
+) -> None:
+    snapshot(run, parent=GOOD.format(30))
+    ledger = run / "ledger"
+    if copied:
+        ledger = shutil.copytree(ledger, tmp_path / "elsewhere")
+    told = revpatch("ledger", "log", run, "--json").out.partition(",")[2]
+    assert revpatch("ledger", "log", ledger, "--json").out.partition(",")[2] == told
+    assert "entries kept" in revpatch("ledger", "log", ledger).out
+    assert verify(ledger).directory == ledger and verify(ledger).ok
+    with lock_run(run) as held, contextlib.nullcontext() if copied else pytest.raises(ValueError, match="another proc"):
+        assert held is not None
+        prune(ledger, keep=1, dry_run=True)
+    pruned = prune(ledger, keep=1)
+    assert (GOOD.format(30) in pruned.entries) == copied, "the snapshot beside a ledger still counts"
+    assert verify(ledger).ok and (len(verify(run).problems) == 0)
+    (ledger / "journal.jsonl").write_bytes((ledger / "journal.jsonl").read_bytes()[:-40])
+    assert not verify(ledger).ok
 
 
 @pytest.mark.parametrize("named_by", ["name", "sha256"])

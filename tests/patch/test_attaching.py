@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -77,6 +80,16 @@ def test_refuses_a_second_patch_and_detaching_none(
         detach(model)
 
 
+def test_a_parameter_that_was_added_since_stays_as_it_is(build: Build, sidecar_config: Config) -> None:
+    model = cast(Any, build("gpt2"))
+    attach(model, sidecar_config())
+    model.probe = nn.Linear(2, 2)
+    model.probe.bias.requires_grad_(False)
+    detach(model)
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    assert [name for name, flag in flags.items() if not flag] == ["probe.bias"]
+
+
 def test_refuses_layers_that_are_not_there(build: Build, sidecar_config: Config) -> None:
     model = build("qwen3")
     with pytest.raises(ValueError, match=r"block 3.*blocks 0 to 2"):
@@ -91,6 +104,27 @@ def test_refuses_a_patch_of_another_shape(build: Build, sidecar_config: Config, 
     with pytest.raises(ValueError, match=words):
         attach(model, Patch(width, blocks, sidecar_config()))
     _untouched(model)
+
+
+def test_a_patched_model_is_not_saved_as_if_it_were_the_base(
+    build: Build, logits: Logits, sidecar_config: Config, randomize: Randomize, tmp_path: Path
+) -> None:
+    model, ids = cast(Any, build("gpt2")), some_ids()
+    base = logits(model, ids)
+    patch = randomize(attach(model, sidecar_config()))
+    copied = copy.deepcopy(model)
+    for patched in (model, copied, pickle.loads(pickle.dumps(model))):  # noqa: S301  (made here)
+        with pytest.raises(ValueError, match=r"detach\(model\) first, or revpatch\.save_pretrained"):
+            patched.save_pretrained(tmp_path / "base")
+    assert not (tmp_path / "base").exists()
+    with torch.no_grad():
+        switchboard(copied).attached.sidecar(0).coupling.log_scale.add_(1)
+    assert switchboard(copied).attached is not patch
+    assert not torch.equal(logits(copied, ids), logits(model, ids)), "each has a patch of its own"
+    for patched in (model, copied):
+        detach(patched)
+        patched.save_pretrained(tmp_path / "base")
+        assert torch.equal(logits(type(model).from_pretrained(tmp_path / "base"), ids), base)
 
 
 def _untouched(model: nn.Module) -> None:

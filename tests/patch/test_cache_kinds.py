@@ -16,7 +16,7 @@ from patching import (
     in_chunks,
     largest,
 )
-from transformers.cache_utils import Cache, DynamicLayer, StaticCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache
 
 from revpatch.patch.patched_model import attach, detach, patch_disabled
 
@@ -66,12 +66,55 @@ def test_a_static_cache_token_by_token(
     assert largest(found[real], logits(model, ids, given)[real]) <= TOLERANCE
 
 
+@every_causal_gate
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_mask_longer_than_the_tokens_so_far(
+    patched: Callable[..., Any], logits: Logits, gate: str, kind: str, rows: int
+) -> None:
+    """Ones for the tokens, then zeros for the places to come: those are not this call's padding."""
+    model = patched("llama", gate=gate)
+    ids, mask = (tensor[:rows] for tensor in left_padded())
+    expected, real = logits(model, ids, mask), mask.bool()
+    long = torch.cat([mask, torch.zeros(rows, 8, dtype=mask.dtype)], 1)
+    cache = StaticCache(model.config, max_cache_len=20) if kind == "static" else DynamicCache(config=model.config)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    parts = []
+    for here in (slice(0, 7), slice(7, 8), slice(8, 12)):
+        so_far = long.clone()
+        so_far[:, here.stop :] = 0
+        with torch.no_grad():
+            out = model(ids[:, here], attention_mask=so_far, position_ids=positions[:, here], past_key_values=cache)
+        parts.append(out.logits)
+    assert largest(torch.cat(parts, 1)[real], expected[real]) <= TOLERANCE
+
+
 def test_a_mask_of_pairs_that_is_not_only_padding_is_refused(patched: Callable[..., Any]) -> None:
     model, ids = patched("llama"), left_padded()[0]
     mask = torch.zeros(3, 1, 12, 20, dtype=torch.bool)
     mask[..., :12] = True  # every token sees every other
     with pytest.raises(ValueError, match=r"\(batch, time\).*two-dimensional"):
         in_chunks(model, ids, mask, [12], StaticCache(config=model.config, max_cache_len=20))
+
+
+class _Offloaded(DynamicCache):
+    """As one that is offloaded, without the streams that only a GPU has."""
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        self.offloading = False
+        states = super().update(*args, **kwargs)
+        self.offloading = True
+        return states
+
+
+@every_causal_gate
+def test_an_offloaded_cache_is_refused(patched: Callable[..., Any], gate: str) -> None:
+    """After its last layer transformers fetches the next, which would be the patch's and not the first block's."""
+    model, ids = patched("llama", gate=gate), left_padded()[0]
+    with pytest.raises(ValueError, match=r"_Offloaded, is offloaded .* layer by layer.* cache_implementation"):
+        in_chunks(model, ids, None, [12], _Offloaded(config=model.config))
+    with patch_disabled(model):
+        in_chunks(model, ids, None, [5, 7], _Offloaded(config=model.config))
 
 
 @every_causal_gate

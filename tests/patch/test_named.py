@@ -124,3 +124,14 @@ def test_refusals_change_nothing(
             assert torch.equal(logits(model, _ids()), base)
     assert patch_names(model) == ["a", "b"]
     assert torch.equal(logits(model, _ids()), before)
+
+
+def test_sidecars_follow_their_blocks_to_another_device_in_their_own_dtype(
+    build: Build, sidecar_config: Config
+) -> None:
+    model = build("llama")
+    patches = [attach(model, sidecar_config()), add_patch(model, sidecar_config(layers=[1]), name="other")]
+    model.to(torch.bfloat16)
+    assert {(p.device.type, p.dtype) for patch in patches for p in patch.parameters()} == {("cpu", torch.float32)}
+    model.to("meta")
+    assert {(p.device.type, p.dtype) for patch in patches for p in patch.parameters()} == {("meta", torch.float32)}

@@ -20,6 +20,10 @@ def main(ids_file: str, out: str, *folders: str) -> None:
     found = {}
     for number, folder in enumerate(folders):
         model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+        if number == 0:
+            model.save_pretrained(f"{out} again")
+            again, first = (load_file(f"{where}/model.safetensors") for where in (f"{out} again", folder))
+            assert again.keys() == first.keys() and all(torch.equal(again[key], first[key]) for key in first)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
         found[f"{number}.text"] = torch.tensor(tokenizer("the patch learns")["input_ids"])
         for parameter in model.parameters():  # see test_export.py

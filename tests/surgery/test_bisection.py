@@ -45,7 +45,7 @@ def test_a_limit_can_be_given_and_nothing_may_be_found(toy: Toy, make_run: Make)
     base = bisect(run.directory, shards, above=1.0)
     assert base.commit is None and "start.pt is above the limit already" in base.note
     assert [e.above for e in base.evaluations] == [True, True]
-    high = bisect(run.directory, shards, above=100.0)
+    high = bisect(run.directory / "ledger", shards, above=100.0)
     assert high.commit is None and "the newest commit is not above" in high.note
     good = make_run("good", config=False)
     good.phase("one", quiet, taught(toy, "base"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from made_up import MadeUp, patch_tensors
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -161,6 +163,13 @@ def test_the_code_is_the_patchs_own_and_needs_no_revpatch() -> None:
     assert coupling[coupling.index("class BottleneckMLP") :].strip() in source
 
 
+def test_another_transformers_is_told_which_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = modeling_source("GPT2LMHeadModel", "GPT2Config", "gpt2")
+    monkeypatch.setitem(sys.modules, "transformers.utils.output_capturing", None)
+    with pytest.raises(ImportError, match=rf"pip install transformers=={re.escape(transformers.__version__)}"):
+        exec(compile(source, "modeling_revpatch.py", "exec"), {"__name__": "exported"})
+
+
 def test_the_head_is_stored_once_where_it_is_tied(toy: Toy, tmp_path: Path) -> None:
     for number, (family, heads) in enumerate((("gpt2", 0), ("llama", 1), ("qwen2", 0))):
         export(str(write_patch(toy, tmp_path, number, family, "float32", {})), "hf", tmp_path / f"out{number}")
@@ -187,6 +196,7 @@ def test_the_card_is_filled_in_from_the_journal(toy: Toy, make_run: Make, tmp_pa
         run.metadata["base"]["sha256"],
         run.metadata["tokenizer"],
         "license: to be filled in",
+        f"| torch {torch.__version__}, transformers {transformers.__version__} |",
     ):
         assert words in card, words
     told = card + (tmp_path / "model/config.json").read_text(encoding="utf-8")

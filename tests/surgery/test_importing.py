@@ -14,8 +14,10 @@ import torch
 from made_up import MadeUp, patch_tensors
 from safetensors.torch import load_file, save_file
 
+from revpatch.durable import sha256_of
 from revpatch.ledger.audit import verify
 from revpatch.ledger.entry import write_entry
+from revpatch.ledger.plain import canonical_json
 from revpatch.ledger.references import locate
 from revpatch.loading import load_patched
 from revpatch.saving import save_pretrained
@@ -92,9 +94,13 @@ def test_the_sha256_of_the_origin_is_kept(run: MadeUp, folder: Path) -> None:
     assert newest is not None and newest.fields["made_by"] == made.made_by
 
 
-def edit(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+def edit(folder: Path, change: Callable[[dict[str, Any]], None], rehash: bool = True) -> None:
+    """Changes the table `revpatch` and, as whoever knows the format can, its hash."""
     config = json.loads((folder / "config.json").read_text())
-    change(config["revpatch"])
+    said = config["revpatch"]
+    change(said)
+    if rehash and said.pop("content_sha256", None):
+        said["content_sha256"] = sha256_of(canonical_json(said).encode())
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -139,6 +145,29 @@ def test_a_changed_tensor_a_foreign_name_and_a_foreign_base_are_refused(
     assert len(run.ledger.journal.records()) == events
 
 
+@pytest.mark.parametrize("change", ["gate", "probes", "sidecar", "no hash", "deep"])
+def test_what_an_exported_folder_says_of_its_patch_is_held_to_its_hash(
+    run: MadeUp, folder: Path, revpatch: Callable[..., Any], change: str
+) -> None:
+    events, words = len(run.ledger.journal.records()), "config.json: its table `revpatch` should hash to"
+    if change == "gate":
+        edit(folder, lambda said: said["entry"]["sidecar"].update(gate="token"), rehash=False)
+    elif change == "probes":
+        edit(folder, lambda said: said["entry"].update(probes={"general": 1.0}), rehash=False)
+    elif change == "sidecar":
+        edit(folder, lambda said: said["sidecar"].update(activation="relu"), rehash=False)
+    elif change == "no hash":
+        edit(folder, lambda said: said.pop("content_sha256"), rehash=False)
+        words = "has no content_sha256"
+    else:
+        (folder / "config.json").write_text("[" * 100_000)
+        words = "expected a table `revpatch`"
+    result = revpatch("ledger", "import", folder, run.directory)
+    assert (result.code, result.out) == (2, ""), result
+    assert words in result.err and result.err.count("\n") == 1, result.err
+    assert len(run.ledger.journal.records()) == events
+
+
 def test_what_is_not_finite_leaves_no_folder(run: MadeUp, tmp_path: Path, revpatch: Callable[..., Any]) -> None:
     tensors = patch_tensors(1)
     tensors["01.coupling.log_scale"] = torch.tensor(float("nan")).expand_as(tensors["01.coupling.log_scale"])
@@ -146,6 +175,15 @@ def test_what_is_not_finite_leaves_no_folder(run: MadeUp, tmp_path: Path, revpat
     result = revpatch("ledger", "import", tmp_path / "nan.pt", tmp_path / "new")
     assert result.code == 2 and "01.coupling.log_scale holds values that are not finite" in result.err
     assert not (tmp_path / "new").exists()
+
+
+def test_a_name_that_no_entry_can_have_leaves_no_folder(run: MadeUp, tmp_path: Path) -> None:
+    for length in (114, 115):
+        write_entry(tmp_path / f"{length}.pt", patch_tensors(1), {**run.metadata, "phase": "p" * length})
+    with pytest.raises(ValueError, match=r"115\.pt: entry name '000_p.*at most 128 characters"):
+        import_patch(tmp_path / "115.pt", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    assert import_patch(tmp_path / "114.pt", tmp_path / "new").name == f"000_{'p' * 114}_commit.pt"
 
 
 def test_how_a_patch_was_begun_does_not_keep_it_out(run: MadeUp, tmp_path: Path) -> None:

@@ -96,6 +96,7 @@ def test_patches_that_do_not_go_together_are_refused_by_name(
     for name, (tensors, changed) in others.items():
         make_run(name, config=False).phase("first", tensors, plus(tensors, 1e-3, 0), **changed)
     (tmp_path / "taken").mkdir()
+    (tmp_path / "taken/thesis.txt").touch()
     a = runs[0].directory
     for args, words in (
         ((a, tmp_path / "sha", "--out", tmp_path / "x"), "are patches of two bases"),
@@ -112,4 +113,4 @@ def test_patches_that_do_not_go_together_are_refused_by_name(
         assert (result.code, result.out) == (2, ""), result
         assert words in result.err and result.err.count("\n") == 1, result.err
     assert not (tmp_path / "x").exists()
-    assert list((tmp_path / "taken").iterdir()) == []
+    assert [path.name for path in (tmp_path / "taken").iterdir()] == ["thesis.txt"]

@@ -56,13 +56,22 @@ def test_every_group_to_blame_is_found() -> None:
                 return 3.0 + sum(c not in without for c in culprits)
 
             assert fewest_to_blame(loss, range(layers), 3.5) == list(culprits)
-            assert len(asked) == len(set(asked)) <= 1 + count * (1 + math.ceil(math.log2(layers)))
+            assert len(asked) == len(set(asked)) <= count * (2 + math.ceil(math.log2(layers)))
 
 
 def test_no_more_are_blamed_than_the_limit_needs() -> None:
     """Any two of these four suffice."""
     found = fewest_to_blame(lambda without: 4.0 - len(without & {1, 3, 5, 7}), range(9), 2.0)
     assert found is not None and len(found) == 2 and set(found) <= {1, 3, 5, 7}
+
+
+def test_what_was_found_first_is_left_out_if_it_is_needless_beside_the_rest() -> None:
+    """Part 1 does the harm; to take out part 0 as well does some, unless part 2 is out too."""
+
+    def loss(without: frozenset[int]) -> float:
+        return 4.0 - (1 in without) + (0 in without and 2 not in without)
+
+    assert fewest_to_blame(loss, range(3), 3.0) == [1]
 
 
 def test_none_is_to_blame_if_all_together_are_not_enough() -> None:
