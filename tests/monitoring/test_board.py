@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from pages import tensorboard
+from pages import tensorboard, tensorboard_as_told
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
@@ -192,8 +192,7 @@ def test_after_a_resume_the_lost_steps_are_hidden(tmp_path):
 @contextmanager
 def asked(folder, logs):
     """What a TensorBoard that was started answers, once it has read the folder: by plugin, run and tag."""
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(folder)]
-    with tensorboard(command, logs) as address:
+    with tensorboard(tensorboard_as_told(folder), logs) as address:
 
         def data(path):
             try:
@@ -208,6 +207,9 @@ def asked(folder, logs):
 
 def test_after_a_resume_tensorboard_shows_no_event_that_was_undone(tmp_path):
     run = tmp_path / "runs/one"
+    with Board(tmp_path / "runs/long") as board:
+        for step in range(120):
+            board.text(step, "event/quarantine", "a shard")
     with Board(run) as board:
         board.probe(20, "base", {**PROBED, "guarded": True})
         for step, kind in ((20, "commit"), (30, "commit"), (23, "rollback"), (20, "quarantine"), (25, "interrupted")):
@@ -238,6 +240,7 @@ def test_after_a_resume_tensorboard_shows_no_event_that_was_undone(tmp_path):
         assert texts("rollback") == [(21, undone)]
         assert texts("quarantine") == [(20, ["quarantine", "at", "20"])], "nothing of it was undone"
         assert texts("interrupted") == [(21, [*undone, "again"])], "it has happened again"
+        assert len(answer("text/text", "long", "event/quarantine/text_summary")) == 120, "none is thinned out"
     again = tmp_path / "again"
     with Board(again) as board:
         board.text(3, "event/rollback", "one")
