@@ -42,7 +42,7 @@ done
 say "To look further, from $ROOT:"
 cat <<LINES
   source .venv/bin/activate
-  tensorboard --logdir $OUT      # http://localhost:6006/#custom_scalars&_smoothingWeight=0 is the overview
+  tensorboard --logdir $OUT --samples_per_plugin text=1000      # http://localhost:6006/#custom_scalars&_smoothingWeight=0 is the overview
   revpatch report $OUT
   revpatch ledger log $OUT
   revpatch ledger verify $OUT

@@ -10,6 +10,8 @@ ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 : "${NODES:?is not set: say how many nodes there are}" "${RDZV:?is not set: HOST:PORT of one of the nodes}"
 [ $# -gt 0 ] || { echo "${BASH_SOURCE[0]}: no config; its use is in its second line" >&2; exit 2; }
 
+# A doctor that has found something red exits with 1: that is its answer, and no death.
+[ "${COMMAND:-train}" = train ] || RESTARTS=0
 # Ranks that are started again meet in a new store: in the old one they may read the address of one that has died.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # exec: the signal that ends a container or a job step must reach torchrun, which passes it on.

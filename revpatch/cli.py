@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from revpatch import doctor_cli, ledger_cli, report_cli, shards_cli, surgery_cli
+from revpatch.cli_options import load_config_once
 from revpatch.generate_cli import generate
 from revpatch.monitoring.terminal import console, quiet_libraries, say
 
@@ -47,21 +48,13 @@ def train(
 
     Told to stop by SIGTERM or SIGUSR1, it writes a snapshot and exits with 75.
     """
-    from revpatch.config_file import load_config
     from revpatch.monitoring.summary import print_summary
     from revpatch.training.interrupt import EXIT_CODE
     from revpatch.training.run import train as run
 
     if overwrite and not fresh:
         raise ValueError("--overwrite deletes the run in output_dir to begin another: it needs --fresh beside it")
-    try:
-        loaded = load_config(config, overrides)
-    except (ValueError, OSError) as error:
-        # The same on every rank of a machine: one of them says it.
-        if os.environ.get("LOCAL_RANK", "0") != "0":
-            sys.exit(2)
-        raise error
-    outcome = run(loaded, fresh, overwrite)
+    outcome = run(load_config_once(config, overrides), fresh, overwrite)
     directory = outcome.directory
     if outcome.interrupted:
         raise typer.Exit(EXIT_CODE)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from revpatch.ledger.paint import Painter
 from revpatch.ledger.plain import to_plain
 from revpatch.monitoring.terminal import console
+
+if TYPE_CHECKING:
+    from revpatch.config import Config
 
 RunArgument = Annotated[Path, typer.Argument(help="Folder of the run.")]
 ReferenceArgument = Annotated[
@@ -21,6 +26,19 @@ BlocksOption = Annotated[
     int | None, typer.Option(min=1, help="Use at most so many blocks of each set, evenly spread; default all.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document instead of text.")]
+
+
+def load_config_once(path: Path, overrides: list[str] | None = None) -> Config:
+    """The config of a command that a launcher may have started on many ranks. A wrong one is the same on every rank of
+    a machine: one of them raises what `load_config` does, the others exit with 2 and say nothing."""
+    from revpatch.config_file import load_config
+
+    try:
+        return load_config(path, overrides)
+    except (ValueError, OSError):
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            sys.exit(2)
+        raise
 
 
 def print_json(value: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from revpatch.cli_options import JsonOption, print_json
+from revpatch.cli_options import JsonOption, load_config_once, print_json
 from revpatch.monitoring.terminal import console
 
 
@@ -24,12 +24,11 @@ def doctor(
 ) -> None:
     """Look at versions, GPUs and links, all-reduce, shared memory, disks, caches, locks, limits; exits with 1 if
     anything is red. Under a launcher, all machines are looked at together."""
-    from revpatch.config_file import load_config
     from revpatch.doctor.examine import Places, examine
     from revpatch.doctor.finding import worst
     from revpatch.doctor.show import print_findings
 
-    examined = examine(Places() if config is None else Places.of(load_config(config)))
+    examined = examine(Places() if config is None else Places.of(load_config_once(config)))
     hosts = examined.hosts
     if examined.told:
         if as_json:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +14,7 @@ from typing import Any
 import numpy as np
 from browser import Browser, Page
 from ranks import environment, free_port
+from typed import ROOT
 
 from revpatch.monitoring.layout import Layout
 
@@ -31,6 +34,13 @@ CHARTS = """(() => {
   }));
 })()"""
 """What the page's charts are made of: their data, and the lines that are drawn."""
+
+
+def tensorboard_as_told(runs: Path) -> list[str]:
+    """The command of docs/RUNS.md, for the runs in another folder."""
+    (line,) = [line for line in (ROOT / "docs/RUNS.md").read_text().splitlines() if line.startswith("    tensorboard ")]
+    program, *options = shlex.split(line)
+    return [sys.executable, "-m", f"{program}.main", *(str(runs) if each == "runs" else each for each in options)]
 
 
 @contextmanager

@@ -11,7 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 from browser import Browser
-from pages import charts_of, corners_of, go_when_up, is_drawn, series_of, tensorboard, wait_for_text
+from pages import (
+    charts_of,
+    corners_of,
+    go_when_up,
+    is_drawn,
+    series_of,
+    tensorboard,
+    tensorboard_as_told,
+    wait_for_text,
+)
 from ranks import RunServer
 from toy import Toy
 
@@ -42,7 +51,7 @@ def runs(toy: Toy, server: RunServer, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture(scope="module")
 def address(runs: Path) -> Iterator[str]:
     """TensorBoard's."""
-    with tensorboard([sys.executable, "-m", "tensorboard.main", "--logdir", str(runs)], runs.parent) as address:
+    with tensorboard(tensorboard_as_told(runs), runs.parent) as address:
         yield address
 
 

@@ -155,4 +155,12 @@ def test_the_tests_that_contributing_names_are_there() -> None:
 
 
 def functions_in(file: str) -> set[str]:
-    return {node.name for node in ast.parse((ROOT / file).read_text()).body if isinstance(node, ast.FunctionDef)}
+    """Those at the top of a file of tests; a row that names a file that isn't there fails by its name."""
+    path = ROOT / file
+    assert path.is_file(), f"a row names {file}, which is not there: name the file that holds the test now"
+    return {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}
+
+
+def test_a_row_that_names_a_file_that_is_gone_says_so() -> None:
+    with pytest.raises(AssertionError, match=r"a row names tests/gone\.py, which is not there"):
+        functions_in("tests/gone.py")

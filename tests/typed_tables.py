@@ -79,7 +79,7 @@ ELSEWHERE = {
         "the benchmark takes minutes",
         "tests/cli/test_generate_cli.py::test_a_page_shows_what_each_commit_writes",
     ),
-    "docs/RUNS.md: tensorboard --logdir runs": (
+    "docs/RUNS.md: tensorboard --logdir runs --samples_per_plugin text=1000": (
         "a server",
         "tests/test_in_browser.py::test_the_first_page_answers_with_the_numbers_of_the_log",
     ),

@@ -11,6 +11,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
+from tempfile import TemporaryFile
+from typing import IO
 
 import torch
 import torch.distributed as dist
@@ -70,30 +73,53 @@ def between_local_ranks(ranks: int, command: Sequence[str], timeout: float = 120
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = [
-        subprocess.Popen(
-            command,
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
-    until = time.monotonic() + timeout
-    try:
-        said = [process.communicate(timeout=max(until - time.monotonic(), 0.1)) for process in processes]
-    except subprocess.TimeoutExpired:
-        return failed(f"{ranks} ranks on this machine did not meet within {timeout:g} s")
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    wrong = [err for process, (_, err) in zip(processes, said, strict=True) if process.returncode]
-    if wrong:
-        return failed(f"ranks on this machine: {(wrong[0].strip().splitlines() or ['ended without a word'])[-1][:300]}")
-    bandwidth, backend = said[0][0].split()[-2:]
+    with ExitStack() as files:
+        # Files: a pipe that nobody reads while all are waited for may fill up (NCCL_DEBUG=INFO).
+        out, err = ([files.enter_context(TemporaryFile("w+")) for _ in range(ranks)] for _ in range(2))
+        processes = [
+            subprocess.Popen(
+                command,
+                env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=out[rank],
+                stderr=err[rank],
+            )
+            for rank in range(ranks)
+        ]
+        try:
+            wrong = _first_to_fail(processes, timeout)
+        except TimeoutError:
+            return failed(f"{ranks} ranks on this machine did not meet within {timeout:g} s")
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        if wrong is not None:
+            return failed(f"ranks on this machine: {(_said(err[wrong]) or ['ended without a word'])[-1][:300]}")
+        bandwidth, backend = _said(out[0])[-1].split()[-2:]
     return judge(float(bandwidth), backend, ranks)
+
+
+def _first_to_fail(processes: Sequence[subprocess.Popen[bytes]], timeout: float) -> int | None:
+    """Waits for all, or for the first that ends with an error: which one; the others may wait for it for long.
+
+    Raises:
+        TimeoutError: not all have ended.
+    """
+    until = time.monotonic() + timeout
+    while True:
+        codes = [process.poll() for process in processes]
+        wrong = [index for index, code in enumerate(codes) if code]
+        if wrong or None not in codes:
+            return wrong[0] if wrong else None
+        if time.monotonic() > until:
+            raise TimeoutError
+        time.sleep(0.02)
+
+
+def _said(file: IO[str]) -> list[str]:
+    """The lines that were written into a file by a process."""
+    file.seek(0)
+    return file.read().strip().splitlines()
 
 
 def main() -> None:

@@ -88,7 +88,9 @@ def examine(places: Places) -> Examined:
 
 def this_machine(places: Places) -> list[Finding]:
     """What needs no other rank."""
-    extensions = os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/torch_extensions"
+    from torch.utils.cpp_extension import get_default_build_root  # imports setuptools
+
+    extensions = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
     on_gpu = torch.cuda.is_available()
     slow = not torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else bfloat16_is_slow()
     findings = [

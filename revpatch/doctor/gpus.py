@@ -41,7 +41,7 @@ def gpus_and_links(ask: Callable[..., str | None], usable: list[str]) -> list[Fi
     """
     try:
         listed = ask("-L")
-        count = max(len(listed.strip().splitlines()) if listed else 0, len(usable))
+        count = max(_listed(listed), len(usable))
         return [gpus(listed, usable), links(ask("topo", "-m"), count)]
     except TimeoutError as error:
         advice = "the driver hangs: `dmesg | grep -i nvrm` may say why; reset the GPU or start the machine anew"
@@ -55,7 +55,7 @@ def gpus(listed: str | None, usable: list[str]) -> Finding:
         listed: `nvidia-smi -L`.
         usable: names of the GPUs that torch sees.
     """
-    there = len(listed.strip().splitlines()) if listed else 0
+    there = _listed(listed)
     if usable and there <= len(usable):
         return Finding("GPUs", "green", f"{len(usable)}: {', '.join(sorted(set(usable)))}")
     if usable:
@@ -91,6 +91,11 @@ def links(matrix: str | None, count: int) -> Finding:
 def usable_gpus() -> list[str]:
     """Names of the GPUs that torch sees."""
     return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+
+
+def _listed(listed: str | None) -> int:
+    """How many GPUs `nvidia-smi -L` names; the slices of a GPU that is parted by MIG are lines of their own."""
+    return sum(line.startswith("GPU ") for line in (listed or "").splitlines())
 
 
 def _pairs(matrix: str) -> dict[tuple[str, str], str]:

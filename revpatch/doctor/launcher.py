@@ -25,6 +25,10 @@ def launcher(environment: Mapping[str, str], resolve: Callable[..., Any] = socke
     set_ = {name: environment[name] for name in NAMES if name in environment}
     found = ", ".join(f"{name}={value}" for name, value in set_.items())
     if not under_launcher(environment):
+        if "SLURM_PROCID" in environment and (started := environment.get("SLURM_NTASKS", "1")) != "1":
+            words = f"SLURM_PROCID={environment['SLURM_PROCID']}, SLURM_NTASKS={started}, but no RANK"
+            advice = "each task would train by itself: start with launch/slurm.sbatch"
+            return Finding("launcher", "yellow", words, advice)
         if set_:
             advice = "no launcher is meant by them, and one process is started: unset them"
             return Finding("launcher", "yellow", f"{found}, left by something else", advice)

@@ -6,10 +6,9 @@ others hold one that does nothing.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +16,7 @@ import numpy as np
 from revpatch.monitoring.heat_map import HeatMap
 from revpatch.monitoring.layout import DRAWN_BESIDE, Layout
 from revpatch.monitoring.trackers import Trackers
+from revpatch.monitoring.written import tags_from, without_tensorflow
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -32,8 +32,10 @@ class Board:
     TensorBoard takes for a run of its own, with a name and a colour.
 
     `purge_step`: after a resume, the first step that will be written again; TensorBoard then hides what an earlier
-    process wrote from there on. Raises ImportError if tensorboard is not installed, OSError if the folder can't be
-    made. Numbers are floats or what `float()` takes (one synchronisation each, for a tensor on a GPU); NaN is kept.
+    process wrote from there on: numbers when their tags are written again; marks and texts of events, which may not
+    happen again, at once, with a text that says so. Raises ImportError if tensorboard is not installed, OSError if the
+    folder can't be made. Numbers are floats or what `float()` takes (one synchronisation each, for a tensor on a GPU);
+    NaN is kept.
     """
 
     def __init__(
@@ -42,14 +44,12 @@ class Board:
         self._directory, self._purge_step = directory, purge_step
         self._writer = _open_writer(directory, purge_step) if enabled else None
         self._beside: dict[str, SummaryWriter] = {}
-        # Those that an earlier process has written are opened now, so that their lost steps are hidden too.
-        for line in DRAWN_BESIDE if enabled and purge_step is not None else ():
-            if (directory / line).is_dir():
-                self._line(line)
         self._trackers = trackers
         self._heat: dict[str, HeatMap] = {}
         self._ranges: dict[str, tuple[float, float]] = {}
         self._texts: dict[str, tuple[int, list[str]]] = {}
+        if enabled and purge_step is not None:
+            self._hide_from(purge_step)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """One point on the chart of each tag."""
@@ -164,6 +164,19 @@ class Board:
         if self._trackers is not None:
             self._trackers.close()
 
+    def _hide_from(self, step: int) -> None:
+        """Hides the lost steps of what an earlier process has written beside, and of events. The loader that
+        TensorBoard prefers knows no purge: there a point hides those of its tag at its step and later ones that were
+        written before it."""
+        for line in DRAWN_BESIDE:
+            if (self._directory / line).is_dir():
+                writer = self._line(line)  # opened now, which says what is purged
+                # At the end of a mark that is kept there is a NaN already; one that begins before is cut.
+                for tag in tags_from(self._directory / line, step, "mark/"):
+                    writer.add_scalar(tag, np.nan, step - 1)
+        for tag in tags_from(self._directory, step, "event/"):
+            self.text(step, tag.removesuffix("/text_summary"), "went on from here; what came later was undone")
+
     def _line(self, name: str) -> SummaryWriter:
         """The writer of what ends with this name in its tag."""
         assert self._writer is not None
@@ -183,9 +196,7 @@ class Board:
 
 
 def _open_writer(directory: Path, purge_step: int | None) -> SummaryWriter:
-    # tensorboard imports TensorFlow where there is one: seconds of start-up, and its greetings in the terminal. This
-    # module's presence is tensorboard's own switch for going without.
-    sys.modules.setdefault("tensorboard.compat.notf", ModuleType("tensorboard.compat.notf"))
+    without_tensorflow()
     from torch.utils.tensorboard import SummaryWriter
 
     directory.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ from revpatch.report.matrix import Matrix
 
 MIN_GATE_GAP = 0.1
 MAX_NORM_SHARE = 0.5
+NOTHING_TO_COMPARE = "no set of the base's own text, or no phase that has learned"
 VERDICTS = {True: "pass", False: "fail", None: "not judged"}
 
 
@@ -70,7 +71,7 @@ def _plasticity(run: RunHistory, matrix: Matrix) -> Check:
             check.rows.append(Row(f"{name} in phase {phase.name}", f"{gain} nats per token gained", fell))
     if check.passed is None and check.rows:
         check.rows.append(Row("all phases", "none has learned anything", False))
-    check.figure = next((row.figure for row in check.rows if row.passed is not None), "no set is taught by a phase")
+    check.figure = _first_figure(check, "no set is taught by a phase")
     return check
 
 
@@ -95,7 +96,7 @@ def _locality(run: RunHistory) -> Check:
         if new.get("sparsity") is not None:
             figure += f"; below 0.1 on {new['sparsity']:.0%} and {old['sparsity']:.0%} of tokens"
         check.rows.append(Row(f"phase {phase}", figure, new["gate"] - old["gate"] >= MIN_GATE_GAP))
-    check.figure = _first_figure(check)
+    check.figure = _first_figure(check, NOTHING_TO_COMPARE)
     return check
 
 
@@ -106,7 +107,7 @@ def _magnitude(run: RunHistory) -> Check:
         new_norm, old_norm = new["patch_norm"], old["patch_norm"]
         figure = f"{new_norm:.3g} on {names[0]}, {old_norm:.3g} on {names[1]}"
         check.rows.append(Row(f"phase {phase}", figure, old_norm <= MAX_NORM_SHARE * new_norm < math.inf))
-    check.figure = _first_figure(check)
+    check.figure = _first_figure(check, NOTHING_TO_COMPARE)
     return check
 
 
@@ -120,6 +121,8 @@ def _ledger(run: RunHistory) -> Check:
         words = f"next: {rollback.went_on}" if rollback.went_on else "no step was probed since"
         check.rows.append(Row(f"{what}: went on", words, went_on))
     check.figure = f"{len(back)} rollbacks" if back else "no rollback was needed"
+    if check.passed is False and (first := _first_row(check)) is not None:
+        check.figure += f"; {first.what}: {first.figure}"
     return check
 
 
@@ -138,10 +141,16 @@ def _restored(rollback: RolledBack) -> tuple[str, bool | None]:
     return f"{name} {rejected[name]['loss']:.4f} back to {restored[name]['loss']:.4f}", within and lower
 
 
-def _first_figure(check: Check) -> str:
-    """Of what fails, if anything does."""
-    rows = [row for row in check.rows if row.passed is False] or check.rows
-    return rows[0].figure if rows else "no set of the base's own text, or no phase that has learned"
+def _first_row(check: Check) -> Row | None:
+    """The first that fails, else the first that is judged."""
+    judged = [row for row in check.rows if row.passed is not None]
+    return next((row for row in judged if not row.passed), judged[0] if judged else None)
+
+
+def _first_figure(check: Check, none: str) -> str:
+    """That of `_first_row`; `none` where nothing is judged."""
+    first = _first_row(check)
+    return none if first is None else first.figure
 
 
 def _or_infinite(value: float) -> float:

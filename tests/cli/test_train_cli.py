@@ -81,7 +81,10 @@ def test_a_mistake_in_the_config_is_said_once_a_machine(
 ) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert revpatch("train", tmp_path / "none.yaml") == Result(2, "", "")
+    for command in ("train", "doctor"):
+        assert revpatch(command, tmp_path / "none.yaml") == Result(2, "", "")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert "none.yaml" in revpatch("doctor", tmp_path / "none.yaml").err
 
 
 def test_what_one_rank_meets_it_says(revpatch: Call, toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -160,6 +160,8 @@ def test_gpus() -> None:
     assert gpus.gpus(two, ["NVIDIA H100"]).found == "torch sees 1 of 2"
     assert gpus.gpus(two, []).colour == "red"
     assert gpus.gpus(None, []).colour == "yellow"
+    parted = f"{two}  MIG 1g.10gb     Device  0: (UUID: MIG-1)\n  MIG 1g.10gb     Device  1: (UUID: MIG-2)\n"
+    assert gpus.gpus(parted, ["NVIDIA H100"] * 2).colour == "green"
 
 
 def test_links() -> None:
@@ -213,6 +215,13 @@ def test_no_launcher(environment: pytest.MonkeyPatch) -> None:
     assert "RANK" not in os.environ
     environment.setenv("MASTER_ADDR", "node0")
     assert launcher(os.environ).colour == "yellow"
+    environment.setenv("SLURM_PROCID", "0")
+    environment.setenv("SLURM_NTASKS", "1")
+    assert "left by something else" in launcher(os.environ).found, "one task is one process"
+    environment.setenv("SLURM_NTASKS", "2")
+    found = launcher(os.environ)
+    assert (found.colour, "no RANK" in found.found) == ("yellow", True)
+    assert "launch/slurm.sbatch" in found.advice
 
 
 @pytest.mark.parametrize(
@@ -268,8 +277,13 @@ def test_a_bandwidth_is_judged_by_its_backend() -> None:
 
 @pytest.mark.parametrize(
     ("code", "words"),
-    [("import sys; sys.exit('no route to host')", "no route to host"), ("import time; time.sleep(60)", "did not meet")],
+    [
+        ("import sys; sys.exit('no route to host')", "no route to host"),
+        ("import time; time.sleep(60)", "did not meet"),
+        ("import os, time; os.environ['RANK'] == '0' and time.sleep(60); raise OSError('no GPU 1')", "no GPU 1"),
+    ],
 )
 def test_ranks_that_do_not_meet(code: str, words: str) -> None:
+    """The last: one of them dies at once, the other waits for it."""
     found = bandwidth.between_local_ranks(2, [sys.executable, "-S", "-c", code], timeout=1.0)
     assert (found.colour, words in found.found) == ("red", True), found

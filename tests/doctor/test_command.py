@@ -71,6 +71,19 @@ def test_what_a_config_names_is_looked_at(toy: Toy, tmp_path: Path) -> None:
     assert findings.keys() == named - {"shard cache", "launcher", "all-reduce"}
 
 
+def test_locks_are_looked_for_where_torch_has_its_extensions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    lock = tmp_path / "torch_extensions/py3_cpu/cpu_adam/lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    (found,) = (each for each in this_machine(Places(cache=None)) if each.check == "extension locks")
+    assert str(lock) in found.advice
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "elsewhere"))
+    (found,) = (each for each in this_machine(Places(cache=None)) if each.check == "extension locks")
+    assert found.colour == "green"
+
+
 SECOND = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 """The variables of a rank on the second of two machines."""
 

@@ -43,6 +43,13 @@ def test_a_wrong_call_is_told(call: list[str], variables: dict[str, str], words:
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(("command", "restarts"), [("train", "3"), ("doctor", "0")])
+def test_torchrun_starts_again_what_trains_and_nothing_else(tmp_path: Path, command: str, restarts: str) -> None:
+    told = words_to("torchrun", "torchrun_multi_node.sh", tmp_path, ["c.yaml"], COMMAND=command, NODES="2", RDZV="a:1")
+    assert told[told.index("--max_restarts") + 1] == restarts
+    assert told[-3:] == ["revpatch", command, "c.yaml"]
+
+
 @pytest.mark.parametrize("hosts", [["node0"], ["node0", "node1"]])
 def test_deepspeed_gives_the_ranks_the_words_that_were_typed(hosts: list[str], tmp_path: Path) -> None:
     """Of several hosts through a shell, with those that have a space put in double quotes; of one host as they are."""
@@ -59,19 +66,22 @@ def test_deepspeed_gives_the_ranks_the_words_that_were_typed(hosts: list[str], t
 
 
 def deepspeed_told(folder: Path, hosts: list[str], words: list[str]) -> list[str]:
-    """What the script, in a checkout without a .venv, calls `deepspeed` with; it looks with doctor."""
-    stub = folder / "bin/deepspeed"
+    """What the script calls `deepspeed` with; it looks with doctor."""
+    hostfile = folder / "hostfile"
+    hostfile.write_text("# hosts\n\n" + "".join(f"{host} slots=1\n" for host in hosts))
+    return words_to("deepspeed", "deepspeed_multi_node.sh", folder, [str(hostfile), *words], COMMAND="doctor")
+
+
+def words_to(launcher: str, script: str, folder: Path, words: list[str], **variables: str) -> list[str]:
+    """What the script, in a checkout without a .venv, calls the launcher with, for which there is a stub."""
+    stub = folder / "bin" / launcher
     stub.parent.mkdir()
     stub.write_text("#!/usr/bin/env python\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n")
     stub.chmod(0o700)
-    hostfile = folder / "hostfile"
-    hostfile.write_text("# hosts\n\n" + "".join(f"{host} slots=1\n" for host in hosts))
     (folder / "launch").mkdir()
-    script = shutil.copy(LAUNCH / "deepspeed_multi_node.sh", folder / "launch")
-    variables = {**environment(), "COMMAND": "doctor", "HOME": str(folder)}
-    variables["PATH"] = f"{stub.parent}{os.pathsep}{variables['PATH']}"
-    done = subprocess.run(
-        ["bash", str(script), str(hostfile), *words], env=variables, capture_output=True, text=True, check=True
-    )
+    copy = shutil.copy(LAUNCH / script, folder / "launch")
+    around = {**environment(), **variables, "HOME": str(folder)}
+    around["PATH"] = f"{stub.parent}{os.pathsep}{around['PATH']}"
+    done = subprocess.run(["bash", str(copy), *words], env=around, capture_output=True, text=True, check=True)
     told: list[str] = json.loads(done.stdout)
     return told

@@ -1,25 +1,31 @@
 """The board: what TensorBoard reads back is what was written, and nothing else shows."""
 
 import io
+import json
 import math
 import os
 import re
 import subprocess
 import sys
 import time
+import urllib.parse
+import urllib.request
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
+from pages import tensorboard, tensorboard_as_told
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
+from waiting import until
 
 from revpatch.config_file import load_config
 from revpatch.monitoring.board import Board
 from revpatch.monitoring.heat_map import MAX_COLUMNS, TITLE_HEIGHT, HeatMap, colours
-from revpatch.monitoring.layout import hyperparameters, layout_of
+from revpatch.monitoring.layout import MARKS, hyperparameters, layout_of
 
 
 def read_back(directory):
@@ -181,6 +187,66 @@ def test_after_a_resume_the_lost_steps_are_hidden(tmp_path):
         board.scalars(20, {"loss": 2.0})
     assert points(read_back(tmp_path), "loss") == [(10, 1.0), (20, 2.0)]
     assert points(read_back(tmp_path / "limit"), "probe/base/limit") == [(10, 3.0)]
+
+
+@contextmanager
+def asked(folder, logs):
+    """What a TensorBoard that was started answers, once it has read the folder: by plugin, run and tag."""
+    with tensorboard(tensorboard_as_told(folder), logs) as address:
+
+        def data(path):
+            try:
+                with urllib.request.urlopen(f"{address}data/{path}", timeout=10) as answer:
+                    return json.load(answer)
+            except OSError:
+                return None
+
+        until(lambda: data("runs"), (logs / "tensorboard.log").read_text)
+        yield lambda plugin, run, tag: data(f"plugin/{plugin}?run={run}&tag={urllib.parse.quote(tag)}")
+
+
+def test_after_a_resume_tensorboard_shows_no_event_that_was_undone(tmp_path):
+    run = tmp_path / "runs/one"
+    with Board(tmp_path / "runs/long") as board:
+        for step in range(120):
+            board.text(step, "event/quarantine", "a shard")
+    with Board(run) as board:
+        board.probe(20, "base", {**PROBED, "guarded": True})
+        for step, kind in ((20, "commit"), (30, "commit"), (23, "rollback"), (20, "quarantine"), (25, "interrupted")):
+            board.text(step, f"event/{kind}", f"{kind} at {step}")
+            if kind in MARKS:
+                board.mark(step, kind)
+    with next(run.glob("events*")).open("ab") as file:
+        file.write(b"\x30\0\0")  # as of a process that was killed
+    time.sleep(1.1)
+    with Board(run, purge_step=21) as board:
+        board.text(21, "event/interrupted", "again")
+    with asked(tmp_path / "runs", tmp_path) as answer:
+
+        def mark(kind):
+            found = answer("scalars/scalars", f"one/{kind}", f"mark/base/{kind}")
+            return [(step, value if value == "NaN" else round(value, 2)) for _, step, value in found]
+
+        def texts(kind):
+            found = answer("text/text", "one", f"event/{kind}/text_summary")
+            return [(each["step"], re.sub("<.*?>|\n", " ", each["text"]).split()) for each in found]
+
+        undone = ["went", "on", "from", "here;", "what", "came", "later", "was", "undone"]
+        kept = [(18, 3.4), (19, 3.44), (20, "NaN")]
+        assert mark("commit") == kept
+        assert mark("quarantine") == kept
+        assert mark("rollback") == [(20, "NaN")], "it was the first one, and cut off where it began"
+        assert texts("commit") == [(20, ["commit", "at", "20"]), (21, undone)]
+        assert texts("rollback") == [(21, undone)]
+        assert texts("quarantine") == [(20, ["quarantine", "at", "20"])], "nothing of it was undone"
+        assert texts("interrupted") == [(21, [*undone, "again"])], "it has happened again"
+        assert len(answer("text/text", "long", "event/quarantine/text_summary")) == 120, "none is thinned out"
+    again = tmp_path / "again"
+    with Board(again) as board:
+        board.text(3, "event/rollback", "one")
+    with Board(again, purge_step=9):
+        pass
+    assert len(read_back(again).Tensors("event/rollback/text_summary")) == 1
 
 
 def test_a_disabled_board_does_nothing(tmp_path):

@@ -54,6 +54,10 @@ def break_plasticity(run: RunHistory) -> None:
     run.phases[0].commit["new"] |= {"loss": 5.99, "block_losses": [5.0, 6.0, 6.97]}  # fell, but who can tell
 
 
+def break_plasticity_later(run: RunHistory) -> None:
+    run.phases[1].commit_step = 50  # it ended as it began, and nobody rolled it back
+
+
 def break_stability(run: RunHistory) -> None:
     run.phases[0].commit["old"]["drift"] = 0.031
 
@@ -76,20 +80,22 @@ def break_going_on(run: RunHistory) -> None:
 
 
 @pytest.mark.parametrize(
-    ("harm", "name"),
+    ("harm", "name", "figure"),
     [
-        (break_plasticity, "plasticity"),
-        (break_stability, "stability"),
-        (break_locality, "locality"),
-        (break_magnitude, "patch magnitude"),
-        (break_restoring, "ledger usefulness"),
-        (break_going_on, "ledger usefulness"),
+        (break_plasticity, "plasticity", "+0.0100 ("),
+        (break_plasticity_later, "plasticity", "+0.0000 ("),
+        (break_stability, "stability", "worst: old +0.0310 of 0.03"),
+        (break_locality, "locality", "mean gate 0.90 on new, 0.85 on old"),
+        (break_magnitude, "patch magnitude", "5 on new, 2.6 on old"),
+        (break_restoring, "ledger usefulness", "2 rollbacks; new at step 60: restored: old 3.5000 back to 3.4000"),
+        (break_going_on, "ledger usefulness", "2 rollbacks; noise at step 20: went on: no step was probed since"),
     ],
 )
-def test_each_check_fails_alone(harm: Any, name: str) -> None:
+def test_each_check_fails_alone_and_says_first_what_fails(harm: Any, name: str, figure: str) -> None:
     run = healthy()
     harm(run)
-    assert [check.name for check in checks_of(run).values() if check.passed is False] == [name]
+    (failed,) = [check for check in checks_of(run).values() if check.passed is False]
+    assert (failed.name, failed.figure[: len(figure)]) == (name, figure)
 
 
 def test_nothing_is_judged_that_was_not_measured() -> None:

@@ -16,6 +16,7 @@ import torch
 from damage import damage
 from flaky_server import FlakyServer, drop, status
 from ranks import Runs, RunServer, run, torchrun
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from toy import BLOCK_SIZE, Toy
 from waiting import until
 
@@ -117,15 +118,26 @@ def test_quarantine_takes_it_out_for_all_ranks_from_one_step_on(runs: Runs, how:
     quarantine = ["--set", "stream.on_error=quarantine", "--set", "stream.shuffle_blocks=8"]
     found = {}
     for world in (1, 2, 4):
-        assert runs.run(f"world{world}", *quarantine, world=world) == [0] * world, runs.log(f"world{world}").read_text()
+        options = [*quarantine, "--set", f"monitoring.tensorboard={'true' if world == 2 else 'false'}"]
+        assert runs.run(f"world{world}", *options, world=world) == [0] * world, runs.log(f"world{world}").read_text()
         events = runs.events(f"world{world}", "quarantine")
         assert [(event["shard"], event["location"]) for event in events] == [(2, str(path))]
         found[world] = [(event["phase"], event["step"]) for event in events]
+        if world == 2:
+            it_is_on_the_board(runs.path("world2") / "tensorboard", events[0]["step"], path)
         assert "on" in events[0]["reason"] and events[0]["reason"].startswith("rank ")
         sample = Manifest.read(runs.path(f"world{world}") / "replay/000_first")
         found[world] += [shard.sha256 for shard in sample.shards]
         assert verify(runs.path(f"world{world}")).ok
     assert found[1] == found[2] == found[4], "one step, and one sample, whatever the world"
+
+
+def it_is_on_the_board(folder: Path, step: int, shard: Path) -> None:
+    """What was taken out at a step is told in the Text tab, and marked in the charts of the probes."""
+    main, marks = (EventAccumulator(str(each)).Reload() for each in (folder, folder / "quarantine"))
+    (text,) = main.Tensors("event/quarantine/text_summary")
+    assert text.step == step and f"on without {shard}" in text.tensor_proto.string_val[0].decode()
+    assert [point.step for point in marks.Scalars("mark/base/quarantine")] == [step - 2, step - 1, step]
 
 
 class OfTwo(Peers):
