@@ -56,7 +56,8 @@ def train(config: Config, fresh: bool = False, overwrite: bool = False) -> Outco
     with process_group(launch, device, config.engine.timeout_minutes) as peers:
         check_same_config(config, peers)
         if plan is None:
-            plan = check(build_on_first_use(config, peers), launch.world, begun)
+            built, not_built = build_on_first_use(config, peers, begun)
+            plan = check(built, launch.world, begun, not_built)
         startup.check_same_data(config, plan, peers)
         base = startup.load_base(config.base, device)  # first, so that a base that fails leaves no folder behind
         standing = startup.prepare_run(config, peers, fresh, overwrite)
