@@ -228,6 +228,21 @@ def test_specs_of_the_hub(spec: str, candidates: Any, split: str, column: str | 
     assert (list(parsed.candidates), parsed.split, parsed.column) == (candidates, split, column)
 
 
+def test_a_config_of_a_folder_that_is_near(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "near").mkdir()
+    head = "configs:\n- config_name: small\n  data_files: small.jsonl\n- config_name: large\n  data_files: large.jsonl"
+    (tmp_path / "near/README.md").write_text(f"---\n{head}\n---\n")
+    for name in ("small", "large"):
+        (tmp_path / f"near/{name}.jsonl").write_bytes(jsonl([f"of {name}"]))
+    assert texts_of("hf:near/small:train") == ["of small"]
+    assert texts_of("hf:near/large:train") == ["of large"]
+    (before,) = find_inputs(["hf:near/small:train"])
+    (tmp_path / "near/small.jsonl").write_bytes(jsonl(["of another small"]))
+    (after,) = find_inputs(["hf:near/small:train"])
+    assert before.identity != after.identity, "an unfinished build of the other text is not gone on with"
+
+
 def test_data_sets_that_are_not_to_be_had(tmp_path: Path) -> None:
     spec = _saved(tmp_path)
     with pytest.raises(ValueError, match="expected one of the splits 'train', found 'test'"):
