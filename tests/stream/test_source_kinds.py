@@ -15,7 +15,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from revpatch.stream import long_text
+from revpatch.stream import long_text, remote
 from revpatch.stream.build import build_shards
 from revpatch.stream.documents import Document, Reading
 from revpatch.stream.hub import parse_hub_spec
@@ -196,7 +196,10 @@ def test_a_tar_that_is_cut_or_overwritten_is_never_taken_for_a_short_one(tmp_pat
         texts_of(f"wds:{url.format(path=path)}")
 
 
-def test_tars_that_are_not_to_be_had(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_tars_that_are_not_to_be_had(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "FIRST_WAIT_SECONDS", 0.01)
     path = tmp_path / "a.tar"
     path.write_bytes(tar({"a.txt": b"text", "b.x.cls": b"3", "c": b"4"}))
     assert texts_of(f"wds:{path}") == ["text"]
