@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # What the slow tests need of the system (Debian, Ubuntu), if it is missing.  Use: bash tests/packages.sh
-# sshd and pdsh for two hosts, Slurm and munge. Installing starts no daemon; the tests start and end their own.
+# sshd and pdsh for two hosts, pgrep, Slurm and munge. Installing starts no daemon; the tests start and end their own.
 set -euo pipefail
 export PATH="$PATH:/usr/sbin:/sbin"
 MISSING=()
 need() { command -v "$1" >/dev/null || MISSING+=("$2"); }
 need ip iproute2
+need pgrep procps
 need ssh openssh-client
 need sshd openssh-server
 need pdsh pdsh

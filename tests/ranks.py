@@ -59,6 +59,12 @@ def rank_check(name: str, config: Path, *overrides: str, ranks: int = 2) -> dict
     return found
 
 
+def descendants(process: int) -> list[int]:
+    """All that a process has started, and what these have."""
+    children = [int(pid) for pid in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+    return children + [pid for child in children for pid in descendants(child)]
+
+
 def rank_pid(launcher: int, rank: int) -> int:
     """The process of a rank, among all that a launcher has started."""
     waiting = [launcher]

@@ -104,6 +104,17 @@ def test_progress_says_how_fast_and_how_long(monkeypatch: pytest.MonkeyPatch) ->
     assert line == "9 documents, 150,000 tokens, 10,000 tokens/s, 6 of 11 MiB, 0:00:10 left"
 
 
+@pytest.mark.parametrize("in_all", [None, 11 * 2**20])
+def test_progress_knows_that_a_build_ends_after_so_many_tokens(
+    monkeypatch: pytest.MonkeyPatch, in_all: int | None
+) -> None:
+    clock = iter([100.0, 110.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    speed = BuildSpeed()
+    speed.describe(Progress(5, 50_000, 1, 2**20, in_all, 190_000))
+    assert speed.describe(Progress(9, 150_000, 3, 6 * 2**20, in_all, 190_000)).endswith(", 0:00:04 left")
+
+
 def test_shards_are_built_from_files(toy: Toy, tmp_path: Path, revpatch: Call) -> None:
     text = tmp_path / "a.txt"
     text.write_text("the patch learns what a stream brings\n\n" * 40, encoding="utf-8")

@@ -29,10 +29,8 @@ class BuildSpeed:
         text = f"{progress.documents:,} documents, {progress.tokens:,} tokens, {speed:,.0f} tokens/s"
         if progress.bytes_in_all:
             text += f", {progress.bytes_read / 2**20:,.0f} of {progress.bytes_in_all / 2**20:,.0f} MiB"
-            bytes_a_second = (progress.bytes_read - first[2]) / seconds
-            if bytes_a_second:
-                left = int((progress.bytes_in_all - progress.bytes_read) / bytes_a_second)
-                text += f", {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
+        if (left := _seconds_left(progress, first, seconds)) is not None:
+            text += f", {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
         return text
 
 
@@ -61,3 +59,10 @@ def shown_progress() -> Iterator[Callable[[BuildProgress], None]]:
             )
 
         yield update
+
+
+def _seconds_left(progress: BuildProgress, first: tuple[float, int, int], seconds: float) -> int | None:
+    """By the end that comes first; None if there is none to be seen."""
+    ends = [(progress.tokens, first[1], progress.tokens_in_all), (progress.bytes_read, first[2], progress.bytes_in_all)]
+    left = [max(0, end - now) * seconds / (now - then) for now, then, end in ends if end is not None and now > then]
+    return int(min(left)) if left else None

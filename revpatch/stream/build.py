@@ -45,6 +45,7 @@ class Progress:
     """How far a build is: documents read, tokens and blocks written, on both sides of the holdout.
 
     `bytes_read` counts what was taken of those inputs whose size is known; these have `bytes_in_all`, None for none.
+    `tokens_in_all` is about where `max_tokens` ends it, if it does.
     """
 
     documents: int
@@ -52,6 +53,7 @@ class Progress:
     blocks: int
     bytes_read: int
     bytes_in_all: int | None
+    tokens_in_all: int | None = None
 
 
 def build_shards(
@@ -209,11 +211,20 @@ def _fill(
     waiting: deque[Chunk] = deque()
     sizes = [found.bytes for found in inputs if found.bytes is not None]
     in_all = sum(sizes) if sizes else None
+    tokens_in_all = None if rows.limit is None else int(rows.limit / (1 - encoder.holdout))
 
     def works() -> Iterator[Work]:
-        for chunk in read_chunks(inputs, text_column, unfinished.folder, encoder.holdout, position):
-            waiting.append(chunk)
-            yield chunk.work
+        try:
+            for chunk in read_chunks(inputs, text_column, unfinished.folder, encoder.holdout, position):
+                waiting.append(chunk)
+                yield chunk.work
+        except ValueError as error:
+            if unfinished.checkpoint is None:
+                raise
+            raise ValueError(
+                f"{error}. What was built by then is kept in {unfinished.folder}, and is gone on with only if what it "
+                "has read is unchanged: after mending a source that it had begun, delete that folder to build anew"
+            ) from error
 
     for encoded in encode_in_order(works(), encoder, workers):
         chunk = waiting.popleft()
@@ -222,7 +233,7 @@ def _fill(
         else:
             rows.add_documents(encoded)
         if progress is not None:
-            progress(Progress(*rows.counts(), chunk.bytes_read, in_all))
+            progress(Progress(*rows.counts(), chunk.bytes_read, in_all, tokens_in_all))
         if rows.full:
             break
         if time.monotonic() - saved >= CHECKPOINT_SECONDS:

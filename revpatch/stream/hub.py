@@ -58,6 +58,8 @@ def parse_hub_spec(spec: str) -> HubSpec:
         candidates = ((str(path.parent), path.name),)
     elif len(parts) == 3:
         candidates = ((f"{parts[0]}/{parts[1]}", parts[2]),)
+    elif len(parts) == 2 and Path(parts[0]).is_dir():
+        candidates = ((parts[0], parts[1]),)
     elif len(parts) == 2:
         candidates = ((name, None), (parts[0], parts[1]))
     else:

@@ -13,7 +13,7 @@ import logging
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
@@ -25,6 +25,7 @@ from revpatch.stream.documents import Document, Input, LongDocument, Meter, Read
 from revpatch.stream.files import decoded, json_document, scanned_documents, spooled_document
 
 _log = logging.getLogger(__name__)
+RETRIES = 5
 _CHUNK = 2**16
 _GZIP = b"\x1f\x8b"
 
@@ -113,7 +114,8 @@ class _BadTar(Exception):
 
 
 class _Download(io.RawIOBase):
-    """A remote tar, read once from its beginning; `tell` counts the bytes.
+    """A remote tar, read from its beginning; `tell` counts the bytes. After a failure it is opened again, and what came
+    before is read over if it is the same.
 
     Reading raises FileNotFoundError and ConnectionError for what the host or the command didn't give, and ValueError
     as `remote.stream` does.
@@ -121,7 +123,8 @@ class _Download(io.RawIOBase):
 
     def __init__(self, url: str) -> None:
         self._url = url
-        self._chunks = remote.stream(url)
+        self._chunks: Generator[bytes, None, None] | None = None
+        self._received, self._crc32 = 0, 0
         self._rest = memoryview(b"")
         self._taken = 0
 
@@ -140,18 +143,53 @@ class _Download(io.RawIOBase):
         return count
 
     def close(self) -> None:
-        self._chunks.close()
+        self._let_go()
         super().close()
 
     def _next(self) -> bytes:
         try:
-            return next(self._chunks, b"")
+            chunk = remote.with_retries(self._url, self._attempt, RETRIES)
         except ValueError:  # says it all, such as a package that is missing
             raise
         except Exception as error:  # each implementation of fsspec raises errors of its own
             kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ConnectionError
             found = f"{remote.describe(error)}, after {self._taken} bytes"
             raise kind(f"wds:{self._url}: expected a tar, found {found}; check the URL or the command") from error
+        self._received, self._crc32 = self._received + len(chunk), zlib.crc32(chunk, self._crc32)
+        return chunk
+
+    def _attempt(self) -> bytes:
+        try:
+            if self._chunks is not None:
+                return next(self._chunks, b"")
+            self._chunks = remote.stream(self._url)
+            return self._read_over(self._chunks)
+        except BaseException:
+            self._let_go()
+            raise
+
+    def _read_over(self, chunks: Iterator[bytes]) -> bytes:
+        """What comes after all that was received before; b"" at the end."""
+        left, crc32 = self._received, 0
+        while left:
+            chunk = next(chunks, b"")
+            if not chunk:
+                raise ConnectionError(f"it ended {left} bytes before the place to go on from")
+            before, after = chunk[:left], chunk[left:]
+            left, crc32 = left - len(before), zlib.crc32(before, crc32)
+            if not left and crc32 != self._crc32:
+                raise ValueError(
+                    f"wds:{self._url}: the connection broke, and opened again it gave other bytes than before; "
+                    "it must stay as it is while it is read"
+                )
+            if after:
+                return after
+        return next(chunks, b"")
+
+    def _let_go(self) -> None:
+        if self._chunks is not None:
+            self._chunks.close()
+            self._chunks = None
 
 
 class _Watched:

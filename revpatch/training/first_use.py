@@ -25,7 +25,7 @@ from revpatch.stream.build import build_shards
 from revpatch.stream.manifest import MANIFEST_NAME, tokenizer_fingerprint
 from revpatch.stream.sources import find_inputs, is_raw_source, name_of_source
 from revpatch.training.launch import Peers
-from revpatch.training.preflight import locations
+from revpatch.training.preflight import locations, phase_of
 
 _POLL_SECONDS = 1.0
 
@@ -35,17 +35,18 @@ def needs_building(config: Config) -> bool:
     return any(is_raw_source(place) for _, place in locations(config))
 
 
-def build_on_first_use(config: Config, peers: Peers) -> Config:
-    """The config with folders of shards in place of its raw sources, once they are there.
+def build_on_first_use(config: Config, peers: Peers, begun: bool = False) -> tuple[Config, dict[int, ConfigError]]:
+    """The config with folders of shards in place of its raw sources, once they are there; and, of a run that has
+    `begun`, the phases whose shards are not to be had, and why: they may be committed.
 
     Raises:
         ConfigError: a source is trained on and held out at once; or what else went wrong on rank 0, on every rank; or,
             on the ranks that wait, that rank 0 took longer than the run's time-out.
     """
-    folders: dict[str, str] | ConfigError | None = None
+    folders: dict[str, str | ConfigError] | ConfigError | None = None
     if peers.rank == 0:
         try:
-            folders = _build_all(config, peers.world)
+            folders = _build_all(config, peers.world, begun)
         except (OSError, ValueError) as error:
             folders = ConfigError(str(error))
     try:
@@ -61,23 +62,28 @@ def build_on_first_use(config: Config, peers: Peers) -> Config:
         raise folders
     assert folders is not None
     data = config.model_dump(mode="json")
+    missing: dict[int, ConfigError] = {}
     for key, folder in folders.items():
+        if isinstance(folder, ConfigError):
+            missing.setdefault(phase_of(key), folder)
+            continue
         *parents, last = key.split(".")
         target: Any = data
         for part in parents:
             target = target[int(part)] if isinstance(target, list) else target[part]
         target[last] = folder
-    return Config.model_validate(data)
+    return Config.model_validate(data), missing
 
 
-def _build_all(config: Config, world: int) -> dict[str, str]:
-    """The folder of each key that names a raw source."""
+def _build_all(config: Config, world: int, begun: bool = False) -> dict[str, str | ConfigError]:
+    """The folder of each key that names a raw source; or what went wrong, where phases of a run that has `begun` alone
+    name it."""
     tokenizer = AutoTokenizer.from_pretrained(config.base.model, revision=config.base.revision)
     keys: dict[str, list[str]] = {}
     for key, place in locations(config):
         if is_raw_source(place):
             keys.setdefault(place, []).append(key)
-    folders: dict[str, str] = {}
+    folders: dict[str, str | ConfigError] = {}
     for place, named in keys.items():
         probes = [key for key in named if key.startswith("probes.")]
         shared = 0 < len(probes) < len(named)
@@ -89,7 +95,10 @@ def _build_all(config: Config, world: int) -> dict[str, str]:
         try:
             folder = _build(config, place, tokenizer, config.build.holdout if shared else 0.0, world)
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{named[0]} = {place}: {error}") from error
+            if not begun or not all(key.startswith("phases.") for key in named):
+                raise ConfigError(f"{named[0]} = {place}: {error}") from error
+            folders |= {key: ConfigError(f"{key} = {place}: {error}") for key in named}
+            continue
         for key in named:
             folders[key] = f"{folder}_probe" if shared and key in probes else str(folder)
     return folders

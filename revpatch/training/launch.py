@@ -170,6 +170,11 @@ def _is_lost_peer(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or any(word in str(error) for word in _LOST)
 
 
+def is_restarted() -> bool:
+    """Whether the launcher says that it has started this very command before, as torchrun and Slurm do."""
+    return any(os.environ.get(f"{name}_RESTART_COUNT", "0") not in ("", "0") for name in ("TORCHELASTIC", "SLURM"))
+
+
 def bfloat16_is_slow() -> bool:
     """Whether this CPU multiplies bfloat16 matrices more slowly than float32 ones, as those without instructions for
     it do: by up to 70 times."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer
@@ -56,9 +57,11 @@ class Plan:
                 raise error
 
 
-def check(config: Config, world: int, begun: bool = False) -> Plan:
-    """Opens what the config names. Of a run that has `begun` the plan says which phases' shards are missing: they may
-    be committed.
+def check(
+    config: Config, world: int, begun: bool = False, not_built: Mapping[int, ConfigError] = MappingProxyType({})
+) -> Plan:
+    """Opens what the config names. Of a run that has `begun` the plan says which phases' shards are missing, those
+    among them that could not be built: they may be committed.
 
     Raises:
         ConfigError: a combination can't work, or shards are missing or (unless broken ones are quarantined) of another
@@ -68,8 +71,10 @@ def check(config: Config, world: int, begun: bool = False) -> Plan:
     architecture, fingerprint = check_base(config, world)
     cache = shard_cache(config.stream, [place for _, place in locations(config)])
     opened: dict[str, ShardSet] = {}
-    missing: dict[int, ConfigError] = {}
+    missing = dict(not_built)
     for key, place in locations(config):
+        if key.startswith("phases.") and phase_of(key) in not_built:
+            continue
         try:
             shards = ShardSet(place, cache)
             if config.stream.on_error == "stop":
@@ -79,7 +84,7 @@ def check(config: Config, world: int, begun: bool = False) -> Plan:
             refusal = ConfigError(f"{key} = {place}: {error}")
             if not begun or not key.startswith("phases."):
                 raise refusal from None
-            missing.setdefault(int(key.split(".")[1]), refusal)
+            missing.setdefault(phase_of(key), refusal)
             continue
         _check_shards(key, place, shards.manifest, config, fingerprint, architecture)
     there = {index: phase for index, phase in enumerate(config.phases) if index not in missing}
@@ -119,6 +124,11 @@ def locations(config: Config) -> Iterator[tuple[str, str]]:
         yield "replay.base", config.replay.base
     for index, probe in enumerate(config.probes.sets):
         yield f"probes.sets.{index}.shards", probe.shards
+
+
+def phase_of(key: str) -> int:
+    """The number of the phase whose shards a key names."""
+    return int(key.split(".")[1])
 
 
 def _part_keys(index: int, phase: PhaseConfig) -> list[str]:

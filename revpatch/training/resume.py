@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -20,7 +21,10 @@ from revpatch.monitoring.terminal import log_to
 from revpatch.monitoring.trackers import IDS_NAME
 from revpatch.training.config_changes import compare_configs
 from revpatch.training.going_on import check_history, check_nothing_made, how_anew
+from revpatch.training.launch import is_restarted
 from revpatch.training.snapshot import Snapshot, newest_snapshot
+
+log = logging.getLogger("revpatch")
 
 CONFIG_NAME = "config.yaml"
 OUTPUTS = ("train.log", "ledger", "replay", "snapshot", "tensorboard", IDS_NAME, "report.html", CONFIG_NAME)
@@ -54,7 +58,7 @@ class Standing:
 
 
 def stand(config: Config, fresh: bool, overwrite: bool) -> Standing:
-    """Looks at the run's folder and claims it; for rank 0 alone.
+    """Looks at the run's folder and claims it; for rank 0 alone. `fresh` is as in `begins_anew`.
 
     Raises:
         FileExistsError: the folder holds other things; or a run, and `fresh` asks for a new one without `overwrite`.
@@ -75,6 +79,7 @@ def stand(config: Config, fresh: bool, overwrite: bool) -> Standing:
             f"{named}: it was made by `revpatch ledger restore`, and --fresh would begin without the patch that was "
             "restored. Nothing was overwritten: leave out --fresh, or choose another folder (--set output_dir=...)"
         )
+    asked, fresh = fresh, begins_anew(config, fresh)
     if is_run and fresh and not overwrite:
         raise FileExistsError(
             f"{named}: it holds a run, and --fresh would begin another there. Nothing was overwritten: choose another "
@@ -99,6 +104,8 @@ def stand(config: Config, fresh: bool, overwrite: bool) -> Standing:
         log_to(directory / "train.log")
         return standing
     log_to(directory / "train.log")
+    if asked:
+        log.info("started again by its launcher: --fresh was followed at the first start; the run is gone on with")
     standing.begun = True
     standing.snapshot = newest_snapshot(directory / "snapshot", how_anew(directory, standing.origin))
     standing.changed = compare_configs(load_config(directory / CONFIG_NAME), config, standing.snapshot, named)
@@ -107,6 +114,12 @@ def stand(config: Config, fresh: bool, overwrite: bool) -> Standing:
     if not standing.over:
         check_nothing_made(directory, standing.origin, standing.snapshot, named)
     return standing
+
+
+def begins_anew(config: Config, fresh: bool) -> bool:
+    """Whether `fresh` still asks for a new run: a launcher that starts its ranks again gives them the same options, and
+    the run that is there then is the one that they began."""
+    return fresh and not (is_restarted() and has_begun(config))
 
 
 def has_begun(config: Config) -> bool:

@@ -14,7 +14,7 @@ from revpatch.training.interrupt import Interruption
 from revpatch.training.launch import Launch, process_group
 from revpatch.training.preflight import check, check_base
 from revpatch.training.record import Record
-from revpatch.training.resume import has_begun
+from revpatch.training.resume import begins_anew, has_begun
 from revpatch.training.trainer import Trainer
 
 log = logging.getLogger("revpatch")
@@ -35,7 +35,8 @@ def train(config: Config, fresh: bool = False, overwrite: bool = False) -> Outco
 
     Args:
         config: the run's config.
-        fresh: begin a new run; refused where there is one, unless `overwrite` deletes it.
+        fresh: begin a new run; refused where there is one, unless `overwrite` deletes it. Of a command that its
+            launcher starts again, it was done before: the run is gone on with.
         overwrite: see `fresh`.
 
     Raises:
@@ -47,7 +48,7 @@ def train(config: Config, fresh: bool = False, overwrite: bool = False) -> Outco
     launch = Launch.from_environment()
     device = launch.device()
     raw = needs_building(config)
-    begun = has_begun(config) and not fresh
+    begun = has_begun(config) and not begins_anew(config, fresh)
     plan = None if raw else check(config, launch.world, begun)
     if raw:
         check_base(config, launch.world)
@@ -55,7 +56,8 @@ def train(config: Config, fresh: bool = False, overwrite: bool = False) -> Outco
     with process_group(launch, device, config.engine.timeout_minutes) as peers:
         check_same_config(config, peers)
         if plan is None:
-            plan = check(build_on_first_use(config, peers), launch.world, begun)
+            built, not_built = build_on_first_use(config, peers, begun)
+            plan = check(built, launch.world, begun, not_built)
         startup.check_same_data(config, plan, peers)
         base = startup.load_base(config.base, device)  # first, so that a base that fails leaves no folder behind
         standing = startup.prepare_run(config, peers, fresh, overwrite)

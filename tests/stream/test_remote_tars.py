@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from flaky_server import FlakyServer, drop, status
+from flaky_server import FlakyServer, drop, other, status
 
 from revpatch.stream import remote
 from revpatch.stream.chunks import Position, read_chunks
@@ -69,7 +69,30 @@ def test_a_gzipped_tar_that_is_broken_is_called_so(server: FlakyServer) -> None:
                 list(read_documents([f"wds:{url}"]))
 
 
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz"])
+def test_a_host_that_fails_for_a_while_is_asked_again(
+    server: FlakyServer, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was handed on before is not handed on again: a third of it is more than one piece of a stream."""
+    monkeypatch.setattr(remote, "FIRST_WAIT_SECONDS", 0.01)
+    texts = [np.random.default_rng(i).bytes(60_000).hex() for i in range(60)]
+    data = tar_of(texts)
+    (server.folder / name).write_bytes(gzip.compress(data, 1) if name.endswith("gz") else data)
+    server.faults[name] = [status(503), drop, status(500), drop]
+    assert [document.text for document in read_documents([f"wds:{server.url}/{name}"])] == texts
+    assert server.count(name) == 5
+
+
+def test_a_tar_that_changes_while_it_is_read_is_refused(server: FlakyServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "FIRST_WAIT_SECONDS", 0.01)
+    (server.folder / "a.tar").write_bytes(tar_of(["text" * 25_000] * 40))
+    server.faults["a.tar"] = [drop, other(tar_of(["word" * 25_000] * 40))]
+    with pytest.raises(ValueError, match=r"a\.tar: the connection broke, and opened again it gave other bytes"):
+        list(read_documents([f"wds:{server.url}/a.tar"]))
+
+
 def test_what_the_host_does_not_give_is_said(server: FlakyServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "FIRST_WAIT_SECONDS", 0.01)
     with pytest.raises(
         FileNotFoundError, match=r"wds:http.*/b\.tar: expected a tar, found nothing \(not found, as HTTP"
     ):

@@ -15,7 +15,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from revpatch.stream import long_text
+from revpatch.stream import long_text, remote
 from revpatch.stream.build import build_shards
 from revpatch.stream.documents import Document, Reading
 from revpatch.stream.hub import parse_hub_spec
@@ -196,7 +196,10 @@ def test_a_tar_that_is_cut_or_overwritten_is_never_taken_for_a_short_one(tmp_pat
         texts_of(f"wds:{url.format(path=path)}")
 
 
-def test_tars_that_are_not_to_be_had(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_tars_that_are_not_to_be_had(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "FIRST_WAIT_SECONDS", 0.01)
     path = tmp_path / "a.tar"
     path.write_bytes(tar({"a.txt": b"text", "b.x.cls": b"3", "c": b"4"}))
     assert texts_of(f"wds:{path}") == ["text"]
@@ -226,6 +229,21 @@ def test_tars_that_are_not_to_be_had(tmp_path: Path, caplog: pytest.LogCaptureFi
 def test_specs_of_the_hub(spec: str, candidates: Any, split: str, column: str | None) -> None:
     parsed = parse_hub_spec(spec)
     assert (list(parsed.candidates), parsed.split, parsed.column) == (candidates, split, column)
+
+
+def test_a_config_of_a_folder_that_is_near(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "near").mkdir()
+    head = "configs:\n- config_name: small\n  data_files: small.jsonl\n- config_name: large\n  data_files: large.jsonl"
+    (tmp_path / "near/README.md").write_text(f"---\n{head}\n---\n")
+    for name in ("small", "large"):
+        (tmp_path / f"near/{name}.jsonl").write_bytes(jsonl([f"of {name}"]))
+    assert texts_of("hf:near/small:train") == ["of small"]
+    assert texts_of("hf:near/large:train") == ["of large"]
+    (before,) = find_inputs(["hf:near/small:train"])
+    (tmp_path / "near/small.jsonl").write_bytes(jsonl(["of another small"]))
+    (after,) = find_inputs(["hf:near/small:train"])
+    assert before.identity != after.identity, "an unfinished build of the other text is not gone on with"
 
 
 def test_data_sets_that_are_not_to_be_had(tmp_path: Path) -> None:

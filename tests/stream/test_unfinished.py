@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from revpatch.stream import build
 from revpatch.stream.unfinished import UnfinishedBuild
 
 RECIPE: dict[str, Any] = {"block_size": 16}
@@ -40,3 +44,19 @@ def test_a_build_that_is_refused_keeps_no_lock(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="block_size is 32 and was 16"):
         opened(tmp_path, block_size=32)
     opened(tmp_path).close(keep=False)
+
+
+def test_a_build_that_stops_at_a_bad_line_says_how_it_is_begun_anew(
+    corpus: Callable[..., Path], tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "CHECKPOINT_SECONDS", 0.0)
+    path = corpus([f"text {i}" for i in range(1200)])
+    good = path.read_bytes()
+    path.write_bytes(good + b"no json\n")
+    with pytest.raises(ValueError, match=r"corpus\.jsonl:1201: .*\.set\.building, .* delete that folder to build anew"):
+        build.build_shards(path, tokenizer, 16, tmp_path / "set")
+    path.write_bytes(good + json.dumps({"text": "mended"}).encode())
+    with pytest.raises(FileExistsError, match=r"corpus\.jsonl has changed.*delete that folder"):
+        build.build_shards(path, tokenizer, 16, tmp_path / "set")
+    shutil.rmtree(tmp_path / ".set.building")
+    assert build.build_shards(path, tokenizer, 16, tmp_path / "set").documents == 1201

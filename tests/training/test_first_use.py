@@ -83,6 +83,28 @@ def test_what_goes_wrong_is_said_and_stops_all_ranks(toy: Toy, server: RunServer
     assert not runs.path("run").exists()
 
 
+def test_a_committed_phase_needs_its_raw_source_no_more(toy: Toy, server: RunServer, tmp_path: Path) -> None:
+    source = tmp_path / "new #1.jsonl"
+    probes = {"every": 6, "sets": [{"name": "base", "shards": str(toy.shards("base_probe")), "max_blocks": 8}]}
+    phases = [{"name": name, "shards": str(source), "steps": 3} for name in ("first", "second")]
+    phases[1]["shards"] = str(write(tmp_path / "second.jsonl", "second"))
+    runs = raw_runs(toy, server, tmp_path, phases=phases, probes=probes, snapshot={"every": 2})
+    killed = {"rank": 0, "target": "revpatch.training.trainer:write_replay", "when": "before"}
+    assert -9 in runs.run("run", world=1, kill={**killed, "call": 2}), runs.log("run").read_text()
+    (tmp_path / "second.jsonl").rename(tmp_path / "aside.jsonl")
+    assert runs.run("run", world=1) == [2]
+    words = runs.log("run").read_text()
+    assert f"phases.1.shards = {tmp_path}/second.jsonl: " in words and "no such file" in words
+    (tmp_path / "aside.jsonl").rename(tmp_path / "second.jsonl")
+    source.unlink()
+    assert runs.run("run", world=1) == [0], runs.log("run").read_text()
+    (tmp_path / "second.jsonl").unlink()
+    assert runs.run("run", world=1) == [0], runs.log("run").read_text()
+    assert "is over: every phase is committed" in runs.log("run").read_text()
+    assert runs.run("new", world=1) == [2]
+    assert f"phases.0.shards = {source}: " in runs.log("new").read_text()
+
+
 def test_ranks_that_wait_longer_than_the_time_out_say_for_what(toy: Toy, tmp_path: Path) -> None:
     runs = raw_runs(toy, RunServer(), tmp_path)
     slow = {"target": "revpatch.training.first_use:_build_all", "call": 1}

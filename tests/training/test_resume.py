@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -13,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 from kill_moments import MOMENTS, QUICK
-from ranks import BIN, Runs, environment, free_port, rank_pid, torchrun
+from ranks import BIN, Runs, descendants, environment, free_port, rank_pid, torchrun
 from waiting import until
 
 from revpatch.ledger.audit import verify
@@ -190,7 +191,11 @@ def test_torchrun_that_is_told_to_stop_leaves_a_snapshot(through: Runs) -> None:
 
 @pytest.mark.slow
 def test_deepspeed_passes_the_exit_code_on(through: Runs) -> None:
-    """A signal to the ranks themselves, as Slurm sends it."""
+    """A signal to the ranks themselves, found as the docs say: not to the launchers, which would end them."""
+    root = Path(__file__).parents[2]
+    docs = [" ".join((root / name).read_text("utf-8").split()) for name in ("README.md", "docs/OPERATIONS.md")]
+    (pattern,) = {found for doc in docs for found in re.findall(r"pkill -TERM -f '([^']+)'", doc)}
+    assert all(pattern in doc for doc in docs)
     command = [str(BIN / "deepspeed"), "--num_accelerators=2", f"--master_port={free_port()}", "--module", "revpatch"]
     options = ["train", str(through.config), "--set", f"output_dir={through.path('passed')}"]
     options += ["--set", "phases.0.steps=2000"]
@@ -198,8 +203,11 @@ def test_deepspeed_passes_the_exit_code_on(through: Runs) -> None:
         process = subprocess.Popen([*command, *options], env=environment(), stdout=log, stderr=log)
         try:
             until(lambda: "first 4/2000" in through.log("passed").read_text(), timeout=120)
-            for rank in (0, 1):
-                os.kill(rank_pid(process.pid, rank), signal.SIGUSR1)
+            matched = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True).stdout.split()
+            ranks = {int(pid) for pid in matched} & set(descendants(process.pid))
+            assert ranks == {rank_pid(process.pid, rank) for rank in (0, 1)}
+            for pid in ranks:
+                os.kill(pid, signal.SIGTERM)
             assert process.wait(60) == 75, through.log("passed").read_text()
         finally:
             process.kill()

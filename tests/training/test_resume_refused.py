@@ -56,6 +56,17 @@ class TestWhatIsRefusedAndWhatIsNot:
         assert [event["event"] for event in runs.events(copy, "run")] == ["run"]
         assert not (runs.path(copy) / "snapshot/step000000000005.pt").exists()
 
+    @pytest.mark.parametrize(
+        ("launcher", "options"), [("TORCHELASTIC", ["--fresh", "--overwrite"]), ("SLURM", ["--fresh"])]
+    )
+    def test_not_fresh_again(self, runs: Runs, copy: str, launcher: str, options: list[str]) -> None:
+        """A launcher that starts again forwards the options of the first start."""
+        again = {f"{launcher}_RESTART_COUNT": 1}
+        assert runs.run(copy, *options, world=1, environ=again) == [0], runs.log(copy).read_text()
+        words = (runs.path(copy) / "train.log").read_text()
+        assert "--fresh was followed at the first start" in words
+        assert len(runs.events(copy, "resume")) == 1, "its history is gone on with"
+
     def test_killed_while_it_is_deleted_to_begin_anew(self, runs: Runs, copy: str) -> None:
         config = {"rank": 0, "target": "revpatch.training.resume:write_atomically", "call": 1, "when": "before"}
         assert runs.run(copy, "--fresh", "--overwrite", world=1, kill=config) == [-signal.SIGKILL]
