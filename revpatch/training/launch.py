@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -170,9 +171,15 @@ def _is_lost_peer(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or any(word in str(error) for word in _LOST)
 
 
-def is_restarted() -> bool:
-    """Whether the launcher says that it has started this very command before, as torchrun and Slurm do."""
-    return any(os.environ.get(f"{name}_RESTART_COUNT", "0") not in ("", "0") for name in ("TORCHELASTIC", "SLURM"))
+def launch_id() -> str | None:
+    """What is the same whenever one launcher starts one command again: of Slurm the job and its step, of torchrun its
+    own process on this machine; None under launchers that start nothing again, or don't say so."""
+    if job := os.environ.get("SLURM_JOB_ID"):
+        return f"slurm {job}.{os.environ.get('SLURM_STEP_ID', '')}"
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        started = Path(f"/proc/{os.getppid()}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
+        return f"torchrun {socket.gethostname()} {os.getppid()} {started}"
+    return None
 
 
 def bfloat16_is_slow() -> bool:

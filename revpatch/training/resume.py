@@ -21,13 +21,24 @@ from revpatch.monitoring.terminal import log_to
 from revpatch.monitoring.trackers import IDS_NAME
 from revpatch.training.config_changes import compare_configs
 from revpatch.training.going_on import check_history, check_nothing_made, how_anew
-from revpatch.training.launch import is_restarted
+from revpatch.training.launch import launch_id
 from revpatch.training.snapshot import Snapshot, newest_snapshot
 
 log = logging.getLogger("revpatch")
 
 CONFIG_NAME = "config.yaml"
-OUTPUTS = ("train.log", "ledger", "replay", "snapshot", "tensorboard", IDS_NAME, "report.html", CONFIG_NAME)
+LAUNCH_NAME = ".launch"
+OUTPUTS = (
+    "train.log",
+    "ledger",
+    "replay",
+    "snapshot",
+    "tensorboard",
+    IDS_NAME,
+    "report.html",
+    LAUNCH_NAME,
+    CONFIG_NAME,
+)
 """What a run writes into its folder. The config comes first and goes last: it is what makes the folder a run's."""
 
 
@@ -100,12 +111,14 @@ def stand(config: Config, fresh: bool, overwrite: bool) -> Standing:
             path = directory / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     if not is_run or fresh:
+        if (launch := launch_id()) is not None:
+            write_atomically(directory / LAUNCH_NAME, launch.encode())
         write_atomically(directory / CONFIG_NAME, dump_config(config).encode())
         log_to(directory / "train.log")
         return standing
     log_to(directory / "train.log")
     if asked:
-        log.info("started again by its launcher: --fresh was followed at the first start; the run is gone on with")
+        log.info("this very launch has begun the run, so in spite of --fresh it is gone on with")
     standing.begun = True
     standing.snapshot = newest_snapshot(directory / "snapshot", how_anew(directory, standing.origin))
     standing.changed = compare_configs(load_config(directory / CONFIG_NAME), config, standing.snapshot, named)
@@ -118,8 +131,13 @@ def stand(config: Config, fresh: bool, overwrite: bool) -> Standing:
 
 def begins_anew(config: Config, fresh: bool) -> bool:
     """Whether `fresh` still asks for a new run: a launcher that starts its ranks again gives them the same options, and
-    the run that is there then is the one that they began."""
-    return fresh and not (is_restarted() and has_begun(config))
+    a run that this very launch has begun is the one that they asked for."""
+    return fresh and not (has_begun(config) and _begun_by(config) == launch_id() is not None)
+
+
+def _begun_by(config: Config) -> str | None:
+    file = Path(config.output_dir) / LAUNCH_NAME
+    return file.read_text(encoding="utf-8") if file.is_file() else None
 
 
 def has_begun(config: Config) -> bool:
@@ -226,7 +244,7 @@ def claim(directory: Path, named: str) -> Any:
 def _holds_anything(directory: Path, restored: bool) -> bool:
     """Whether there is more than what a run leaves that was killed before its config was written, or the ledger that
     a restored run begins with."""
-    ours = (LOCK_NAME, f".{CONFIG_NAME}.*.tmp", *(["ledger"] if restored else []))
+    ours = (LOCK_NAME, LAUNCH_NAME, f".{LAUNCH_NAME}.*.tmp", f".{CONFIG_NAME}.*.tmp", *(["ledger"] if restored else []))
     return not all(any(fnmatch(path.name, name) for name in ours) for path in directory.iterdir())
 
 

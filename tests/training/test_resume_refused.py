@@ -56,17 +56,6 @@ class TestWhatIsRefusedAndWhatIsNot:
         assert [event["event"] for event in runs.events(copy, "run")] == ["run"]
         assert not (runs.path(copy) / "snapshot/step000000000005.pt").exists()
 
-    @pytest.mark.parametrize(
-        ("launcher", "options"), [("TORCHELASTIC", ["--fresh", "--overwrite"]), ("SLURM", ["--fresh"])]
-    )
-    def test_not_fresh_again(self, runs: Runs, copy: str, launcher: str, options: list[str]) -> None:
-        """A launcher that starts again forwards the options of the first start."""
-        again = {f"{launcher}_RESTART_COUNT": 1}
-        assert runs.run(copy, *options, world=1, environ=again) == [0], runs.log(copy).read_text()
-        words = (runs.path(copy) / "train.log").read_text()
-        assert "--fresh was followed at the first start" in words
-        assert len(runs.events(copy, "resume")) == 1, "its history is gone on with"
-
     def test_killed_while_it_is_deleted_to_begin_anew(self, runs: Runs, copy: str) -> None:
         config = {"rank": 0, "target": "revpatch.training.resume:write_atomically", "call": 1, "when": "before"}
         assert runs.run(copy, "--fresh", "--overwrite", world=1, kill=config) == [-signal.SIGKILL]
@@ -183,3 +172,25 @@ def test_steps_may_change_while_the_phase_is_under_way(make_runs: Callable[..., 
     assert runs.run("same", "--set", f"phases.0.steps={made}", world=1) == [0], runs.log("same").read_text()
     commit = runs.events("same", "commit")[0]
     assert commit["step"] == made and not commit["rollbacks"], "what was trained is probed and kept"
+
+
+@pytest.mark.parametrize(
+    ("launch", "options"),
+    [
+        ({"TORCHELASTIC_RUN_ID": "revpatch"}, ["--fresh", "--overwrite"]),
+        ({"SLURM_JOB_ID": 7, "SLURM_STEP_ID": 0}, ["--fresh"]),
+    ],
+)
+def test_what_its_launcher_starts_again_is_not_begun_anew(
+    make_runs: Callable[..., Runs], launch: dict[str, object], options: list[str]
+) -> None:
+    """A launcher forwards the options of its first start."""
+    runs = make_runs()
+    kill = {"rank": 0, **MOMENTS["between phases"]}
+    assert runs.run("run", *options, world=1, environ=launch, kill=kill) == [-signal.SIGKILL]
+    if "--overwrite" not in options:
+        assert runs.run("run", *options, world=1, environ={**launch, "SLURM_JOB_ID": 8}) == [2], "another launch"
+        assert "--fresh would begin another" in runs.log("run").read_text()
+    assert runs.run("run", *options, world=1, environ=launch) == [0], runs.log("run").read_text()
+    assert "it is gone on with" in (runs.path("run") / "train.log").read_text()
+    assert len(runs.events("run", "resume")) == 1, "its history is gone on with"
