@@ -27,12 +27,21 @@ settings.load_profile("revpatch")
 HERE = Path(__file__).resolve().parent
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A file's tests stay in one of the worker processes, as they share what is costly to make; so do all those of one
     trained run (cli), and those that set up the machine itself (launch: network namespaces, sshd, Slurm)."""
     for item in items:
         file = item.path.relative_to(HERE)
         item.add_marker(pytest.mark.xdist_group(file.parts[0] if file.parts[0] in ("cli", "launch") else str(file)))
+    items.sort(key=lambda item: item.path.name != "test_demo.py")  # the longest first, or one process waits for it
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Without their groups each process would make all that is costly, the demo's run too."""
+    if getattr(session.config.option, "loadgroup", False):  # in a process that pytest-xdist started with it
+        lost = [item.nodeid for item in session.items if "@" not in item.nodeid.rpartition("::")[2]]
+        assert not lost, f"pytest-xdist does not see the groups of {lost[:3]}; see pytest's bound in pyproject.toml"
 
 
 @pytest.fixture(scope="session")

@@ -29,8 +29,17 @@ from revpatch.training.launch import bfloat16_is_slow
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = ROOT / "shards/text/sotu.jsonl.gz"
 HOLDOUT = 0.06
+VOCABULARY, BLOCK = 4096, 256
 EOS = "<|endoftext|>"
 PROMPTS = ["The state of our Union", "My fellow citizens,", "The war with Mexico", "In the past year the Treasury"]
+
+
+def texts() -> tuple[list[str], list[str]]:
+    """What it learns, and what is held out."""
+    documents = [document.text for document in read_documents([TEXT])]
+    held_out = [is_held_out(text, HOLDOUT) for text in documents]
+    learned, probe = ([t for t, out in zip(documents, held_out, strict=True) if out is side] for side in (False, True))
+    return learned, probe
 
 
 def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
@@ -57,6 +66,25 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str], block: int) -> 
     for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
         row += [*ids, tokenizer.eos_token_id]
     return torch.tensor(row[: len(row) // block * block]).view(-1, block)
+
+
+def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> GPT2LMHeadModel:
+    """The demo's GPT-2 with random weights, the same for the same seed."""
+    set_seed(seed)
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_positions=BLOCK,
+        n_embd=192,
+        n_layer=4,
+        n_head=3,
+        activation_function="gelu_pytorch_tanh",  # GPT-2's own GELU in one kernel
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return GPT2LMHeadModel(config)
 
 
 @torch.no_grad()
@@ -150,29 +178,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32, help="blocks of 256 tokens a step")
     parser.add_argument("--lr", type=float, default=2e-3)
     args = parser.parse_args()
-    vocabulary, block = 4096, 256
-
-    documents = list(read_documents([TEXT]))
-    train_texts = [d.text for d in documents if not is_held_out(d.text, HOLDOUT)]
-    probe_texts = [d.text for d in documents if is_held_out(d.text, HOLDOUT)]
-    tokenizer = train_tokenizer(train_texts, vocabulary)
-    train, probe = encode(tokenizer, train_texts, block), encode(tokenizer, probe_texts, block)
-
-    set_seed(args.seed)
-    config = GPT2Config(
-        vocab_size=vocabulary,
-        n_positions=block,
-        n_embd=192,
-        n_layer=4,
-        n_head=3,
-        activation_function="gelu_pytorch_tanh",  # GPT-2's own GELU in one kernel
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    model = GPT2LMHeadModel(config)
+    train_texts, probe_texts = texts()
+    tokenizer = train_tokenizer(train_texts, VOCABULARY)
+    train, probe = encode(tokenizer, train_texts, BLOCK), encode(tokenizer, probe_texts, BLOCK)
+    model = new_model(tokenizer, args.seed)
     untrained = held_out_loss(model, probe)
     began = time.time()
     pretrain(model, train, args.steps, args.batch, args.lr, args.seed)
@@ -187,12 +196,12 @@ def main() -> None:
         "shape": "4 layers, width 192, 3 heads, vocabulary 4,096, 256 positions",
         "training documents and tokens": f"{len(train_texts)}, {train.numel():,}",
         "held-out documents and tokens": f"{len(probe_texts)}, {probe.numel():,}",
-        "steps, tokens a step, epochs": f"{args.steps:,}, {args.batch * block:,}, "
+        "steps, tokens a step, epochs": f"{args.steps:,}, {args.batch * BLOCK:,}, "
         f"{args.steps * args.batch / len(train):.1f}",
         "seed, peak learning rate": f"{args.seed}, {args.lr}",
         "training time on 2 CPU cores": f"{seconds / 60:.0f} minutes",
         "held-out loss, nats per token": f"{held_out_loss(stored, probe):.3f}",
-        "the same, unigram model": f"{unigram_loss(train, probe, vocabulary):.3f}",
+        "the same, unigram model": f"{unigram_loss(train, probe, VOCABULARY):.3f}",
         "the same, untrained model": f"{untrained:.3f}",
     }
     reloaded = AutoTokenizer.from_pretrained(args.out)

@@ -1,7 +1,8 @@
 """One chunk of the loss over the frozen head: from logits to CE, KL and d(logits).
 
-`in_place` does it step by step in buffers that all chunks share. `compiled` leaves the formula, written out, to
-torch.compile: meant for GPUs, where each step by itself reads and writes all logits.
+`in_place` does it step by step in buffers that all chunks share; on a CPU a few rows at a time, so that what lies
+between logits and d(logits) is small. `compiled` leaves the formula, written out, to torch.compile: meant for GPUs,
+where each step by itself reads and writes all logits.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from torch import Tensor
 
 from revpatch.training.own_code import with_own_code
 
+SLICE_BYTES = 2 * 2**20
+"""Of float32 logits that go through all steps before the next ones on a CPU."""
+
 
 class Weights(NamedTuple):
     """Of the loss ce·CE + kl·T²·KL."""
@@ -24,19 +28,20 @@ class Weights(NamedTuple):
 
 
 class Buffers:
-    """Room for so many rows of logits, by name, made at first use: the pages of a fresh tensor of this size cost as
-    much as a softmax."""
+    """Room for rows of logits, by name, as many as are asked for at first: the pages of a fresh tensor of this size
+    cost as much as a softmax."""
 
-    def __init__(self, rows: int, head: Tensor) -> None:
-        self.rows, self.head = rows, head
+    def __init__(self, head: Tensor) -> None:
+        self.head = head
         self.wide = torch.promote_types(head.dtype, torch.float32)
         self._made: dict[str, Tensor] = {}
 
     def room(self, name: str, rows: int, dtype: torch.dtype | None = None) -> Tensor:
         """(rows, V), of float32 or wider, with what was left in it."""
         if name not in self._made:
-            shape = (self.rows, self.head.shape[0])
+            shape = (rows, self.head.shape[0])
             self._made[name] = torch.empty(shape, dtype=dtype or self.wide, device=self.head.device)
+        assert rows <= len(self._made[name]), "the first chunk is the largest"
         return self._made[name][:rows]
 
     def logits(self, name: str, hidden: Tensor) -> Tensor:
@@ -74,7 +79,23 @@ class Chunk(Protocol):
 def in_place(
     buffers: Buffers, logits: Tensor, taught: Tensor | None, targets: Tensor, weights: Weights, learns: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """See `Chunk`: one softmax for CE and, at T = 1, KL."""
+    """See `Chunk`; d(logits) takes the place of the logits."""
+    rows = max(1, SLICE_BYTES // (4 * logits.shape[1])) if logits.device.type == "cpu" else len(logits)
+    nll, kl = [], []
+    for start in range(0, len(logits), rows):
+        part = slice(start, start + rows)
+        some = None if taught is None else taught[part]
+        part_nll, part_kl = _in_place(buffers, logits[part], some, targets[part], weights, learns)
+        nll.append(part_nll)
+        if part_kl is not None:
+            kl.append(part_kl)
+    return torch.cat(nll), torch.cat(kl) if kl else None, logits if learns else None
+
+
+def _in_place(
+    buffers: Buffers, logits: Tensor, taught: Tensor | None, targets: Tensor, weights: Weights, learns: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Of some rows −log p and KL; one softmax for CE and, at T = 1, KL."""
     ce_weight, kl_weight, temperature = weights
     rows, chosen, kl = len(logits), targets[:, None], None
     log_p = log_q = torch.log_softmax(logits, -1, out=buffers.room("log_p", rows))
@@ -87,9 +108,9 @@ def in_place(
         t = torch.exp(log_t, out=taught)
         kl = log_t.sub_(log_q).mul_(t).sum(-1)
     if not learns:
-        return nll, kl, None
+        return nll, kl
     pull = 0.0 if taught is None else kl_weight * temperature  # d(T²·KL)/d(logits) = T·(q − t)
-    d_logits = log_p.exp_()
+    d_logits = torch.exp(log_p, out=logits)
     share = ce_weight + pull if log_q is log_p else ce_weight
     if share != 1.0:
         d_logits.mul_(share)
@@ -97,7 +118,8 @@ def in_place(
         if log_q is not log_p:
             d_logits.add_(log_q.exp_(), alpha=pull)
         d_logits.sub_(t, alpha=pull)
-    return nll, kl, d_logits.scatter_add_(-1, chosen, torch.full_like(chosen, -ce_weight, dtype=d_logits.dtype))
+    d_logits.scatter_add_(-1, chosen, torch.full_like(chosen, -ce_weight, dtype=d_logits.dtype))
+    return nll, kl
 
 
 def written_out(

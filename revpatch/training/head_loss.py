@@ -72,7 +72,7 @@ def frozen_head_loss(
 def token_nll(hidden: Tensor, targets: Tensor, head: Tensor, chunk_bytes: int | None = None) -> Tensor:
     """−log p(target) of each token, (N,) float32, for evaluation; shapes as in `frozen_head_loss`."""
     rows = _rows(head, chunk_bytes)
-    parts, buffers = [], Buffers(min(rows, len(hidden)), head)
+    parts, buffers = [], Buffers(head)
     for h, y in zip(hidden.split(rows), targets.split(rows), strict=True):
         logits = buffers.logits("logits", h)
         parts.append(logits.logsumexp(-1) - logits.gather(-1, y[:, None]).squeeze(-1))
@@ -95,7 +95,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
         counts = targets != ignore_index
         targets = targets.masked_fill(~counts, 0)
         gradient = torch.empty_like(hidden) if hidden.requires_grad else None
-        buffers = Buffers(min(rows, len(hidden)), head)
+        buffers = Buffers(head)
         ce = kl = torch.zeros((), dtype=buffers.wide, device=hidden.device)
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from revpatch.training import head_chunk
 from revpatch.training.head_chunk import Chunk, compiled, in_place
 from revpatch.training.head_loss import MIN_ROWS, frozen_head_loss, token_nll
 
@@ -20,6 +21,12 @@ CHUNKS = {"a row": 1, "7 rows": 7 * 4 * VOCAB, "all rows": 2**20}
 """chunk_bytes, by what it makes of 50 rows; 7 does not divide them."""
 
 Inputs = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+
+
+@pytest.fixture(autouse=True)
+def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """3 rows at a time, which 7 and 50 are no multiples of."""
+    monkeypatch.setattr(head_chunk, "SLICE_BYTES", 3 * 4 * VOCAB)
 
 
 @pytest.fixture
@@ -245,17 +252,21 @@ def test_token_nll_is_the_cross_entropy_of_each_token(inputs: Inputs, chunk: str
 
 
 class LogitsSpy(TorchDispatchMode):
-    """Remembers the largest number of rows among the tensors that are as wide as the vocabulary."""
+    """Remembers the rows of tensors that are as wide as the vocabulary: the most of one, and of each that was made to
+    be filled."""
 
     def __init__(self, vocabulary: int = VOCAB) -> None:
         super().__init__()
         self.vocabulary, self.rows = vocabulary, 0
+        self.made: list[int] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[-1] == self.vocabulary and len(leaf) != WIDTH:
                 self.rows = max(self.rows, leaf.numel() // self.vocabulary)
+                if func is torch.ops.aten.empty.memory_format:
+                    self.made.append(leaf.numel() // self.vocabulary)
         return out
 
 
@@ -265,6 +276,7 @@ def test_never_more_than_one_chunk_of_logits_is_held(inputs: Inputs, rows: int) 
     with LogitsSpy() as spy:
         frozen_head_loss(hidden, targets, head, teacher, 1.0, 1.0, 2.0, rows * 4 * VOCAB)[0].backward()
     assert spy.rows == rows
+    assert sorted(spy.made) == sorted([rows, rows, min(rows, 3), min(rows, 3)]), "two chunks, and slices between them"
     with LogitsSpy() as spy:
         token_nll(hidden.detach(), targets, head, rows * 4 * VOCAB)
     assert spy.rows == rows
