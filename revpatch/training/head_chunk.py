@@ -18,6 +18,11 @@ from revpatch.training.own_code import with_own_code
 SLICE_BYTES = 2 * 2**20
 """Of float32 logits that go through all steps before the next ones on a CPU."""
 
+LARGE_HEAD_BYTES = 32 * 2**20
+"""Of a head that a CPU's caches don't hold: its products with few rows are formed the other way round."""
+TILE = 1024
+"""Entries of the vocabulary whose logits are then formed at once."""
+
 
 class Weights(NamedTuple):
     """Of the loss ce·CE + kl·T²·KL."""
@@ -34,6 +39,8 @@ class Buffers:
     def __init__(self, head: Tensor) -> None:
         self.head = head
         self.wide = torch.promote_types(head.dtype, torch.float32)
+        size = head.numel() * head.element_size()
+        self.is_large = head.device.type == "cpu" and head.dtype == self.wide and size > LARGE_HEAD_BYTES
         self._made: dict[str, Tensor] = {}
 
     def room(self, name: str, rows: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -47,15 +54,27 @@ class Buffers:
     def logits(self, name: str, hidden: Tensor) -> Tensor:
         """hidden·Wᵀ, of hidden (rows, d), in the room of that name; rounded once where the head is narrow."""
         wide = self.room(name, len(hidden))
+        if self.is_large:
+            return self._logits_by_tiles(hidden, wide)
         if self.head.dtype == self.wide:
             return torch.mm(hidden, self.head.T, out=wide)
         return wide.copy_(torch.mm(hidden, self.head.T, out=self.room("narrow", len(hidden), self.head.dtype)))
 
     def pull_back(self, d_logits: Tensor, out: Tensor) -> None:
         """d_logits·W (rows, d) into `out`."""
+        if self.is_large:
+            out.copy_(torch.mm(self.head.T, d_logits.T).T)
+            return
         if self.head.dtype != self.wide:
             d_logits = self.room("narrow", len(d_logits), self.head.dtype).copy_(d_logits)
         torch.mm(d_logits, self.head, out=out)
+
+    def _logits_by_tiles(self, hidden: Tensor, out: Tensor) -> Tensor:
+        """W·hiddenᵀ a tile at a time, each turned while it is in the cache: a matrix library that packs the head for
+        hidden·Wᵀ reads and writes all of it for each chunk."""
+        for head, columns in zip(self.head.split(TILE), out.split(TILE, dim=1), strict=True):
+            columns.copy_(torch.mm(head, hidden.T).T)
+        return out
 
 
 class Chunk(Protocol):

@@ -25,8 +25,9 @@ Inputs = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
 
 @pytest.fixture(autouse=True)
 def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """3 rows at a time, which 7 and 50 are no multiples of."""
+    """3 rows at a time, which 7 and 50 are no multiples of, and 10 entries of the vocabulary where a head is large."""
     monkeypatch.setattr(head_chunk, "SLICE_BYTES", 3 * 4 * VOCAB)
+    monkeypatch.setattr(head_chunk, "TILE", 10)
 
 
 @pytest.fixture
@@ -62,12 +63,19 @@ def error(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected).norm() / expected.norm())
 
 
+@pytest.mark.parametrize("large_head", [False, True])
 @pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 @pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0), (0.7, 1.9)])
 def test_values_and_gradient_are_those_of_the_definition(
-    inputs: Inputs, chunk: str, temperature: float, weights: tuple[float, float]
+    inputs: Inputs,
+    monkeypatch: pytest.MonkeyPatch,
+    large_head: bool,
+    chunk: str,
+    temperature: float,
+    weights: tuple[float, float],
 ) -> None:
+    monkeypatch.setattr(head_chunk, "LARGE_HEAD_BYTES", 0 if large_head else 10**9)
     hidden, targets, head, teacher = inputs()
     expected = oracle(hidden, targets, head, teacher, weights, temperature)
     loss, ce, kl = frozen_head_loss(hidden, targets, head, teacher, *weights, temperature, CHUNKS[chunk])
