@@ -183,7 +183,10 @@ def test_a_peer_that_this_cpu_is_too_slow_for_is_named() -> None:
     names, note = chosen(arguments, slow=True)
     assert names == ["ours", "ours-cached", "ours-filling", "lora-lm"]
     assert note.startswith("textbook-bf16: left out")
-    assert chosen(arguments, slow=False)[0] == ["ours", "ours-cached", "ours-filling", "textbook-bf16", "lora-lm"]
+    everything = ["ours", "ours-cached", "ours-filling", "textbook-bf16", "lora-lm"]
+    assert chosen(arguments, slow=False)[0] == everything
+    arguments.dtype = "bfloat16"
+    assert chosen(arguments, slow=True) == (everything, ""), "asked for all the same"
 
 
 def test_a_step_that_has_no_room_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
