@@ -21,4 +21,5 @@ export TMPDIR="$SCRATCH"
 ruff check .
 ruff format --check .
 mypy
-python -m pytest --basetemp="$SCRATCH/pytest" -n "${WORKERS:-2}" --dist loadgroup --no-loadscope-reorder "${MARK[@]}" "$@"
+python -m pytest --basetemp="$SCRATCH/pytest" -n "${WORKERS:-2}" --dist loadgroup --no-loadscope-reorder \
+    "${MARK[@]}" "$@"

@@ -1,5 +1,5 @@
 """The demo as a person runs it: its figures, its output, its ledger, its charts and its report in a browser; and the
-same first weights once more."""
+same weights after its first 100 steps once more."""
 
 from __future__ import annotations
 
@@ -210,17 +210,19 @@ def test_its_report_holds_the_numbers_of_its_journal(demo: Demo, browser: Browse
 def test_the_demo_repeats_itself(demo: Demo, tmp_path: Path) -> None:
     """Its first 100 steps, bit for bit."""
     again = weights_of_a_demo_that_is_stopped(tmp_path / "two", entries=2)
+    assert [step for step, _ in again] == [50, 100]
     assert again == good_entries(demo.run)[:2]
 
 
-def good_entries(run: Path) -> list[str]:
-    """Hashes of the weights that passed a probe, every 50 steps, in their order."""
+def good_entries(run: Path) -> list[tuple[int, str]]:
+    """Step and hash of the weights that passed a probe, in their order."""
     journal = run / "ledger/journal.jsonl"
     events = [json.loads(line) for line in journal.read_text().splitlines()] if journal.exists() else []
-    return [event["sha256"] for event in events if event["event"] == "entry" and event["kind"] == "good"]
+    good = [event for event in events if event["event"] == "entry" and event["kind"] == "good"]
+    return [(event["step"], event["sha256"]) for event in good]
 
 
-def weights_of_a_demo_that_is_stopped(run: Path, entries: int) -> list[str]:
+def weights_of_a_demo_that_is_stopped(run: Path, entries: int) -> list[tuple[int, str]]:
     """Runs it again until it has so many, then tells its ranks to stop, as a scheduler would."""
     command = ["bash", str(ROOT / "launch/demo.sh"), str(run)]
     with (run.parent / "two.log").open("w") as log:

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from revpatch.config_file import load_config
 from revpatch.stream.checksums import checksums_name
@@ -184,3 +185,17 @@ def test_the_base_comes_out_the_same_from_its_seed(tmp_path: Path) -> None:
     moved = [name for name, value in one.state_dict().items() if not value.equal(begun[name])]
     assert "transformer.wte.weight" in moved
     assert all(value.equal(two.state_dict()[name]) for name, value in one.state_dict().items())
+
+
+def test_the_tool_writes_a_base_and_its_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a few of its texts, and a step."""
+    make = tool("make_demo_base")
+    learned, held_out = make.texts()
+    monkeypatch.setattr(make, "texts", lambda: (learned[:6], held_out[:1]))
+    monkeypatch.setattr(sys, "argv", ["make_demo_base.py", "--steps", "1", "--batch", "2", "--out", str(tmp_path)])
+    make.main()
+    base = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert base.dtype == torch.bfloat16
+    assert f"{base.num_parameters():,}" in (tmp_path / "README.md").read_text()
+    made = AutoTokenizer.from_pretrained(tmp_path)
+    assert made.decode(made("The state of our Union")["input_ids"]) == "The state of our Union"

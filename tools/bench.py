@@ -16,8 +16,8 @@ that is replayed in it; and "filling", with none of it in it yet. `--checkpointi
 recomputed in the backward pass, as base.activation_checkpointing does.
 
 `--dtype auto` stores frozen bases in bfloat16 where this CPU multiplies it faster than float32, and else in float32.
-Rows that need a fast bfloat16 are then not measured; `--dtype bfloat16` measures them on any CPU, at its rate, for
-which `--shape demo --block 64` has patience. The floor beside a ratio, "by counted operations", is what it would be if
+Rows that need a fast bfloat16 are then not measured; `--dtype bfloat16` measures them on any CPU, at its rate:
+take a small `--shape` and `--block`. The floor beside a ratio, "by counted operations", is what it would be if
 both did nothing but matrix products, at one rate. `--merge` takes the rows that other tools measure (bench_ranks.py,
 bench_growth.py) from what they wrote with --json, so that all that was asked is in one table.
 """

@@ -16,12 +16,12 @@ from torch import Tensor
 from revpatch.training.own_code import with_own_code
 
 SLICE_BYTES = 2 * 2**20
-"""Of float32 logits that go through all steps before the next ones on a CPU."""
+"""Float32 logits that go through all steps together on a CPU; never fewer rows than it has threads."""
 
 LARGE_HEAD_BYTES = 32 * 2**20
-"""Of a head that a CPU's caches don't hold: its products with few rows are formed the other way round."""
+"""A head beyond this, which a CPU's caches don't hold, is multiplied the other way round."""
 TILE = 1024
-"""Entries of the vocabulary whose logits are then formed at once."""
+"""Entries of the vocabulary whose logits are formed at once for such a head."""
 
 
 class Weights(NamedTuple):
@@ -33,8 +33,8 @@ class Weights(NamedTuple):
 
 
 class Buffers:
-    """Room for rows of logits, by name, as many as are asked for at first: the pages of a fresh tensor of this size
-    cost as much as a softmax."""
+    """Room for rows of logits, by name, as many as the first who asks for it needs: the pages of a fresh tensor of this
+    size cost as much as a softmax."""
 
     def __init__(self, head: Tensor) -> None:
         self.head = head
@@ -63,17 +63,19 @@ class Buffers:
     def pull_back(self, d_logits: Tensor, out: Tensor) -> None:
         """d_logits·W (rows, d) into `out`."""
         if self.is_large:
-            out.copy_(torch.mm(self.head.T, d_logits.T).T)
+            turned = out.new_empty(out.shape[::-1])
+            out.copy_(torch.mm(self.head.T, d_logits.T, out=turned).T)
             return
         if self.head.dtype != self.wide:
             d_logits = self.room("narrow", len(d_logits), self.head.dtype).copy_(d_logits)
         torch.mm(d_logits, self.head, out=out)
 
     def _logits_by_tiles(self, hidden: Tensor, out: Tensor) -> Tensor:
-        """W·hiddenᵀ a tile at a time, each turned while it is in the cache. With few rows, MKL forms hidden·Wᵀ of such a
-        head at half of the rate."""
+        """W·hiddenᵀ a tile at a time, each turned while it is in the cache. With few rows, MKL forms hidden·Wᵀ at half
+        of the rate that it reaches with large matrices."""
+        tile = out.new_empty(TILE, len(hidden))  # all products here have an `out`: autocast leaves them in their type
         for head, columns in zip(self.head.split(TILE), out.split(TILE, dim=1), strict=True):
-            columns.copy_(torch.mm(head, hidden.T).T)
+            columns.copy_(torch.mm(head, hidden.T, out=tile[: len(head)]).T)
         return out
 
 
@@ -87,7 +89,8 @@ class Chunk(Protocol):
 
         Args:
             buffers: `logits` and `taught` are its rooms of these names; what is in them is lost.
-            logits, taught: (rows, V), float32 or wider; `taught` is None without a teacher, and the KL with it.
+            logits, taught: (rows, V), at least one row, float32 or wider; `taught` is None without a teacher, and the
+                KL with it.
             targets: (rows,) int64.
             weights: of the terms; the KL comes without its T².
             learns: whether d(logits) is asked for.
@@ -99,7 +102,9 @@ def in_place(
     buffers: Buffers, logits: Tensor, taught: Tensor | None, targets: Tensor, weights: Weights, learns: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """See `Chunk`; d(logits) takes the place of the logits."""
-    rows = max(1, SLICE_BYTES // (4 * logits.shape[1])) if logits.device.type == "cpu" else len(logits)
+    rows = len(logits)
+    if logits.device.type == "cpu":
+        rows = max(torch.get_num_threads(), SLICE_BYTES // (4 * logits.shape[1]))
     nll, kl = [], []
     for start in range(0, len(logits), rows):
         part = slice(start, start + rows)

@@ -10,7 +10,7 @@ Both means are over the tokens whose target is not `ignore_index`; the others ha
 
 W is frozen, so the loss needs only d(loss)/dh, and that is known as soon as a chunk's logits are: the forward pass
 walks the tokens in chunks, forms the softmax once for CE and (at T = 1) KL, accumulates the gradient and drops the
-logits. The memory is one chunk of logits whatever N is. The T² keeps the KL's gradient at the size of the CE's (Hinton
+logits. The memory is that of a few chunks whatever N is. The T² keeps the KL's gradient at the size of the CE's (Hinton
 et al., 2015). What is done with a chunk: revpatch/training/head_chunk.py.
 """
 

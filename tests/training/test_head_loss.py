@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from revpatch.training import head_chunk
-from revpatch.training.head_chunk import Chunk, compiled, in_place
+from revpatch.training.head_chunk import Buffers, Chunk, compiled, in_place
 from revpatch.training.head_loss import MIN_ROWS, frozen_head_loss, token_nll
 
 COUNT, WIDTH, VOCAB = 50, 24, 97
@@ -59,6 +59,12 @@ def oracle(
     return loss.detach(), ce.detach(), kl.detach(), gradient
 
 
+def take_for_large(large_head: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_chunk, "LARGE_HEAD_BYTES", 0 if large_head else 10**9)
+    assert Buffers(torch.zeros(VOCAB, WIDTH)).is_large is large_head
+    assert not Buffers(torch.zeros(VOCAB, WIDTH, dtype=torch.bfloat16)).is_large
+
+
 def error(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected).norm() / expected.norm())
 
@@ -75,7 +81,7 @@ def test_values_and_gradient_are_those_of_the_definition(
     temperature: float,
     weights: tuple[float, float],
 ) -> None:
-    monkeypatch.setattr(head_chunk, "LARGE_HEAD_BYTES", 0 if large_head else 10**9)
+    take_for_large(large_head, monkeypatch)
     hidden, targets, head, teacher = inputs()
     expected = oracle(hidden, targets, head, teacher, weights, temperature)
     loss, ce, kl = frozen_head_loss(hidden, targets, head, teacher, *weights, temperature, CHUNKS[chunk])
@@ -242,14 +248,30 @@ def test_logits_of_any_size_stay_finite(inputs: Inputs) -> None:
     assert float(ce) == pytest.approx(float(expected[1]), rel=1e-5)
 
 
+def test_autocast_does_not_reach_the_products(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, targets, head, teacher = inputs(torch.float32)
+    for large_head in (False, True):
+        take_for_large(large_head, monkeypatch)
+        found = []
+        for enabled in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                loss, *_ = frozen_head_loss(hidden, targets, head, teacher, 1.0, 1.0)
+            found.append((loss.detach(), torch.autograd.grad(loss, hidden)[0]))
+        torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+
+
 def test_a_kl_needs_a_teacher(inputs: Inputs) -> None:
     hidden, targets, head, _ = inputs()
     with pytest.raises(AssertionError, match="teacher"):
         frozen_head_loss(hidden, targets, head, None, 1.0, 1.0)
 
 
+@pytest.mark.parametrize("large_head", [False, True])
 @pytest.mark.parametrize("chunk", CHUNKS)
-def test_token_nll_is_the_cross_entropy_of_each_token(inputs: Inputs, chunk: str) -> None:
+def test_token_nll_is_the_cross_entropy_of_each_token(
+    inputs: Inputs, monkeypatch: pytest.MonkeyPatch, chunk: str, large_head: bool
+) -> None:
+    take_for_large(large_head, monkeypatch)
     hidden, targets, head, _ = inputs()
     nll = token_nll(hidden.detach(), targets, head, CHUNKS[chunk])
     assert nll.shape == (COUNT,)
@@ -260,8 +282,8 @@ def test_token_nll_is_the_cross_entropy_of_each_token(inputs: Inputs, chunk: str
 
 
 class LogitsSpy(TorchDispatchMode):
-    """Remembers the rows of tensors that are as wide as the vocabulary: the most of one, and of each that was made to
-    be filled."""
+    """Remembers the rows of tensors that are as wide as the vocabulary, or, turned, as long: `made` those of each new
+    tensor, `rows` the most of one."""
 
     def __init__(self, vocabulary: int = VOCAB) -> None:
         super().__init__()
@@ -270,21 +292,28 @@ class LogitsSpy(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        is_new = all(returned.alias_info is None for returned in func._schema.returns)
         for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[-1] == self.vocabulary and len(leaf) != WIDTH:
+            if not isinstance(leaf, Tensor) or WIDTH in leaf.shape:
+                continue
+            if leaf.shape[-1:] == (self.vocabulary,) or (is_new and leaf.shape[:1] == (self.vocabulary,)):
                 self.rows = max(self.rows, leaf.numel() // self.vocabulary)
-                if func is torch.ops.aten.empty.memory_format:
+                if is_new:
                     self.made.append(leaf.numel() // self.vocabulary)
         return out
 
 
+@pytest.mark.parametrize("large_head", [False, True])
 @pytest.mark.parametrize("rows", [1, 7, 16])
-def test_never_more_than_one_chunk_of_logits_is_held(inputs: Inputs, rows: int) -> None:
+def test_two_chunks_of_logits_are_held_and_slices(
+    inputs: Inputs, monkeypatch: pytest.MonkeyPatch, rows: int, large_head: bool
+) -> None:
+    take_for_large(large_head, monkeypatch)
     hidden, targets, head, teacher = inputs(torch.float32)
     with LogitsSpy() as spy:
         frozen_head_loss(hidden, targets, head, teacher, 1.0, 1.0, 2.0, rows * 4 * VOCAB)[0].backward()
     assert spy.rows == rows
-    assert sorted(spy.made) == sorted([rows, rows, min(rows, 3), min(rows, 3)]), "two chunks, and slices between them"
+    assert sorted(spy.made) == sorted([rows, rows, min(rows, 3), min(rows, 3)])
     with LogitsSpy() as spy:
         token_nll(hidden.detach(), targets, head, rows * 4 * VOCAB)
     assert spy.rows == rows
