@@ -123,3 +123,9 @@ def sha256_of_file(path: Path) -> str:
         while count := file.readinto(buffer):
             digest.update(view[:count])
     return digest.hexdigest()
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Return whether a file is what git leaves in the place of a large file that `git lfs pull` has not fetched yet."""
+    with path.open("rb") as file:
+        return file.read(42).startswith(b"version https://git-lfs.github.com/spec/v1")

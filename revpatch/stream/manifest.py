@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,7 @@ class Manifest:
     @property
     def digest(self) -> str:
         """sha256 (hex) of the canonical JSON: two sets of one digest hold the same blocks in the same order."""
-        return hashlib.sha256(_canonical_json(asdict(self)).encode()).hexdigest()
+        return hashlib.sha256(_canonical_json(_plain(self)).encode()).hexdigest()
 
     @property
     def block_bytes(self) -> int:
@@ -137,7 +137,7 @@ class Manifest:
 
     def write(self, directory: str | Path) -> None:
         """Write `directory/manifest.json` atomically: there is either the old one or all of the new one."""
-        text = json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+        text = json.dumps(_plain(self), indent=2, ensure_ascii=False) + "\n"
         write_atomically(Path(directory) / MANIFEST_NAME, text.encode())
 
     def _check(self, where: str) -> None:
@@ -196,6 +196,19 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256(_canonical_json(state).encode()).hexdigest()
 
 
+def _plain(record: Any) -> dict[str, Any]:
+    """The fields as JSON. Those that a later version of revpatch added have defaults, and are left out where they hold
+    them: manifests written before keep their digests."""
+    found = {}
+    for item in fields(record):
+        value = getattr(record, item.name)
+        if item.default is MISSING or value != item.default:
+            found[item.name] = _plain(value) if isinstance(value, TokenizerInfo) else value
+            if isinstance(value, tuple):
+                found[item.name] = [asdict(each) if isinstance(each, Shard) else each for each in value]
+    return found
+
+
 def _canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
@@ -213,9 +226,16 @@ def _parse(cls: type, value: Any, where: str, key: str) -> Any:
     if not isinstance(value, dict):
         _fail(where, key or "the whole file", "an object", value)
     names = [field.name for field in fields(cls)]
-    for name in (*(n for n in names if n not in value), *(n for n in value if n not in names)):
+    required = [field.name for field in fields(cls) if field.default is MISSING]
+    for name in (*(n for n in required if n not in value), *(n for n in value if n not in names)):
         _fail(where, f"{prefix}{name}", "a value" if name in names else "no such key", value.get(name, "nothing"))
-    return cls(**{f.name: _parse_field(str(f.type), value[f.name], where, f"{prefix}{f.name}") for f in fields(cls)})
+    return cls(
+        **{
+            f.name: _parse_field(str(f.type), value[f.name], where, f"{prefix}{f.name}")
+            for f in fields(cls)
+            if f.name in value
+        }
+    )
 
 
 def _parse_field(kind: str, value: Any, where: str, key: str) -> Any:
