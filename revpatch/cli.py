@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from revpatch import doctor_cli, ledger_cli, report_cli, shards_cli, surgery_cli
+from revpatch.cli_errors import EXIT_REFUSED, tell
 from revpatch.cli_options import load_config_once
 from revpatch.generate_cli import generate
+from revpatch.monitoring import streams
 from revpatch.monitoring.terminal import console, quiet_libraries, say
 
+
+
+class _Commands(TyperGroup):
+    """All commands. Takes Ctrl-C and errors of the system before typer does, which would end without a word."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (KeyboardInterrupt, OSError) as error:
+            sys.exit(tell(error))
+
+
 app = typer.Typer(
+    cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -54,6 +69,7 @@ def train(
 
     if overwrite and not fresh:
         raise ValueError("--overwrite deletes the run in output_dir to begin another: it needs --fresh beside it")
+    streams.never_wait()
     outcome = run(load_config_once(config, overrides), fresh, overwrite)
     directory = outcome.directory
     if outcome.interrupted:
@@ -64,20 +80,31 @@ def train(
 
 
 def main() -> None:
-    """Runs the command line; a user's mistake is one message, with the rank that met it, and exit code 2.
+    """Runs the command line; a user's mistake is one message and exit code 2, and what else ends it exits with 1.
 
-    REVPATCH_TRACEBACK=1 in the environment shows where the error came from.
+    What a command prints may get lost (`| head`, a closed terminal): it is done all the same. Where the output is what
+    was asked for and can't be written, as on a full disk, that is said, and the exit code is 2.
     """
+    streams.make_steady()
     quiet_libraries()
+    code: Any = 0
     try:
         app()
-    except (ValueError, OSError) as error:
-        if os.environ.get("REVPATCH_TRACEBACK"):
-            raise
-        rank = os.environ.get("RANK", "0")
-        where = "" if rank == "0" else f", rank {rank} on {socket.gethostname()}"
-        sys.stderr.write(f"revpatch{where}: {error}\n")
-        sys.exit(1 if isinstance(error, ConnectionError) else 2)
+    except SystemExit as end:
+        code = end.code
+    except Exception as error:
+        code = tell(error)
+    streams.flush()
+    if code in (0, None) and (lost := streams.unwritten()) is not None and not _only_progress(sys.argv[1:]):
+        sys.stderr.write(f"revpatch: standard output: {lost.strerror}: what the command printed is not whole there\n")
+        code = EXIT_REFUSED
+    sys.exit(code)
+
+
+def _only_progress(arguments: list[str]) -> bool:
+    """Whether what the command makes is in its folder, and its lines only say how far it is."""
+    named = [word for word in arguments if not word.startswith("-")]
+    return named[:1] == ["train"] or named[:2] == ["shards", "build"]
 
 
 if __name__ == "__main__":

@@ -47,5 +47,5 @@ def print_json(value: Any) -> None:
 
 
 def print_line(text: str) -> None:
-    """Prints a line as it is, however long. Ends quietly if the reader has gone (`| head`)."""
+    """Prints a line as it is, however long."""
     Painter(console).print([text])

@@ -31,6 +31,7 @@ FLOORS = {
     "revpatch.generate": 3,
     "revpatch.surgery": 4,
     "revpatch.cli_options": 4,
+    "revpatch.cli_errors": 4,
     "revpatch.generate_cli": 5,
     "revpatch.doctor": 4,
     "revpatch.report": 4,

@@ -28,14 +28,11 @@ class Painter:
         return f"{before}{text}{after}"
 
     def print(self, lines: Iterable[str]) -> None:
-        """Writes lines that were made of pieces of `__call__`. Ends quietly if the reader has gone (`| head`)."""
+        """Writes lines that were made of pieces of `__call__`."""
         write = self.console.file.write
-        try:
-            for line in lines:
-                write(f"{line}\n")
-            self.console.file.flush()
-        except BrokenPipeError:
-            self.console.on_broken_pipe()
+        for line in lines:
+            write(f"{line}\n")
+        self.console.file.flush()
 
     def _learn(self, style: str) -> tuple[str, str]:
         before, _, after = Style.parse(style).render("|", color_system=self._system).partition("|")

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+_on_terminal = sys.stdout is not None and sys.stdout.isatty()  # None where it was closed before the start
 # No :names: turned into pictures: paths and generated text mean what they say.
-console = Console(soft_wrap=True, emoji=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120)
+console = Console(soft_wrap=True, emoji=False, width=None if _on_terminal or "COLUMNS" in os.environ else 120)
 """The one console: log lines, tables and the progress bar share it."""
 
 _NOISY = ("DeepSpeed", "deepspeed", "transformers", "accelerate", "datasets", "torch.distributed", "tensorboard")
@@ -44,12 +45,28 @@ def log_to(file: Path) -> None:
     for handler in list(log.handlers):
         log.removeHandler(handler)
         handler.close()
-    written = logging.FileHandler(file, encoding="utf-8")
+    written = _LogFile(file, encoding="utf-8", errors="backslashreplace")
     written.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     log.addHandler(written)
     log.addHandler(_ConsoleHandler())
 
 
+class _LogFile(logging.FileHandler):
+    """A log file whose disk may be full: that is said once, and the lines are shown all the same."""
+
+    _said = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not self._said and isinstance(error, OSError):
+            self._said = True
+            reason = error.strerror or error
+            sys.stderr.write(f"revpatch: {self.baseFilename} can't be written ({reason}): the log goes on without it\n")
+
+
 class _ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        say(self.format(record))
+        try:
+            say(self.format(record))
+        except OSError:  # in a program that has not made its streams steady; the file has the line
+            pass
