@@ -45,6 +45,11 @@ def train(config: Config, fresh: bool = False, overwrite: bool = False) -> Outco
         ShardError: a shard is broken; on all ranks, at the same step.
         RuntimeError: the engine's world is not the launcher's, or two ranks disagree.
     """
+    with Interruption() as interruption:
+        return _train(config, fresh, overwrite, interruption)
+
+
+def _train(config: Config, fresh: bool, overwrite: bool, interruption: Interruption) -> Outcome:
     launch = Launch.from_environment()
     device = launch.device()
     raw = needs_building(config)
@@ -52,7 +57,6 @@ def train(config: Config, fresh: bool = False, overwrite: bool = False) -> Outco
     plan = None if raw else check(config, launch.world, begun)
     if raw:
         check_base(config, launch.world)
-    interruption = Interruption()
     with process_group(launch, device, config.engine.timeout_minutes) as peers:
         check_same_config(config, peers)
         if plan is None:
@@ -72,6 +76,7 @@ def train(config: Config, fresh: bool = False, overwrite: bool = False) -> Outco
             trainer = Trainer(config, plan, base, peers, record, standing.directory, interruption)
             trainer.take_up(standing)
             interruption.training = True
-            return Outcome(standing.directory, interrupted=not trainer.run())
+            interruption.settled = interrupted = not trainer.run()
+            return Outcome(standing.directory, interrupted)
         finally:
             record.close()
