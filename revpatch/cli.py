@@ -13,10 +13,10 @@ from typer.core import TyperGroup
 from revpatch import doctor_cli, ledger_cli, report_cli, shards_cli, surgery_cli
 from revpatch.cli_errors import EXIT_REFUSED, tell
 from revpatch.cli_options import load_config_once
+from revpatch.cores import keep_threads_to_quota
 from revpatch.generate_cli import generate
 from revpatch.monitoring import streams
 from revpatch.monitoring.terminal import console, quiet_libraries, say
-
 
 
 class _Commands(TyperGroup):
@@ -86,6 +86,7 @@ def main() -> None:
     was asked for and can't be written, as on a full disk, that is said, and the exit code is 2.
     """
     streams.make_steady()
+    keep_threads_to_quota()
     quiet_libraries()
     code: Any = 0
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from pathlib import Path
@@ -26,11 +27,13 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
             f"config {path}: no such file; pass the path of a YAML or JSON config, e.g. configs/demo.yaml"
         )
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
         if path.suffix == ".json":
             data = json.loads(text, object_pairs_hook=_without_duplicates)
         else:
             data = yaml.load(text, Loader=_Loader)  # noqa: S506
+    except RecursionError:
+        raise ConfigError(f"config {path}: its lists or sections are nested too deeply to be a config") from None
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"config {path}: can't be read as {path.suffix[1:] or 'YAML'}: {error}") from error
     if not isinstance(data, dict):
@@ -41,6 +44,24 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         return Config.model_validate(data)
     except ValidationError as error:
         raise ConfigError(_explain(path, error)) from None
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a file that a person has written: UTF-8, or UTF-16 with its mark, as editors on Windows write
+    it; the mark is left out. Raises OSError, and ValueError that names the byte that is neither."""
+    data = path.read_bytes()
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        encoding, name = "utf-16", "UTF-16, which its mark says it is"
+    else:
+        encoding, name = "utf-8-sig", "UTF-8"
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"byte {error.start} (line {line}, {data[error.start : error.start + 1]!r}) is not {name}: save the file "
+            "as UTF-8"
+        ) from error
 
 
 def dump_config(config: Config) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import hashlib
 import os
 import secrets
@@ -10,11 +10,14 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+
+from revpatch.locks import lock_file
 
 _CHUNK = 1 << 20
 _LOCK_NAME = ".lock"
 TEMPORARY_SUFFIX = ".tmp"
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.ENOSYS)
+"""What a file system answers that syncs files alone."""
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -61,7 +64,8 @@ def new_folder(folder: Path, named: str) -> Iterator[Path]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = unfinished(folder)
     temporary.mkdir(exist_ok=True)
-    lock = _locked(temporary / _LOCK_NAME, named)
+    if (lock := lock_file(temporary / _LOCK_NAME)) is None:
+        raise FileExistsError(f"{named}: another process is writing there: wait for it, or name another folder")
     try:
         for left in temporary.iterdir():
             if left.name != _LOCK_NAME:
@@ -78,19 +82,6 @@ def new_folder(folder: Path, named: str) -> Iterator[Path]:
     sync_directory(folder.parent)
 
 
-def _locked(path: Path, named: str) -> IO[Any]:
-    file = path.open("a")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Whoever held it may have finished between the opening and the locking: the file is then no longer there.
-        if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
-            return file
-    except BlockingIOError:
-        pass
-    file.close()
-    raise FileExistsError(f"{named}: another process is writing there: wait for it, or name another folder")
-
-
 def _sync_tree(folder: Path) -> None:
     """Makes all files and names in `folder` durable."""
     for place, _, names in os.walk(folder, topdown=False):
@@ -101,12 +92,17 @@ def _sync_tree(folder: Path) -> None:
 
 
 def sync_directory(directory: Path) -> None:
-    """Makes renames, new names and removals in `directory` durable. Raises OSError."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    """Makes renames, new names and removals in `directory` durable, as far as its file system can do that: some of
+    NFS, CIFS, Lustre and FUSE refuse to sync a folder, and write names through by themselves. Raises OSError."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise OSError(error.errno, f"the folder could not be synced ({error.strerror})", str(directory)) from error
 
 
 def sha256_of(data: bytes) -> str:

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.progress import BarColumn, Progress, TextColumn
 
+from revpatch.cores import cores
 from revpatch.monitoring.terminal import console, say
 
 app = typer.Typer(help="Build token shards, and look into them.", no_args_is_help=True)
 
 FolderArgument = Annotated[Path, typer.Argument(help="Folder of the shards.")]
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 @app.command()
@@ -39,7 +35,8 @@ def build(
     max_tokens: Annotated[int | None, typer.Option(help="Stop after so many tokens.")] = None,
     shard_mb: Annotated[int, typer.Option(min=1, help="Size of a shard, in MiB.")] = 64,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes that tokenise; default: the CPUs there are. 1: none but this.")
+        int | None,
+        typer.Option(min=1, help="Processes that tokenise; default: the CPUs it may use. 1: none but this."),
     ] = None,
     licence: Annotated[str | None, typer.Option(help="Rights in the text, kept in the manifest.")] = None,
     note: Annotated[str | None, typer.Option(help="What the text is, kept in the manifest.")] = None,
@@ -62,7 +59,7 @@ def build(
                 holdout=holdout,
                 max_tokens=max_tokens,
                 shard_bytes=shard_mb * 2**20,
-                workers=workers or _cores(),
+                workers=workers or cores(),
                 progress=show,
             )
     except KeyboardInterrupt:

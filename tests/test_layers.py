@@ -19,7 +19,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "revpatch"
 FLOORS = {
     "revpatch.config": 0,
+    "revpatch.locks": -1,
     "revpatch.durable": 0,
+    "revpatch.cores": 0,
     "revpatch.config_file": 1,
     "revpatch.patch": 1,
     "revpatch.stream": 1,

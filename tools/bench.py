@@ -25,7 +25,6 @@ bench_growth.py) from what they wrote with --json, so that all that was asked is
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +40,7 @@ from bench_workload import SHAPES, Workload, base_dtype
 from figures import machine, show
 
 from revpatch.config import ReplayConfig
+from revpatch.cores import cores
 from revpatch.training.launch import bfloat16_is_slow
 
 CHECKPOINTING = "ours-checkpointing"
@@ -52,7 +52,7 @@ def parse(words: list[str] | None = None) -> tuple[argparse.ArgumentParser, argp
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--threads", type=int, default=cores())
     parser.add_argument("--shape", choices=SHAPES, default="gpt2")
     parser.add_argument("--peers", help="names, comma-separated; ours are always there. Default: all that can run here")
     parser.add_argument("--new", type=int, default=4)

@@ -15,7 +15,6 @@ Below it stands the optimizer alone: AdamW over the sidecars' own tensors, and o
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import time
 from pathlib import Path
@@ -28,6 +27,7 @@ from bench_workload import LEARNING_RATE, MAX_GRAD_NORM, SHAPES, Workload, base_
 from figures import Figure, machine, markdown, write_figures
 from torch import Tensor, nn
 
+from revpatch.cores import cores
 from revpatch.patch.families import blocks_of, body_of
 
 PRODUCTS, ATTENTION, SIDECARS, HEAD = "base's products", "attention", "sidecars", "head and loss"
@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("--micro-blocks", type=int, default=4)
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--threads", type=int, default=cores())
     parser.add_argument("--cached", action="store_true", help="with what the teacher says at hand")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()

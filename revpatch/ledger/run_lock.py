@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 from pathlib import Path
 from typing import IO, Any
+
+from revpatch.locks import lock_file
 
 LOCK_NAME = ".lock"
 
@@ -12,13 +13,8 @@ LOCK_NAME = ".lock"
 def lock_run(run: Path) -> IO[Any] | None:
     """Locks the folder of a run until the returned file is closed; None if another process holds it.
 
-    It holds between processes of one machine, and over a shared folder as far as its file system passes locks on.
+    It holds between processes of one machine, and over a shared folder as far as its file system passes locks on; where
+    it has none, a warning says so.
     Raises OSError if the folder can't be written to.
     """
-    file = (run / LOCK_NAME).open("a")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    return file
+    return lock_file(run / LOCK_NAME)

@@ -12,6 +12,7 @@ import os
 import select
 import stat
 import sys
+from pathlib import Path
 
 PATIENCE_SECONDS = 5.0
 """So long does `never_wait` wait once for a reader that takes nothing; then what it does not take is dropped."""
@@ -80,7 +81,7 @@ def make_steady() -> None:
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
         if stream is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  # for as long as we run
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))
         elif isinstance(stream, io.TextIOWrapper) and _descriptor_of(stream) == descriptor:
             stream.flush()
             raw = _steady[descriptor] = _Raw(descriptor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -66,7 +67,5 @@ class _LogFile(logging.FileHandler):
 
 class _ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        try:
+        with contextlib.suppress(OSError):  # in a program whose streams are not steady; the file has the line
             say(self.format(record))
-        except OSError:  # in a program that has not made its streams steady; the file has the line
-            pass

@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from revpatch.locks import NO_LOCKS
+
 
 class ShardCacheError(ValueError):
     """The cache's folder can't hold what is asked of it: the budget is too small, or the disk is full or read-only."""
@@ -47,7 +49,7 @@ class CacheFolder:
             return None
         except OSError as error:
             raise self.failed(error) from error
-        fcntl.flock(descriptor, fcntl.LOCK_SH)  # who has it alone is about to remove it, and won't take long
+        self._lock(descriptor, fcntl.LOCK_SH)  # who has it alone is about to remove it, and won't take long
         if not _is_linked(descriptor):
             os.close(descriptor)
             return None
@@ -89,7 +91,7 @@ class CacheFolder:
         with self._locked():  # a listing might else miss both names, and flock's change of a lock is not atomic
             self._part(sha256).rename(self._path(sha256))
             self._failed(sha256).unlink(missing_ok=True)
-            fcntl.flock(descriptor, fcntl.LOCK_SH)
+            self._lock(descriptor, fcntl.LOCK_SH)
 
     def abandon(self, sha256: str, descriptor: int) -> None:
         """Remove a reserved file."""
@@ -119,6 +121,11 @@ class CacheFolder:
 
     def failed(self, error: OSError) -> ShardCacheError:
         """The error to raise when the disk doesn't do what it is asked."""
+        if error.errno in NO_LOCKS:
+            return ShardCacheError(
+                f"{self.folder}: the shard cache can't be used: its file system has no locks ({error.strerror}), so "
+                "nobody would know which shards are in use; set stream.shard_cache to a folder on this machine's own disk"
+            )
         return ShardCacheError(
             f"{self.folder}: the shard cache can't be used: {error.strerror or error}; free room on its disk, or set "
             "stream.shard_cache to another folder or stream.shard_cache_gb to less"
@@ -168,10 +175,16 @@ class CacheFolder:
         except OSError as error:
             raise self.failed(error) from error
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            self._lock(descriptor, fcntl.LOCK_EX)
             yield
         finally:
             os.close(descriptor)
+
+    def _lock(self, descriptor: int, how: int) -> None:
+        try:
+            fcntl.flock(descriptor, how)
+        except OSError as error:
+            raise self.failed(error) from error
 
     def _path(self, sha256: str) -> Path:
         return self.folder / f"{sha256}.tar"

@@ -12,14 +12,14 @@ A killed build leaves it, and the same command goes on from the last checkpoint.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from revpatch.durable import sync_directory
+from revpatch.locks import lock_file
 
 
 class UnfinishedBuild:
@@ -37,7 +37,7 @@ class UnfinishedBuild:
             self._check_recipe(recipe, inputs)
             self._write("recipe.json", {**recipe, "inputs": inputs})
         except BaseException:
-            os.close(self._lock)
+            self._lock.close()
             raise
 
     def save(self, checkpoint: dict[str, Any]) -> None:
@@ -53,30 +53,23 @@ class UnfinishedBuild:
             with contextlib.suppress(FileNotFoundError):
                 self.folder.rename(aside)
             shutil.rmtree(aside, ignore_errors=True)
-        os.close(self._lock)
+        self._lock.close()
 
-    def _acquire(self) -> int:
+    def _acquire(self) -> IO[Any]:
+        path = self.folder / "lock"
         while True:
             self.folder.mkdir(parents=True, exist_ok=True)
-            path = self.folder / "lock"
             try:
-                lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+                if (lock := lock_file(path)) is not None:
+                    path.write_text(str(os.getpid()), encoding="ascii")
+                    return lock
+                owner = path.read_text(encoding="ascii") or "unknown"
             except FileNotFoundError:  # the build that had it has just finished
                 continue
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                owner = os.pread(lock, 20, 0).decode() or "unknown"
-                os.close(lock)
-                raise BlockingIOError(
-                    f"{self._out}: another build into this folder is at work (process {owner}); "
-                    "wait until it has ended, or choose another folder"
-                ) from None
-            if path.exists() and os.fstat(lock).st_ino == path.stat().st_ino:
-                os.ftruncate(lock, 0)
-                os.pwrite(lock, str(os.getpid()).encode(), 0)
-                return lock
-            os.close(lock)  # of a folder that was removed meanwhile
+            raise BlockingIOError(
+                f"{self._out}: another build into this folder is at work (process {owner}); "
+                "wait until it has ended, or choose another folder"
+            )
 
     def _check_recipe(self, recipe: dict[str, Any], inputs: list[dict[str, Any]]) -> None:
         found = self._read("recipe.json")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from revpatch.config import Config, ConfigError
+from revpatch.cores import cores
 from revpatch.monitoring.building import shown_progress
 from revpatch.monitoring.terminal import say
 from revpatch.stream.build import build_shards
@@ -126,7 +126,7 @@ def _build(config: Config, place: str, tokenizer: Any, holdout: float, world: in
                     folder,
                     text_column=build.text_column,
                     holdout=holdout,
-                    workers=build.workers or len(os.sched_getaffinity(0)),
+                    workers=build.workers or cores(),
                     progress=progress,
                 )
         except BlockingIOError:  # another run builds them just now

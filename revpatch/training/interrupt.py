@@ -1,4 +1,4 @@
-"""The signals that ask a training to stop: a scheduler's before it takes the node, Ctrl-C, a terminal that is closed."""
+"""The signals that ask a training to stop: a scheduler's before it takes the node, Ctrl-C, a closed terminal."""
 
 from __future__ import annotations
 

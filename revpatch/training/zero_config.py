@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from revpatch.config import ConfigError
+from revpatch.config_file import read_text
 
 _OURS = {
     "train_batch_size": "batch",
@@ -33,8 +34,8 @@ def read_deepspeed_config(path: str | None) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"engine.deepspeed = {path}: no such file; see configs/deepspeed/ for examples")
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        data = json.loads(read_text(file))
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"engine.deepspeed = {path}: not JSON: {error}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"engine.deepspeed = {path}: expected keys and values, found {type(data).__name__}")
