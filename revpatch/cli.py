@@ -15,7 +15,9 @@ from revpatch.cli_errors import EXIT_REFUSED, tell
 from revpatch.cli_options import load_config_once
 from revpatch.cores import keep_threads_to_quota
 from revpatch.generate_cli import generate
+from revpatch.home import ensure_home
 from revpatch.monitoring import streams
+from revpatch.monitoring.doing import doing
 from revpatch.monitoring.terminal import console, quiet_libraries, say
 
 
@@ -65,12 +67,14 @@ def train(
     """
     from revpatch.monitoring.summary import print_summary
     from revpatch.training.interrupt import EXIT_CODE
-    from revpatch.training.run import train as run
 
     if overwrite and not fresh:
         raise ValueError("--overwrite deletes the run in output_dir to begin another: it needs --fresh beside it")
     streams.never_wait()
-    outcome = run(load_config_once(config, overrides), fresh, overwrite)
+    loaded = load_config_once(config, overrides)
+    with doing("loading torch and transformers", say, os.environ.get("RANK", "0") == "0"):
+        from revpatch.training.run import train as run
+    outcome = run(loaded, fresh, overwrite)
     directory = outcome.directory
     if outcome.interrupted:
         raise typer.Exit(EXIT_CODE)
@@ -86,10 +90,11 @@ def main() -> None:
     was asked for and can't be written, as on a full disk, that is said, and the exit code is 2.
     """
     streams.make_steady()
-    keep_threads_to_quota()
-    quiet_libraries()
     code: Any = 0
     try:
+        keep_threads_to_quota()
+        ensure_home()
+        quiet_libraries()
         app()
     except SystemExit as end:
         code = end.code

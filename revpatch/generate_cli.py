@@ -10,6 +10,8 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from revpatch.cli_options import BaseOption, JsonOption, print_json
+from revpatch.monitoring.doing import doing
+from revpatch.monitoring.streams import reader_has_gone
 from revpatch.monitoring.terminal import console
 
 if TYPE_CHECKING:
@@ -61,7 +63,8 @@ def generate(
 
     always: dict[str, Any] = {"repetition_penalty": repetition_penalty, "no_repeat_ngram": no_repeat_ngram}
     sampling = Sampling(greedy, max_new_tokens, num_samples=num_samples, **always, **given)
-    writer = Writer.load(patch, sampling, base)
+    with doing("loading the base and the patch"):
+        writer = Writer.load(patch, sampling, base)
     for text in prompts:
         writer.check(text)
     gates = COMPARED if compare else (gate or "learned",)
@@ -95,6 +98,8 @@ def _print_texts(writer: Writer, prompts: list[str], gate: str) -> None:
         streamer = TextStreamer(writer.tokenizer, skip_special_tokens=True)
         texts = writer.write(prompt, gate, streamer)
         for sample in range(1, samples + 1):
+            if reader_has_gone():
+                return
             if len(prompts) * samples > 1:
                 typer.echo(f"[prompt {number} of {len(prompts)}, sample {sample} of {samples}]")
             next(texts)

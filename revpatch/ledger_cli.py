@@ -19,6 +19,7 @@ from revpatch.cli_options import (
     print_json,
     print_line,
 )
+from revpatch.monitoring.doing import doing
 from revpatch.monitoring.terminal import console, say
 
 app = typer.Typer(no_args_is_help=True)
@@ -68,7 +69,8 @@ def ledger_verify(
     from revpatch.ledger.audit import verify
     from revpatch.ledger.show import print_verdict
 
-    report = verify(run, head, hash_files)
+    with doing(f"hashing the files of {run}"):
+        report = verify(run, head, hash_files)
     if not as_json:
         print_verdict(report, console)
     proof, unproved = None, None

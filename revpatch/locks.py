@@ -27,7 +27,7 @@ def lock_file(path: Path) -> IO[Any] | None:
 
     None if another process holds it, or has held it and removed it meanwhile. Raises OSError if it can't be opened.
     """
-    file = path.open("a")
+    file: IO[Any] = path.open("a")
     try:
         held = _try(file)
     except OSError as error:

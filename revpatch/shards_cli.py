@@ -9,6 +9,7 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn
 
 from revpatch.cores import cores
+from revpatch.monitoring.doing import doing
 from revpatch.monitoring.terminal import console, say
 
 app = typer.Typer(help="Build token shards, and look into them.", no_args_is_help=True)
@@ -78,15 +79,23 @@ def verify(folder: FolderArgument) -> None:
     from revpatch.stream.manifest import Manifest
 
     total = sum(shard.bytes for shard in Manifest.read(folder).shards)
-    with Progress(
-        BarColumn(),
-        TextColumn("{task.percentage:.0f} % read"),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ) as bar:
+    with (
+        Progress(
+            BarColumn(),
+            TextColumn("{task.percentage:.0f} % read"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        ) as bar,
+        doing(f"reading {folder}", enabled=not console.is_terminal) as far,
+    ):
         task = bar.add_task("", total=total)
-        reports = list(verify_shards(folder, lambda count: bar.advance(task, count)))
+
+        def advance(count: int) -> None:
+            bar.advance(task, count)
+            far(int(bar.tasks[task].completed) >> 20, total >> 20, "MiB")
+
+        reports = list(verify_shards(folder, advance))
     broken = [report for report in reports if report.faults]
     for report in broken:
         say(f"{report.path}: {'; '.join(report.faults)}")

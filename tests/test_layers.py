@@ -22,6 +22,7 @@ FLOORS = {
     "revpatch.locks": -1,
     "revpatch.durable": 0,
     "revpatch.cores": 0,
+    "revpatch.home": 0,
     "revpatch.config_file": 1,
     "revpatch.patch": 1,
     "revpatch.stream": 1,

@@ -13,6 +13,7 @@ import select
 import stat
 import sys
 from pathlib import Path
+from typing import Any
 
 PATIENCE_SECONDS = 5.0
 """So long does `never_wait` wait once for a reader that takes nothing; then what it does not take is dropped."""
@@ -30,7 +31,7 @@ class _Raw(io.FileIO):
         self._opened = descriptor
         self._patience: float | None = None
 
-    def write(self, data: bytes | memoryview) -> int:  # type: ignore[override]
+    def write(self, data: Any, /) -> int:
         """Returns how many bytes were written, or dropped."""
         while True:
             try:
@@ -81,7 +82,7 @@ def make_steady() -> None:
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
         if stream is None:
-            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115  # to the end
         elif isinstance(stream, io.TextIOWrapper) and _descriptor_of(stream) == descriptor:
             stream.flush()
             raw = _steady[descriptor] = _Raw(descriptor)

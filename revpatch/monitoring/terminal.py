@@ -38,6 +38,12 @@ def say(text: str) -> None:
     console.print(text, markup=False, highlight=False)
 
 
+def say_aside(text: str) -> None:
+    """A line on standard error, beside what a command prints as its result."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
 def log_to(file: Path) -> None:
     """Sends the log of `revpatch` to the console and, with times, to a file."""
     log = logging.getLogger("revpatch")

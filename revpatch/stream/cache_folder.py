@@ -124,7 +124,7 @@ class CacheFolder:
         if error.errno in NO_LOCKS:
             return ShardCacheError(
                 f"{self.folder}: the shard cache can't be used: its file system has no locks ({error.strerror}), so "
-                "nobody would know which shards are in use; set stream.shard_cache to a folder on this machine's own disk"
+                "nobody would know which shards are in use; set stream.shard_cache to a folder on a local disk"
             )
         return ShardCacheError(
             f"{self.folder}: the shard cache can't be used: {error.strerror or error}; free room on its disk, or set "

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 from revpatch.config import ProbeSetConfig, StreamConfig
+from revpatch.monitoring.doing import doing
 from revpatch.patch.patched_model import Patch, active_patch
 from revpatch.stream.manifest import Manifest, tokenizer_fingerprint
 from revpatch.stream.shard_set import ShardSet
@@ -75,8 +76,12 @@ class HeldOut:
 
     def measure(self, patch: Patch | None) -> dict[str, Measurement]:
         """This rank's share of each set under a patch, or under the base alone."""
-        with active_patch(self.subject.model, patch):
-            return self._prober.measure()
+        names = ", ".join(config.name for config in self.sets)
+        with (
+            active_patch(self.subject.model, patch),
+            doing(f"measuring the losses on {names}", enabled=self.share[0] == 0) as far,
+        ):
+            return self._prober.measure(far)
 
 
 def _check(place: str, manifest: Manifest, subject: Subject) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from revpatch.ledger.history import Ledger, effective
 from revpatch.ledger.references import locate
+from revpatch.monitoring.doing import doing
 from revpatch.patch.patched_model import active_patch, attach, base_sha256, detach, set_gate
 from revpatch.surgery.subject import Entry, Subject
 from revpatch.training.bare_base import bare_base, logits_of, logits_sha256
@@ -108,9 +109,11 @@ def prove_removal(reference: str, base: str | None = None) -> RemovalReport:
             report = RemovalReport(reference, entry.sha256, name, entry.base["sha256"], subject.sha256)
         if report.base_expected != report.base_found:
             break
-        today = bare_base(subject.model)
+        with doing(f"hashing the base and its logits in {dtype}"):
+            today = bare_base(subject.model)
         report.noted.extend(_held_against(event, of, today) for event, of in then.items() if of["dtype"] == dtype)
-        report.checks.append(_check(subject, entry, dtype))
+        with doing(f"comparing the base before, with and after the patch in {dtype}"):
+            report.checks.append(_check(subject, entry, dtype))
     assert report is not None
     return report
 

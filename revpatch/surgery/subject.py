@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from revpatch.ledger.history import Ledger, Recorded
 from revpatch.ledger.layers import check_comparable
 from revpatch.ledger.references import Located, locate
 from revpatch.loading import DTYPES, load_base, load_hashed, whose
+from revpatch.monitoring.doing import doing
 from revpatch.patch.families import blocks_of, width_of
 from revpatch.patch.patched_model import Patch, attach, base_sha256, check_fits, load_tensors
 
@@ -64,6 +66,10 @@ class Entry:
         return cls.located(Located(ledger.directory / entry.name, ledger, entry), entry.name)
 
 
+def _first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
 def check_one_kind(first: Entry, *others: Entry) -> None:
     """Raises EntryError, naming both sides, unless all are patches of one base whose weights mean the same."""
     for other in others:
@@ -84,14 +90,17 @@ class Subject:
 
     def __init__(self, model: nn.Module, tokenizer: Any, sha256: str | None, device: torch.device | None = None):
         self.model, self.tokenizer = model, tokenizer
-        self.sha256 = sha256 or base_sha256(model, rounded=True)
+        with doing("hashing the base", enabled=_first()):
+            self.sha256 = sha256 or base_sha256(model, rounded=True)
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model.to(self.device)
 
     @classmethod
     def of(cls, reference: str, base: str | None = None, device: torch.device | None = None) -> Subject:
         """The base of a patch, in the dtype that it was trained in. Raises as `load_patched` does."""
-        return cls(*load_hashed(reference, base), device)
+        with doing(f"loading the base of {reference}", enabled=_first()):
+            loaded = load_hashed(reference, base)
+        return cls(*loaded, device)
 
     @classmethod
     def bare(
@@ -99,7 +108,8 @@ class Subject:
     ) -> Subject:
         """A base that no patch has been named for. Raises ValueError if it can't be had or is of an unknown family."""
         try:
-            model = load_base(name, revision, DTYPES[dtype])
+            with doing(f"loading the base {name} in {dtype}", enabled=_first()):
+                model = load_base(name, revision, DTYPES[dtype])
         except ValueError as error:
             raise ValueError(f"base {error}; name its folder with --base") from error
         attach(model, SidecarConfig(bottleneck=1))

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from revpatch.config import Config
+from revpatch.monitoring.doing import doing
+from revpatch.monitoring.terminal import say
 from revpatch.training import startup
 from revpatch.training.config_changes import check_same_config
 from revpatch.training.first_use import build_on_first_use, needs_building
@@ -54,16 +56,20 @@ def _train(config: Config, fresh: bool, overwrite: bool, interruption: Interrupt
     device = launch.device()
     raw = needs_building(config)
     begun = has_begun(config) and not begins_anew(config, fresh)
-    plan = None if raw else check(config, launch.world, begun)
-    if raw:
-        check_base(config, launch.world)
+    first = launch.rank == 0
+    with doing("checking base, tokenizer and shards", say, first):
+        plan = None if raw else check(config, launch.world, begun)
+        if raw:
+            check_base(config, launch.world)
     with process_group(launch, device, config.engine.timeout_minutes) as peers:
         check_same_config(config, peers)
         if plan is None:
             built, not_built = build_on_first_use(config, peers, begun)
             plan = check(built, launch.world, begun, not_built)
-        startup.check_same_data(config, plan, peers)
-        base = startup.load_base(config.base, device)  # first, so that a base that fails leaves no folder behind
+        with doing("waiting for the other ranks", say, first):
+            startup.check_same_data(config, plan, peers)
+        with doing(f"loading the base {config.base.model}", say, first):
+            base = startup.load_base(config.base, device)  # first, so that a base that fails leaves no folder behind
         standing = startup.prepare_run(config, peers, fresh, overwrite)
         if standing.over:
             if peers.rank == 0:
@@ -73,8 +79,10 @@ def _train(config: Config, fresh: bool, overwrite: bool, interruption: Interrupt
         watched = config.monitoring
         record = Record(standing.directory, peers.rank == 0, watched.tensorboard, standing.again, watched.trackers)
         try:
-            trainer = Trainer(config, plan, base, peers, record, standing.directory, interruption)
-            trainer.take_up(standing)
+            with doing("hashing the base, reading the probe sets", log.info, first):
+                trainer = Trainer(config, plan, base, peers, record, standing.directory, interruption)
+            with doing("preparing the first step", log.info, first):
+                trainer.take_up(standing)
             interruption.training = True
             interruption.settled = interrupted = not trainer.run()
             return Outcome(standing.directory, interrupted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,11 +10,14 @@ from torch import nn
 
 from revpatch.config import Config, ProbeSetConfig
 from revpatch.ledger.journal import Sets
+from revpatch.monitoring.doing import doing
 from revpatch.stream.shard_set import ShardSet
 from revpatch.training.guard import Comparison, ProbeSet, compare_all
 from revpatch.training.launch import Peers
 from revpatch.training.phase import Phase
 from revpatch.training.probe import Measurement, Prober, put_together
+
+log = logging.getLogger("revpatch")
 
 
 def in_words(sets: Sets) -> str:
@@ -42,10 +46,11 @@ class Watch:
 
     def measure(self) -> dict[str, Measurement]:
         """Every set now, by name; the first call is what the base is like. All ranks take part."""
-        if self.shared:
-            measured = put_together(self.peers.gather(self.prober.measure()), self.prober.counts)
-        else:
-            measured = self.prober.measure() if self.peers.rank == 0 else {}
+        with doing("measuring the probe sets", log.info, self.peers.rank == 0) as far:
+            if self.shared:
+                measured = put_together(self.peers.gather(self.prober.measure(far)), self.prober.counts)
+            else:
+                measured = self.prober.measure(far) if self.peers.rank == 0 else {}
         self.first = self.first or measured
         return measured
 
