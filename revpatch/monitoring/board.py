@@ -6,7 +6,9 @@ others hold one that does nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -21,6 +23,8 @@ from revpatch.monitoring.written import tags_from, without_tensorflow
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+log = logging.getLogger("revpatch")
+
 _FLUSH_SECONDS = 10
 _PADDING = 0.05
 """Nats per token that a mark goes beyond the only loss that a chart has shown."""
@@ -33,17 +37,18 @@ class Board:
 
     `purge_step`: after a resume, the first step that will be written again; TensorBoard then hides what an earlier
     process wrote from there on: numbers when their tags are written again; marks and texts of events, which may not
-    happen again, at once, with a text that says so. Raises ImportError if tensorboard is not installed, OSError if the
-    folder can't be made. Numbers are floats or what `float()` takes (one synchronisation each, for a tensor on a GPU);
-    NaN is kept.
+    happen again, at once, with a text that says so. A disk that fails is named in the log, and the event files are left
+    out from then on. Raises ImportError if tensorboard is not installed. Numbers are floats or what `float()` takes
+    (one synchronisation each, for a tensor on a GPU); NaN is kept.
     """
 
     def __init__(
         self, directory: Path, enabled: bool = True, purge_step: int | None = None, trackers: Trackers | None = None
     ) -> None:
         self._directory, self._purge_step = directory, purge_step
-        self._writer = _open_writer(directory, purge_step) if enabled else None
-        self._beside: dict[str, SummaryWriter] = {}
+        self._disk = _Disk()
+        self._writer = _Writer(self._disk, directory, purge_step) if enabled else None
+        self._beside: dict[str, _Writer] = {}
         self._trackers = trackers
         self._heat: dict[str, HeatMap] = {}
         self._ranges: dict[str, tuple[float, float]] = {}
@@ -149,12 +154,12 @@ class Board:
         self._writer.add_custom_scalars(layout)
         experiment, start, self._end = hparams(dict(hyperparameters), dict.fromkeys(metrics, 0.0))
         for summary in (experiment, start):
-            self._writer.file_writer.add_summary(summary)
+            self._writer.add_summary(summary)
 
     def finished(self) -> None:
         """Every phase is committed: says so in the HParams tab. Comes after `introduce`."""
         if self._writer is not None:
-            self._writer.file_writer.add_summary(self._end)
+            self._writer.add_summary(self._end)
 
     def close(self) -> None:
         """Writes what is still in memory, and closes the file; closing twice is fine."""
@@ -177,13 +182,13 @@ class Board:
         for tag in tags_from(self._directory, step, "event/"):
             self.text(step, tag.removesuffix("/text_summary"), "went on from here; what came later was undone")
 
-    def _line(self, name: str) -> SummaryWriter:
+    def _line(self, name: str) -> _Writer:
         """The writer of what ends with this name in its tag."""
         assert self._writer is not None
         if name not in DRAWN_BESIDE:
             return self._writer
         if name not in self._beside:
-            self._beside[name] = _open_writer(self._directory / name, self._purge_step)
+            self._beside[name] = _Writer(self._disk, self._directory / name, self._purge_step)
         return self._beside[name]
 
     def __enter__(self) -> Board:
@@ -195,9 +200,59 @@ class Board:
         self.close()
 
 
+class _Disk:
+    """The disk of a board's event files. Once it has failed, nothing more is written to it: charts are no reason to
+    stop training, and what belongs into them is in the journal too."""
+
+    def __init__(self) -> None:
+        self._failed = False
+
+    def write(self, directory: Path, act: Callable[[], Any]) -> Any:
+        """What `act` gives; None where it raised OSError, or anything did before."""
+        if self._failed:
+            return None
+        try:
+            return act()
+        except OSError as error:
+            self._failed = True
+            reason = error.strerror or error
+            log.warning("%s can't be written (%s): TensorBoard's files are left out from here on", directory, reason)
+            return None
+
+
+class _Writer:
+    """A SummaryWriter, each method of which does nothing once the disk has failed."""
+
+    def __init__(self, disk: _Disk, directory: Path, purge_step: int | None) -> None:
+        self._disk, self._directory = disk, directory
+        self._made = disk.write(directory, lambda: _open_writer(directory, purge_step))
+
+    def add_summary(self, summary: Any) -> None:
+        """Writes a summary of tensorboard's own."""
+        self._disk.write(self._directory, lambda: self._made.file_writer.add_summary(summary))
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return lambda *args, **kwargs: self._disk.write(
+            self._directory, lambda: getattr(self._made, name)(*args, **kwargs)
+        )
+
+
+def _quiet_thread(before: Callable[[Any], Any]) -> Callable[[Any], None]:
+    """A hook for what ends a thread, which leaves out tensorboard's: it hands its error to the next call as well."""
+
+    def hook(ended: Any) -> None:
+        if not type(ended.thread).__module__.startswith("tensorboard."):
+            before(ended)
+
+    hook.knows_tensorboard = True  # type: ignore[attr-defined]
+    return hook
+
+
 def _open_writer(directory: Path, purge_step: int | None) -> SummaryWriter:
     without_tensorflow()
     from torch.utils.tensorboard import SummaryWriter
 
+    if not hasattr(threading.excepthook, "knows_tensorboard"):
+        threading.excepthook = _quiet_thread(threading.excepthook)
     directory.mkdir(parents=True, exist_ok=True)
     return SummaryWriter(str(directory), purge_step=purge_step, flush_secs=_FLUSH_SECONDS)

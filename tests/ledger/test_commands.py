@@ -257,13 +257,32 @@ def test_where_there_is_nothing(tmp_path: Path, ledger: Call) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_reader_of_a_pipe_may_go(tmp_path: Path) -> None:
+LOST = {
+    "{} | head -1; exit ${{PIPESTATUS[0]}}": (0, ""),
+    "{} --json | head -c 10; exit ${{PIPESTATUS[0]}}": (0, ""),
+    "{} > /dev/full": (2, "revpatch: standard output: No space left on device: what the command printed is not whole"),
+    "{} > /dev/full 2>&1": (2, ""),
+    "{} >&-": (0, ""),
+    "{} >&- 2>&- <&-": (0, ""),
+    "{} --nonsense 2>&-": (2, ""),
+    "PYTHONIOENCODING=ascii {} | tail -1": (0, ""),
+    "LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 {} > /dev/null": (0, ""),
+}
+"""What becomes of the output of a command, as bash writes it; the exit code, and what standard error begins with."""
+
+
+@pytest.mark.parametrize("way", LOST)
+def test_what_is_printed_may_get_lost(tmp_path: Path, way: str) -> None:
     journal = Journal(tmp_path / "ledger/journal.jsonl")
     lines: list[bytes] = []
     journal._write = lines.append  # type: ignore[method-assign, assignment]
-    for step in range(5000):  # more than a pipe holds
-        journal.append("probe", phase="wiki", step=step)
+    for step in range(2000):  # more than a pipe holds
+        journal.append("probe", phase="wikí \u2026", step=step)
     journal.path.write_bytes(b"".join(lines))
-    command = f"{sys.executable} -m revpatch ledger log '{tmp_path}' | head -1"
+    command = way.format(f"{sys.executable} -m revpatch ledger log '{tmp_path}'")
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
-    assert done.stderr == "" and done.stdout.startswith("#0 ") and done.stdout.count("\n") == 1
+    code, words = LOST[way]
+    assert done.returncode == code and done.stderr.startswith(words), done
+    assert done.stderr.count("\n") == bool(words)
+    if "head -1" in way:
+        assert done.stdout.startswith("#0 ") and done.stdout.count("\n") == 1

@@ -8,7 +8,7 @@ a moment at which it sends itself SIGKILL: the n-th call of "module:function", b
 has written half of what it was to write. `wait_at` names a call before which it makes a file OUTPUT.waiting, and waits
 until that is removed. `harm` names probes, by phase and step, that find every loss worse by 1 nat. `swap` has one rank
 find another folder, `also` gives one more options. `limit` is the most bytes that a file may get, as on a disk that is
-full. `cwd` is where they run. `environ` are further variables of theirs.
+full. `cwd` is where they run. `environ` are further variables of theirs. `closed` are descriptors that are closed.
 """
 
 from __future__ import annotations
@@ -115,6 +115,9 @@ def child(rank: int, port: int, request: dict[str, Any]) -> None:
     output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for descriptor in (1, 2):
         os.dup2(output, descriptor)
+    for descriptor in request.get("closed", []):
+        os.close(descriptor)
+        setattr(sys, ("stdin", "stdout", "stderr")[descriptor], None)
     os.chdir(request.get("cwd", "."))
     from revpatch import cli
 
@@ -140,8 +143,9 @@ def child(rank: int, port: int, request: dict[str, Any]) -> None:
 
         traceback.print_exc()
         code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
     os._exit(code)
 
 

@@ -10,14 +10,17 @@ import time
 import pytest
 
 PROCESS = """
-import sys, time
+import signal, sys, time
+if sys.argv[1] == "nohup":
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 from revpatch.training.interrupt import EXIT_CODE, Interruption
 interruption = Interruption()
-interruption.training = sys.argv[1] == "training"
+interruption.training = sys.argv[1] != "starting"
 print("ready", flush=True)
 deadline = time.monotonic() + 20
 while not interruption() and time.monotonic() < deadline:
     time.sleep(0.01)
+interruption.settled = sys.argv[1] == "settled"
 print("told", flush=True)
 sys.stdin.readline()  # the step in progress
 sys.exit(EXIT_CODE)
@@ -30,6 +33,15 @@ PAUSE = 0.4
     ("state", "sent", "code"),
     [
         ("starting", [signal.SIGTERM], 75),
+        ("starting", [signal.SIGINT], 75),
+        ("starting", [signal.SIGHUP], 75),
+        ("training", [signal.SIGINT, signal.SIGTERM], 75),  # a launcher that the terminal signals as well
+        ("training", [signal.SIGINT, signal.SIGINT, signal.SIGTERM, signal.SIGTERM], 75),
+        ("training", [signal.SIGINT, PAUSE, signal.SIGINT], 130),
+        ("training", [signal.SIGHUP, PAUSE, signal.SIGHUP], 75),  # of the terminal, and of the shell
+        ("training", [signal.SIGHUP, PAUSE, signal.SIGINT], 75),
+        ("nohup", [signal.SIGHUP, PAUSE, signal.SIGTERM], 75),
+        ("settled", [signal.SIGTERM, PAUSE, signal.SIGTERM, PAUSE, signal.SIGINT], 75),
         ("training", [signal.SIGUSR1, PAUSE, signal.SIGTERM], 75),
         ("training", [signal.SIGTERM, signal.SIGTERM], 75),
         ("training", [signal.SIGTERM, PAUSE, signal.SIGTERM], 143),

@@ -100,7 +100,9 @@ def test_under_deepspeed_too(through: Runs, stage: int) -> None:
     assert through.commits(f"killed{stage}") == through.commits(f"whole{stage}")
 
 
-@pytest.mark.parametrize(("sent", "rank"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 1)])
+@pytest.mark.parametrize(
+    ("sent", "rank"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 1), (signal.SIGINT, 1), (signal.SIGHUP, 0)]
+)
 def test_a_signal_to_any_rank_ends_the_step_and_writes_a_snapshot(
     through: Runs, sent: signal.Signals, rank: int
 ) -> None:
