@@ -32,6 +32,8 @@ def ensure_home() -> None:
 
 
 def _home() -> Path | None:
+    if os.environ.get("HOME") == "":  # which Python takes for the root of all files
+        return None
     try:
         home = Path.home()
     except (RuntimeError, KeyError):

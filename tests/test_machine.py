@@ -326,7 +326,7 @@ MARKS: dict[str, tuple[Callable[[str], bytes], str | None]] = {
     "UTF-16": (lambda text: text.encode("utf-16"), None),
     "Latin-1": (lambda text: text.encode() + b"\n# caf\xe9", "is not UTF-8: save the file as UTF-8"),
     "half of UTF-16": (lambda text: text.encode("utf-16")[:-1], "is not UTF-16"),
-    "nested": (lambda text: b"[" * 100_000, "nested too deeply"),
+    "nested": (lambda text: b"[" * 5_000, "nested too deeply"),
 }
 
 
