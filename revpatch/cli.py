@@ -28,7 +28,9 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except (KeyboardInterrupt, OSError) as error:
-            sys.exit(tell(error))
+            code = tell(error)
+            eval("0")  # Python forgets a Ctrl-C that hit it in such code; else it would die of it, in spite of the code
+            sys.exit(code)
 
 
 app = typer.Typer(

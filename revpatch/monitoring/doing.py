@@ -16,11 +16,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from revpatch.monitoring.terminal import say_aside
+from revpatch.monitoring.terminal import say_aside, silent_since
 
 SAY_AFTER = "REVPATCH_SAY_AFTER"
-"""The variable that sets the seconds of silence, 3 where it is not set; a stage is said again after 5 times that."""
-_said = time.monotonic()  # when the command began, or something was shown
+"""The variable that sets the seconds of silence, 3 where it is not set; a stage is said again after 15."""
 
 
 class Far(Protocol):
@@ -48,11 +47,13 @@ def doing(what: str, show: Callable[[str], None] = say_aside, enabled: bool = Tr
         far = f": {done:,} of {of:,} {unit}" + (f", about {left:.0f} s left" if done else "")
 
     def show_lines() -> None:
-        global _said
-        pause = after = float(os.environ.get(SAY_AFTER, "3"))
-        while not ended.wait(max(0.0, _said + pause - time.monotonic())):
-            show(f"{what}{far} ({time.monotonic() - began:.0f} s so far)")
-            _said, pause = time.monotonic(), max(5 * after, 1.0)
+        said, pause = silent_since(), float(os.environ.get(SAY_AFTER, "3"))
+        while not ended.wait(max(0.0, said + pause - time.monotonic())):
+            if said >= silent_since():  # nothing else was shown meanwhile
+                show(f"{what}{far} ({time.monotonic() - began:.0f} s so far)")
+                pause = max(5 * pause, 1.0) if pause < 15 else pause
+                said = time.monotonic()
+            said = max(said, silent_since())
 
     if not enabled:
         yield note

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -15,6 +16,8 @@ _on_terminal = sys.stdout is not None and sys.stdout.isatty()  # None where it w
 # No :names: turned into pictures: paths and generated text mean what they say.
 console = Console(soft_wrap=True, emoji=False, width=None if _on_terminal or "COLUMNS" in os.environ else 120)
 """The one console: log lines, tables and the progress bar share it."""
+
+_said = time.monotonic()
 
 _NOISY = ("DeepSpeed", "deepspeed", "transformers", "accelerate", "datasets", "torch.distributed", "tensorboard")
 
@@ -33,13 +36,22 @@ def quiet_libraries() -> None:
         logger.addFilter(lambda record: record.levelno >= logging.ERROR)  # DeepSpeed sets its own level when imported
 
 
+def silent_since() -> float:
+    """Return the moment of the last line of this module, or of the start, by `time.monotonic`."""
+    return _said
+
+
 def say(text: str) -> None:
     """A line for the person, as it is."""
+    global _said
+    _said = time.monotonic()
     console.print(text, markup=False, highlight=False)
 
 
 def say_aside(text: str) -> None:
     """A line on standard error, beside what a command prints as its result."""
+    global _said
+    _said = time.monotonic()
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from revpatch.config import ProbeSetConfig
+from revpatch.monitoring.doing import Far
 from revpatch.patch.families import head_of
 from revpatch.patch.patched_model import recording
 from revpatch.stream.shard_set import ShardSet
@@ -88,21 +89,21 @@ class Prober:
         self.blocks = {config.name: _read(shards, ids[config.name]) for config, shards in sets if len(ids[config.name])}
         """By set (blocks, block_size), in the shards' own type: as int64 they would take two or four times as much."""
 
-    def measure(self, far: Callable[[int, int, str], None] = lambda done, of, unit: None) -> dict[str, Measurement]:
+    def measure(self, far: Far = lambda done, of, unit: None) -> dict[str, Measurement]:
         """A measurement of each set, by name; `far` is told how many blocks are done, of how many."""
         of, done = sum(len(blocks) for blocks in self.blocks.values()), 0
         measured = {}
         for name, blocks in self.blocks.items():
-            measured[name] = self._measure(blocks, lambda count, before=done: far(before + count, of, "blocks"))
+            measured[name] = self._measure(blocks, done, of, far)
             done += len(blocks)
         return measured
 
     @torch.no_grad()
-    def _measure(self, blocks: NDArray[Any], far: Callable[[int], None]) -> Measurement:
+    def _measure(self, blocks: NDArray[Any], done: int, of: int, far: Far) -> Measurement:
         device, head = next(self.base.parameters()).device, head_of(self.base).weight
         losses, gates, changes, spreads = [], [], [], []
         for start in range(0, len(blocks), self.rows):
-            far(start)
+            far(done + start, of, "blocks")
             tokens = torch.from_numpy(blocks[start : start + self.rows].astype(np.int64)).to(device)
             recorder = GateRecorder()
             with recording(self.base, recorder):
