@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import pwd
+import select
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,7 @@ from command import Call, one_line
 from full_disk import full_disk
 from ranks import Runs, RunServer
 from toy import Toy
+from waiting import until
 
 from revpatch.config import ConfigError
 from revpatch.config_file import load_config
@@ -52,8 +54,7 @@ def a_pipe(runs: Runs, start: Callable[[str], None]) -> None:
     os.mkfifo(path)
     reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # first, as a writer waits for one
     start(str(path))
-    os.set_blocking(reader, True)
-    assert os.read(reader, 10)
+    until(lambda: select.select([reader], [], [], 1)[0] and os.read(reader, 10))
     os.close(reader)
 
 
@@ -78,8 +79,12 @@ GONE: dict[str, Callable[[Runs, Callable[[str], None]], None]] = {
 def test_training_does_not_depend_on_what_is_printed(runs: Runs, where: str) -> None:
     name = where.replace(" ", "_")
     options = ["train", runs.config, "--set", f"output_dir={runs.path(name)}"]
-    closed = {"closed": [0, 1, 2]} if where == "closed" else {}
-    GONE[where](runs, lambda output: runs.server.start(*options, output=Path(output), **closed) and None)
+    closed = [0, 1, 2] if where == "closed" else []
+
+    def start(output: str) -> None:
+        runs.server.start(*options, output=Path(output), closed=closed)
+
+    GONE[where](runs, start)
     assert runs.server.wait() == [0]
     assert runs.commits(name) == runs.commits("whole")
     assert "second committed" in (runs.path(name) / "train.log").read_text(encoding="utf-8")
@@ -158,7 +163,8 @@ def test_what_ends_a_command_is_one_line(revpatch: Call, monkeypatch: pytest.Mon
 
 
 def test_a_fault_of_ours_is_called_one_and_shows_where(revpatch: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(examine, "examine", lambda places: {}["x"])
+    nothing: dict[str, int] = {}
+    monkeypatch.setattr(examine, "examine", lambda places: nothing["x"])
     result = revpatch("doctor")
     first, second, *_ = result.err.splitlines()
     assert result.code == 1 and second.startswith("Traceback")
