@@ -24,7 +24,7 @@ from revpatch.patch.block import PatchedBlock, Recorder
 from revpatch.patch.families import blocks_of, body_of, family_of, width_of
 from revpatch.patch.padding import PaddingReader
 from revpatch.patch.sidecars import Patch as Patch
-from revpatch.patch.switchboard import GENERATE, SWITCHING, Choice, Generate, Switchboard
+from revpatch.patch.switchboard import SWITCHING, Choice, Generate, Switchboard
 
 GateMode = Literal["learned", "on", "off"]
 DEFAULT_NAME = "default"
@@ -39,7 +39,8 @@ def attach(model: nn.Module, patch: Patch | SidecarConfig, name: str = DEFAULT_N
         name: under which `set_patch` finds it, when others are added.
 
     Raises:
-        ValueError: the family is unknown, the model is patched already, or the patch is of another shape.
+        ValueError: the family is unknown, the model is patched already, the patch is of another shape, or the model's
+            weights do not all lie on one device.
 
     >>> import revpatch, torch
     >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -56,26 +57,35 @@ def attach(model: nn.Module, patch: Patch | SidecarConfig, name: str = DEFAULT_N
     >>> revpatch.detach(model) is patch and torch.equal(model(ids).logits, before)
     True
     """
-    if is_patched(model):
-        raise ValueError("the model carries a patch already: detach(model) first, or add_patch another beside it")
-    blocks, width = blocks_of(model), width_of(model)
-    if isinstance(patch, SidecarConfig):
-        patch = Patch(width, len(blocks), patch)
-    check_fits(model, patch)
-    patch.to(next(model.parameters()).device)
-    body = body_of(model)
-    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    board = Switchboard(name, patch, trained, PaddingReader(body))
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    board.hooks = [
-        body.register_forward_pre_hook(board.begin_call, with_kwargs=True),
-        body.register_forward_hook(board.end_call, always_call=True),
-    ]
-    _put(blocks, [PatchedBlock(block, layer, board) for layer, block in enumerate(blocks)])
-    cast(Any, model).save_pretrained = _refuse_to_save
-    cast(Any, model).generate = Generate(model, board)
-    return patch
+    with SWITCHING:
+        if is_patched(model):
+            raise ValueError("the model carries a patch already: detach(model) first, or add_patch another beside it")
+        check_whole(model)
+        return wrap(model, patch, name)
+
+
+def wrap(model: nn.Module, patch: Patch | SidecarConfig, name: str = DEFAULT_NAME) -> Patch:
+    """As `attach`, of a model without a patch whose weights may be anywhere: where transformers builds a model, they
+    come later."""
+    with SWITCHING:
+        blocks, width = blocks_of(model), width_of(model)
+        if isinstance(patch, SidecarConfig):
+            patch = Patch(width, len(blocks), patch)
+        check_fits(model, patch)
+        patch.to(next(model.parameters()).device)
+        body = body_of(model)
+        trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        board = Switchboard(name, patch, trained, PaddingReader(body))
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        board.hooks = [
+            body.register_forward_pre_hook(board.begin_call, with_kwargs=True),
+            body.register_forward_hook(board.end_call, always_call=True),
+        ]
+        _put(blocks, [PatchedBlock(block, layer, board) for layer, block in enumerate(blocks)])
+        cast(Any, model).save_pretrained = _refuse_to_save
+        cast(Any, model).generate = Generate(model, board)
+        return patch
 
 
 def detach(model: nn.Module) -> Patch:
@@ -229,6 +239,27 @@ def recording(model: nn.Module, recorder: Recorder) -> Iterator[None]:
         here.recorder = None
 
 
+def check_whole(model: nn.Module) -> None:
+    """Raises a ValueError that names a tensor unless all the model's weights lie on one device, and stay there."""
+    advice = (
+        "hold it on one device before a patch is put on, as from_pretrained does without device_map, or with "
+        'device_map={"": 0} or {"": "cpu"}'
+    )
+    places: dict[str, str] = {}
+    for name, parameter in base_parameters(model):
+        if type(parameter.data).__name__ == "DTensor" or hasattr(parameter, "ds_id"):
+            raise ValueError(f"the model is cut into parts that lie on several ranks, {name} among them: {advice}")
+        places.setdefault(str(parameter.device), name)
+    if "meta" in places:
+        raise ValueError(
+            f"the model's weights are not all in memory: {places['meta']} is on the meta device, as they are with "
+            f"device_map where it offloads to the CPU or the disk, or before they are loaded: {advice}"
+        )
+    if len(places) > 1:
+        found = ", ".join(f"{name} on {place}" for place, name in places.items())
+        raise ValueError(f"the model is spread over {len(places)} devices ({found}): {advice}")
+
+
 def check_fits(model: nn.Module, patch: Patch) -> None:
     """Raises a ValueError that shows both sides if the patch was made for another width or number of blocks."""
     blocks, width = len(blocks_of(model)), width_of(model)
@@ -288,7 +319,11 @@ def base_sha256(model: nn.Module, rounded: bool = False) -> str:
     Args:
         rounded: hash the values rounded to bfloat16, so that a base has one identity whether it is held in float32 or
             bfloat16. Patches carry this one; the exact one proves that training changed nothing.
+
+    Raises:
+        ValueError: they do not all lie on one device.
     """
+    check_whole(model)
     digest = hashlib.sha256()
     for name, parameter in base_parameters(model):
         value = parameter.detach().to(torch.bfloat16) if rounded else parameter.detach()

@@ -1,8 +1,8 @@
 """Which patch a call of a model runs with: the model's own choice, or that of the code around the call.
 
-`set_patch` and `set_gate` choose for every thread, from the next call on. `active_patch`, `patch_disabled` and a running
-`generate` hold a choice for the code inside them alone: for its thread or asyncio task, and what copies its context. A
-call notes its choice and its mask when it begins, and its blocks read no other, whatever is switched meanwhile.
+`set_patch` and `set_gate` choose for every thread, from the next call on. `active_patch`, `patch_disabled` and a
+`generate` that runs hold a choice for the code inside them alone: for its thread or asyncio task, and what copies its
+context. A call notes its choice and its mask when it begins, and its blocks read no other, whatever is switched.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ class RevpatchForCausalLM({model_class}):
     def __init__(self, config):
         super().__init__(config)
         sidecar = SidecarConfig(**config.revpatch["sidecar"])
-        self.revpatch = attach(self, Patch(width_of(self), len(blocks_of(self)), sidecar))
+        self.revpatch = wrap(self, Patch(width_of(self), len(blocks_of(self)), sidecar))
         del self.save_pretrained  # here the sidecars are weights of the model, and the names those of its class
 
     def set_gate(self, mode):

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from revpatch.ledger.base_place import base_place
 from revpatch.ledger.history import Ledger, effective
 from revpatch.ledger.references import locate
 from revpatch.patch.patched_model import active_patch, attach, base_sha256, detach, set_gate
@@ -98,7 +99,7 @@ def prove_removal(reference: str, base: str | None = None) -> RemovalReport:
     located = locate(reference)
     entry = Entry.located(located, reference)
     then = {} if located.ledger is None else _noted(located.ledger)
-    name = base or entry.base["model"]
+    name = base or base_place(located, entry.base["model"])
     revision = entry.base.get("revision") if base is None else None
     report: RemovalReport | None = None
     for dtype in dict.fromkeys((entry.base["dtype"], "float32")):
