@@ -71,12 +71,12 @@ def restore(reference: str, run: Path) -> Restored:
     phase = str(metadata.get("phase", "patch"))
     model = metadata["base"].get("model")
     folder = folder_noted(located, model) if isinstance(model, str) else None
-    place = {} if folder is None else {FIELD: {"model": model, "folder": folder}}
+    base_at = {} if folder is None else {FIELD: {"model": model, "folder": folder}}
     own = {"kind": KIND, "phase": phase, "phase_index": 0, "step": 0, "parent": sha256, "restored": where}
     # A folder that is there keeps its owner and rights, and may be where a disk is mounted or a shell stands.
     with new_folder(place if there else run, f"--as-new-run {run}") as folder:
         ledger = Ledger(folder if there else folder / place.name)
-        path, new = ledger.record(KIND, 0, phase, 0, tensors, {**metadata, **own}, restored=source, **place)
+        path, new = ledger.record(KIND, 0, phase, 0, tensors, {**metadata, **own}, restored=source, **base_at)
     return Restored(str(run), path.name, new, source)
 
 

@@ -18,7 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from revpatch.config import ObjectiveConfig, SidecarConfig
 from revpatch.patch.families import body_of
-from revpatch.patch.patched_model import wrap, switchboard
+from revpatch.patch.patched_model import switchboard, wrap
 from revpatch.training.lean import make_lean
 from revpatch.training.objective import PatchObjective
 from revpatch.training.record import Meter
