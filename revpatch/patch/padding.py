@@ -41,7 +41,9 @@ class PaddingReader:
             positions = None
         if mask is None:
             # Without a mask and a cache transformers takes every step other than 1 for the beginning of a sequence.
-            if positions is not None and bool((positions.diff() <= 0 if cache else positions.diff() != 1).any()):
+            if positions is not None and bool(
+                (positions.diff() <= 0 if cache is not None else positions.diff() != 1).any()
+            ):
                 _refuse_packed("position_ids")
             return None
         if isinstance(mask, Tensor) and mask.dim() == 2:
