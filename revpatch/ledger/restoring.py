@@ -70,8 +70,8 @@ def restore(reference: str, run: Path) -> Restored:
     source = {"from": reference, "file": located.path.name, "sha256": sha256, **where, "head": head}
     phase = str(metadata.get("phase", "patch"))
     model = metadata["base"].get("model")
-    folder = folder_noted(located, model) if isinstance(model, str) else None
-    base_at = {} if folder is None else {FIELD: {"model": model, "folder": folder}}
+    lay = folder_noted(located, model) if isinstance(model, str) else None
+    base_at = {} if lay is None else {FIELD: {"model": model, "folder": lay}}
     own = {"kind": KIND, "phase": phase, "phase_index": 0, "step": 0, "parent": sha256, "restored": where}
     # A folder that is there keeps its owner and rights, and may be where a disk is mounted or a shell stands.
     with new_folder(place if there else run, f"--as-new-run {run}") as folder:
