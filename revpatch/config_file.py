@@ -12,7 +12,6 @@ from pydantic import ValidationError
 
 from revpatch.config import Config, ConfigError
 
-
 _PATHS = ("output_dir", "model", "shards", "base", "deepspeed")
 """Keys that name files and folders."""
 
