@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from revpatch.training.launcher_variables import Launch
 from revpatch.training.meeting import meet, said_if_slow
@@ -98,7 +99,7 @@ def process_group(launch: Launch, device: torch.device, timeout_minutes: float) 
         with said_if_slow(launch, f"the ranks have met; {backend} is connecting them"):
             dist.init_process_group(
                 backend,
-                store=dist.PrefixStore("group", store),
+                store=PrefixStore("group", store),
                 rank=launch.rank,
                 world_size=launch.world,
                 timeout=timeout,

@@ -246,7 +246,7 @@ def _slurm_task(environment: Mapping[str, str]) -> _Tasks | None:
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST")
     count = _number(environment.get("SLURM_STEP_NUM_NODES", environment.get("SLURM_NNODES")))
     job = _number(environment.get("SLURM_JOB_ID"))
-    port = 20_000 + ((job or 0) + 1009 * (step or 0)) % 10_000  # of the first step as in launch/slurm.sbatch
+    port = 20_000 + ((job or 0) + 1009 * (step or 0)) % 10_000
     local_rank = _number(environment.get("SLURM_LOCALID")) or 0
     return _checked(_Tasks("srun", rank, world, local_rank, world if count == 1 else None, nodes, port))
 

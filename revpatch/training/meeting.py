@@ -21,6 +21,7 @@ from uuid import uuid4
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from revpatch.training.launcher_variables import Launch
 
@@ -36,7 +37,7 @@ _POLL_SECONDS = 0.2
 _NO_LAUNCHER = "if one process was meant, unset RANK and WORLD_SIZE"
 
 
-def meet(launch: Launch, device: torch.device, timeout: timedelta) -> dist.Store:
+def meet(launch: Launch, device: torch.device, timeout: timedelta) -> Store:
     """Return the store in which all ranks have met.
 
     Raises:
@@ -44,11 +45,11 @@ def meet(launch: Launch, device: torch.device, timeout: timedelta) -> dist.Store
         ConnectionError: a rank has not come in time.
     """
     if launch.world == 1:
-        return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timeout)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun serves it, and has counted the ranks
         with said_if_slow(launch, f"torchrun's store at {launch.address}:{launch.port} does not answer"):
-            store = dist.TCPStore(launch.address, launch.port, is_master=False, timeout=timeout)
-        return dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+            store = TCPStore(launch.address, launch.port, is_master=False, timeout=timeout)
+        return PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     return _Meeting(launch, device, timeout).hold()
 
 
@@ -80,12 +81,16 @@ class _Meeting:
         self.claim: dict[str, Any] = {"rank": launch.rank, "world": launch.world, "host": self.host, "pid": os.getpid()}
         self.claim["device"] = _device_name(device)
 
-    def hold(self) -> dist.Store:
+    def hold(self) -> Store:
         """Return the store when all are there; raises what `meet` does."""
         self._find_address()
         store = self._serve() if self.launch.rank == 0 else self._reach()
         try:
-            self._meet_in(dist.PrefixStore("meeting", store))
+            self._meet_in(PrefixStore("meeting", store))
+        except (ValueError, ConnectionError):
+            if self.launch.rank == 0:
+                time.sleep(5 * _POLL_SECONDS)  # the store ends with this process, and the others read why in it
+            raise
         except RuntimeError as error:
             raise ConnectionError(
                 f"rank 0 has ended while the ranks were meeting at {self.where}: why is in its own message"
@@ -106,11 +111,11 @@ class _Meeting:
                     ) from error
             time.sleep(_POLL_SECONDS)
 
-    def _serve(self) -> dist.Store:
+    def _serve(self) -> Store:
         """Rank 0's store; MASTER_ADDR must lead to it."""
         address, port = self.launch.address, self.launch.port
         try:
-            store = dist.TCPStore(
+            store = TCPStore(
                 "127.0.0.1", port, is_master=True, wait_for_workers=False, multi_tenant=True, timeout=self.timeout
             )
         except dist.DistNetworkError as error:
@@ -136,7 +141,7 @@ class _Meeting:
             )
         return store
 
-    def _reach(self) -> dist.Store:
+    def _reach(self) -> Store:
         """Rank 0's store, as soon as it is there."""
         launch = self.launch
         while True:
@@ -153,13 +158,13 @@ class _Meeting:
                     self._notice(f"rank 0 of {launch.world} ({error})")
             time.sleep(_POLL_SECONDS)
 
-    def _connect(self) -> dist.TCPStore:
+    def _connect(self) -> TCPStore:
         """A client of the store. What listens there may be something else, for whose answer torch waits without end."""
-        made: list[dist.TCPStore] = []
+        made: list[TCPStore] = []
 
         def connect() -> None:
             with suppress(RuntimeError):
-                made.append(dist.TCPStore(self.launch.address, self.launch.port, is_master=False, timeout=self.timeout))
+                made.append(TCPStore(self.launch.address, self.launch.port, is_master=False, timeout=self.timeout))
 
         connecting = threading.Thread(target=connect, daemon=True)
         connecting.start()
@@ -171,8 +176,9 @@ class _Meeting:
             )
         return made[0]
 
-    def _meet_in(self, store: dist.Store) -> None:
+    def _meet_in(self, store: Store) -> None:
         rank, world = self.launch.rank, self.launch.world
+        self._check_not_over(store)
         while rank != 0 and not store.check(["0"]):
             self._wait(store, [0])
         if rank != 0 and (first := json.loads(store.get("0")))["world"] != world:
@@ -194,12 +200,10 @@ class _Meeting:
             self._wait(store, [] if rank else None)
         self._check_devices([json.loads(claim) for claim in store.multi_get([str(each) for each in range(world)])])
 
-    def _wait(self, store: dist.Store, missing: list[int] | None) -> None:
+    def _wait(self, store: Store, missing: list[int] | None) -> None:
         """A moment, unless the meeting is over. `missing`: ranks that are known to be; None: they are looked up, if it
         comes to saying who they are, and []: rank 0 says it."""
-        if store.check(["over"]):
-            over = json.loads(store.get("over"))
-            raise (ValueError if over["wrong"] else ConnectionError)(over["why"])
+        self._check_not_over(store)
         now = time.monotonic()
         if now > (self.deadline if self.launch.rank == 0 else self.deadline + 2):
             names = self._missing(store)
@@ -215,7 +219,13 @@ class _Meeting:
             self._notice(f"{_ranks_in_words(names)} of {self.launch.world}")
         time.sleep(_POLL_SECONDS)
 
-    def _missing(self, store: dist.Store) -> list[int]:
+    def _check_not_over(self, store: Store) -> None:
+        """Raises what another rank has ended the meeting with."""
+        if store.check(["over"]):
+            over = json.loads(store.get("over"))
+            raise (ValueError if over["wrong"] else ConnectionError)(over["why"])
+
+    def _missing(self, store: Store) -> list[int]:
         return [rank for rank in range(self.launch.world) if not store.check([str(rank)])]
 
     def _notice(self, whom: str) -> None:
@@ -224,15 +234,13 @@ class _Meeting:
             until = max(self.deadline - time.monotonic(), 0)
             _say(self.launch, f"waiting for {whom} at {self.where}, {_in_words(until)} at most from now")
 
-    def _refuse(self, store: dist.Store, why: str) -> NoReturn:
+    def _refuse(self, store: Store, why: str) -> NoReturn:
         """Tells the others too, which would wait for a rank that can't come."""
         self._end(store, why, wrong=True)
         raise ValueError(why)
 
-    def _end(self, store: dist.Store, why: str, wrong: bool) -> None:
+    def _end(self, store: Store, why: str, wrong: bool) -> None:
         store.set("over", json.dumps({"why": why, "wrong": wrong}))
-        if self.launch.rank == 0:
-            time.sleep(4 * _POLL_SECONDS)  # the store ends with this process
 
     def _check_devices(self, claims: list[dict[str, Any]]) -> None:
         """Raises ValueError if ranks have unlike devices, or share a GPU, on which nccl would stop."""

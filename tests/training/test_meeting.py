@@ -11,8 +11,8 @@ import pytest
 from ranks import Runs, RunServer
 from toy import Toy
 
-SHORT = "engine.timeout_minutes=0.05"
-"""Three seconds: how long a rank waits for the others."""
+SHORT = "engine.timeout_minutes=0.04"
+"""2.4 seconds: how long a rank waits for the others."""
 NONE: dict[str, None] = dict.fromkeys(("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"))
 
 
