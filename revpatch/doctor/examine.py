@@ -82,7 +82,7 @@ def examine(places: Places) -> Examined:
         return Examined({socket.gethostname(): [*findings, Finding("ranks", "red", str(error), advice)]})
     try:
         return Examined(_with_the_others(launch, device, findings), told=launch.rank == 0)
-    except (RuntimeError, ConnectionError) as error:
+    except (RuntimeError, ConnectionError, ValueError) as error:
         findings.append(bandwidth.failed(str(error).strip().splitlines()[0][:300]))
         return Examined({socket.gethostname(): findings}, told=launch.local_rank == 0)
 
