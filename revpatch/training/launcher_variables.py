@@ -123,11 +123,11 @@ def read_launch(environment: Mapping[str, str]) -> Launch:
 
 
 def rank_and_local_rank() -> tuple[int, int]:
-    """Return those of this process, for messages; (0, 0) where the variables can't be used."""
+    """Return those of this process, for messages; what is known of them where the variables can't be used."""
     try:
         launch = read_launch(os.environ)
     except ValueError:
-        return 0, 0
+        return _number(os.environ.get("RANK")) or 0, _number(os.environ.get("LOCAL_RANK")) or 0
     return launch.rank, launch.local_rank
 
 
