@@ -11,7 +11,8 @@ from revpatch.training import startup
 from revpatch.training.config_changes import check_same_config
 from revpatch.training.first_use import build_on_first_use, needs_building
 from revpatch.training.interrupt import Interruption
-from revpatch.training.launch import Launch, process_group
+from revpatch.training.launch import process_group
+from revpatch.training.launcher_variables import Launch
 from revpatch.training.preflight import check, check_base
 from revpatch.training.record import Record
 from revpatch.training.resume import begins_anew, has_begun

@@ -110,6 +110,8 @@ class RunState:
             if peak is None and self.peers.device.type == "cuda":
                 words = "the peak of %s in %s isn't known, so its share is not shown: monitoring.peak_tflops sets it"
                 log.info(words, facts["device"], self.config.base.dtype)
+            if self.peers.launch.warning is not None:
+                log.warning(self.peers.launch.warning)
             self.record.introduce(self.config, facts, peak)
             self.record.costs = self._costs(peak)
             if self.config.base.dtype == "bfloat16" and self.peers.device.type == "cpu" and bfloat16_is_slow():

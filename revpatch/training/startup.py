@@ -115,7 +115,8 @@ def teacher_cache(config: TeacherConfig) -> TeacherCache | None:
 
 
 def facts(config: Config, base: nn.Module, patch: Patch, engine: Engine, peers: Peers) -> dict[str, Any]:
-    """What the start-up table shows and the journal keeps."""
+    """What the start-up table shows and the journal keeps; all ranks take part."""
+    threads = sorted(peers.gather(torch.get_num_threads()))  # on CPUs the last bits depend on their number
     trainable = sum(p.numel() for p in patch.parameters())
     frozen = sum(p.numel() for p in base.parameters())
     accumulation = config.batch.accumulation(peers.world)
@@ -123,6 +124,8 @@ def facts(config: Config, base: nn.Module, patch: Patch, engine: Engine, peers: 
     zero = f", ZeRO {engine.zero_stage}" if engine.kind == "deepspeed" else ""
     return {
         "ranks": peers.world,
+        "threads a rank": threads[0] if threads[0] == threads[-1] else f"{threads[0]} to {threads[-1]}",
+        "launcher": peers.launch.launcher,
         "device": device,
         "backend": "nccl" if peers.device.type == "cuda" else "gloo",
         "engine": engine.kind + zero,
