@@ -15,9 +15,9 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from revpatch.base import DTYPES
+from revpatch.base import load_base as load
 from revpatch.config import BaseConfig, Config, ConfigError, TeacherConfig
-from revpatch.loading import DTYPES
-from revpatch.loading import load_base as load
 from revpatch.monitoring.terminal import console
 from revpatch.patch.families import blocks_of, check_head
 from revpatch.patch.patched_model import Patch, base_sha256
@@ -79,12 +79,8 @@ def load_base(config: BaseConfig, device: torch.device) -> nn.Module:
     """
     try:
         base = load(config.model, config.revision, DTYPES[config.dtype])
-    except ValueError as error:
-        words = str(error).removeprefix(f"{config.model}: ")
-        raise ConfigError(
-            f"base.model = {config.model}: {words}; check the folder's weights, or take the model from where it came "
-            "again"
-        ) from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"base.model = {config.model}: {error}") from error
     base = base.to(device).requires_grad_(False)
     try:
         check_head(base)
