@@ -264,10 +264,11 @@ def _refuse_what_is_no_plain_base(path: Path, said: dict[str, Any]) -> None:
 
 
 def _base_of(exported: dict[str, Any]) -> str:
-    """Return the name of an exported model's base."""
+    """Return name and sha256 of an exported model's base."""
     try:
-        return str(exported["revpatch"]["entry"]["base"]["model"])
-    except (KeyError, TypeError):
+        base = exported["revpatch"]["entry"]["base"]
+        return f"{base['model']} (sha256 {str(base.get('sha256'))[:16]}…)"
+    except (AttributeError, KeyError, TypeError):
         return "not named there"
 
 

@@ -17,13 +17,14 @@ import pytest
 import torch
 from command import Call, one_line
 from gated_families import GATED
-from ranks import Runs, RunServer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from toy import POSITIONS, Toy, make_base, save_base
+from toy import Toy, save_base
 
-from revpatch.base import load_base
-from revpatch.patch.patched_model import base_sha256
+from revpatch.base import Base, BaseError, load_base
+from revpatch.config import SidecarConfig
+from revpatch.patch.patched_model import attach, base_sha256
+from revpatch.saving import save_patch
 
 Spoil = Callable[[Path], Any]
 ADAPTER = {"peft_type": "LORA", "base_model_name_or_path": "somebody/base", "r": 4, "task_type": "CAUSAL_LM"}
@@ -306,6 +307,18 @@ REFUSED: dict[str, tuple[Spoil, list[str]]] = {
 }
 
 
+PROBED = {
+    "a tensor gone",
+    "a .bin cut",
+    "a pointer to weights",
+    "no heads",
+    "quantised by gptq",
+    "an adapter beside it",
+}
+PROBED |= {"a model with code of its own", "our own export", "a tokenizer alone", "a model_type of nobody's"}
+"""What is given to another command too."""
+
+
 @pytest.fixture(scope="module")
 def stored(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base to be copied and spoiled."""
@@ -329,9 +342,138 @@ def test_a_spoiled_base_is_refused_in_one_line(
     spoil, words = REFUSED[name]
     folder = spoiled(stored, tmp_path, spoil)
     train = revpatch("train", toy.config_file(tmp_path, base={"model": str(folder)}))
-    probe = revpatch("probe", "--patch", "none", "--base", folder, "--shards", toy.shards("base_probe"))
     one_line(train, f"base.model = {folder}: ", *words)
-    one_line(probe, folder, *words)
-    for told in (train.err, probe.err):
-        assert "no such" not in told and "hub" not in told and "Error(" not in told, told
+    told = [train.err]
+    if name in PROBED:
+        probe = revpatch("probe", "--patch", "none", "--base", folder, "--shards", toy.shards("base_probe"))
+        one_line(probe, folder, *words)
+        told.append(probe.err)
+    assert not any(word in err for err in told for word in ("no such", "hub", "Error(")), told
     assert not (folder / "it ran").exists() and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [(lambda t: t * float("nan"), "bfloat16"), (lambda t: t / 0, "bfloat16"), (lambda t: t * 0 + 3.4e38, "bfloat16")],
+    ids=["NaN", "infinite", "beyond bfloat16"],
+)
+def test_weights_that_are_no_finite_numbers(
+    change: Callable[[Tensor], Tensor], found: str, stored: Path, toy: Toy, tmp_path: Path, revpatch: Call
+) -> None:
+    folder = spoiled(stored, tmp_path, tensors(transformer__ln_f__weight=lambda was: change(was)))  # type: ignore
+    options = "--dtype", found, "--shards", toy.shards("base_probe")
+    told = revpatch("probe", "--patch", "none", "--base", folder, *options)
+    one_line(told, folder / "model.safetensors", LAST, f"not finite in {found}")
+
+
+def as_gpt2_on_the_hub(folder: Path) -> None:
+    """GPT-2's own files: no `transformer.` before the names, and masks among the tensors."""
+    held = {name.removeprefix("transformer."): t for name, t in load_file(folder / "model.safetensors").items()}
+    for layer in range(2):
+        held[f"h.{layer}.attn.bias"] = torch.ones(1, 1, 64, 64, dtype=torch.uint8).tril()
+        held[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+    save_file(held, folder / "model.safetensors")
+
+
+def with_old_names(folder: Path) -> None:
+    """As transformers 4 wrote GPT-2s: with masks, and with the head as a tensor of its own."""
+    held = load_file(folder / "model.safetensors")
+    held |= {f"transformer.h.{layer}.attn.masked_bias": torch.tensor(-1e4) for layer in range(2)}
+    held |= {f"transformer.h.{layer}.attn.bias": torch.ones(1, 1, 64, 64, dtype=torch.bool) for layer in range(2)}
+    save_file({**held, "lm_head.weight": held[EMBEDDINGS].clone()}, folder / "model.safetensors")
+
+
+def bin_shards(folder: Path) -> None:
+    sharded()(folder)
+    index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
+    for name in set(index["weight_map"].values()):
+        torch.save(load_file(folder / name), folder / name.replace("safetensors", "bin"))
+        (folder / name).unlink()
+    index["weight_map"] = {key: name.replace("safetensors", "bin") for key, name in index["weight_map"].items()}
+    (folder / "model.safetensors.index.json").unlink()
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+def null_in_config(key: str) -> Spoil:
+    """A key of config.json that is null."""
+
+    def change(folder: Path) -> None:
+        said = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        (folder / "config.json").write_text(json.dumps({**said, key: None}), encoding="utf-8")
+
+    return change
+
+
+TAKEN: dict[str, Spoil] = {
+    "GPT-2's names on the hub": as_gpt2_on_the_hub,
+    "GPT-2's older names": with_old_names,
+    "shards": sharded(),
+    "a tensor twice, with the same values": sharded(lambda first, second: second.update({FIRST: first[FIRST]})),
+    "a .bin": as_bin(),
+    "an old .bin": as_bin(_use_new_zipfile_serialization=False),
+    "a .bin with a head": as_bin(lambda held: held.update({"lm_head.weight": held[EMBEDDINGS]})),
+    "shards of .bin": bin_shards,
+    "float64": tensors(transformer__ln_f__weight=lambda was: None if was is None else was.double()),
+    "a head alone, tied": renamed(lambda name: name.replace(EMBEDDINGS, "lm_head.weight")),
+    "a trainer's files beside it": lambda folder: [
+        (folder / name).write_bytes(b"?") for name in ("optimizer.pt", "trainer_state.json", "rng_state.pth", "x.gguf")
+    ],
+    "no quantisation": null_in_config("quantization_config"),
+}
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_a_base_in_another_form_is_taken_and_is_the_same(name: str, stored: Path, tmp_path: Path) -> None:
+    folder = spoiled(stored, tmp_path, TAKEN[name])
+    Base.find(str(folder)).check()
+    expected = base_sha256(load_base(str(stored), None, torch.float32))
+    assert base_sha256(load_base(str(folder), None, torch.float32)) == expected
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", GATED)
+def test_every_family_is_taken(family: str, tied: bool, tmp_path: Path) -> None:
+    settings, kind = GATED[family]
+    knobs = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "tie_word_embeddings": tied}
+    model = kind(settings(**knobs, **heads))
+    model.save_pretrained(tmp_path)
+    tensors(model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(4))(tmp_path)  # as older files have it
+    assert base_sha256(load_base(str(tmp_path), None, torch.float32)) == base_sha256(model)
+    tensors(model__norm__weight=lambda _: None)(tmp_path)
+    with pytest.raises(BaseError, match=r"model\.norm\.weight is missing"):
+        Base.find(str(tmp_path)).check()
+
+
+def test_a_base_of_a_hub_is_held_to_the_same(
+    stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, toy: Toy, revpatch: Call
+) -> None:
+    """From the cache, as on a machine without a network."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    repo, commit = tmp_path / "cache/models--some--base", "0" * 40
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs/main").write_text(commit, encoding="utf-8")
+    folder = Path(shutil.copytree(stored, repo / "snapshots" / commit))
+    config_file = toy.config_file(tmp_path, base={"model": "some/base"})
+    assert base_sha256(load_base("some/base", None, torch.float32)) == base_sha256(
+        load_base(str(stored), None, torch.float32)
+    )
+    tensors(transformer__ln_f__weight=lambda _: None)(folder)
+    one_line(revpatch("train", config_file), "base.model = some/base: ", folder / "model.safetensors", LAST, "missing")
+    sharded()(folder)
+    (folder / SHARD).unlink()
+    Base.find("some/base").check()  # the rest would be fetched
+    text("adapter_config.json", json.dumps(ADAPTER))(folder)
+    one_line(revpatch("train", config_file), "base.model = some/base: ", "adapter_config.json", "merge")
+    nowhere = toy.config_file(tmp_path, base={"model": "some/other"})
+    one_line(revpatch("train", nowhere), "base.model = some/other: no such local folder", "the hub")
+    one_line(revpatch("train", toy.config_file(tmp_path, base={"model": str(config_file)})), "is a file")
+
+
+def test_what_we_export_is_no_base(toy: Toy, tmp_path: Path, revpatch: Call) -> None:
+    model, out = load_base(str(toy.base), None, torch.float32), tmp_path / "exported"
+    attach(model, SidecarConfig(bottleneck=2))
+    save_patch(model, tmp_path / "mine.safetensors")
+    assert revpatch("ledger", "export", tmp_path / "mine.safetensors", "--to", "hf", "--out", out).code == 0
+    train = revpatch("train", toy.config_file(tmp_path, base={"model": str(out)}))
+    one_line(train, out / "config.json", "an exported patched model; its base is base_model (sha256 ")

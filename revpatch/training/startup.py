@@ -101,11 +101,10 @@ def load_same_base(config: BaseConfig, peers: Peers) -> tuple[nn.Module, Weights
     found = peers.gather((weights, None if refusal is None else str(refusal)))
     if refusal is not None:
         raise refusal
-    for rank, (_, words) in enumerate(found):
-        if words is not None:
-            raise ConfigError(f"rank {rank} can't load the base: {words}")
     held: dict[str, list[str]] = {}
-    for rank, (other, _) in enumerate(found):
+    for rank, (other, words) in enumerate(found):
+        if other is None:
+            raise ConfigError(f"rank {rank} can't load the base: {words}")
         held.setdefault(other.exact, []).append(str(rank))
     if len(held) > 1:
         by = "; ".join(f"{sha256} on rank {', '.join(ranks)}" for sha256, ranks in held.items())
