@@ -92,11 +92,15 @@ class Base:
         elif (folder / "adapter_config.json").exists():
             raise _adapter(folder / "adapter_config.json", alone=not (folder / _CONFIG).exists())
         said = _read_json(folder / _CONFIG, _what_is_there(folder) if local else "")
-        if "configuration_files" in said:  # which names the file for this version of transformers
-            said = transformers.PreTrainedConfig.get_config_dict(name, revision=revision)[0]
         _refuse_what_is_no_plain_base(folder / _CONFIG, said)
+        _check_generation_config(folder / "generation_config.json")
         try:
+            if "configuration_files" in said:  # which names another file for this version of transformers
+                other = transformers.PreTrainedConfig.get_config_dict(name, revision=revision)[0]
+                _refuse_what_is_no_plain_base(folder / _CONFIG, other)
             config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+        except BaseError:
+            raise
         except Exception as error:  # of any kind: its values are anybody's
             raise _bad_values(folder / _CONFIG, error) from error
         return cls(name, revision, folder, local, config)
@@ -173,6 +177,8 @@ class Base:
     def _files(self) -> list[Path]:
         """Return the files that transformers will read weights from; none of a hub's base that was not fetched."""
         named = getattr(self.config, "transformers_weights", None)
+        if not isinstance(named, str | None):
+            raise BaseError(f"{self.folder / _CONFIG}: expected a file's name as transformers_weights, found {named!r}")
         if self.local and any(_DISTRIBUTED.fullmatch(path.name) for path in self.folder.iterdir()):
             raise BaseError(
                 f"{self.folder} holds a checkpoint in parts of a distributed model (shard-…-model-….safetensors): load "
@@ -229,6 +235,8 @@ def _check_file(path: Path, hint: str = "") -> None:
     """Raise BaseError unless `path` is a file with something in it."""
     if path.is_dir():
         raise BaseError(f"{path} is a folder, and should be a file: {_AGAIN}")
+    if path.is_symlink() and not path.exists():
+        raise BaseError(f"{path} is a link to {path.readlink()}, which is not there: {_AGAIN}")
     if not path.exists():
         raise BaseError(f"{path} is not there{hint}: name a folder that has it")
     if is_lfs_pointer(path):
@@ -248,12 +256,12 @@ def _refuse_what_is_no_plain_base(path: Path, said: dict[str, Any]) -> None:
                 "bfloat16 or float32: name the model that was quantised, or dequantise this one with the library that "
                 "made it and write it with save_pretrained"
             )
-    if (own := said.get("auto_map")) or "/" in str(said.get("attn_implementation", said.get("_attn_implementation"))):
-        key = "auto_map" if own else "attn_implementation"
-        raise BaseError(
-            f"{path}: {key} names code of its own ({_named_code(own or said)}), and code of a model is never run: name "
-            f"a model whose class is in transformers; if this one's is, take {key} out of the file"
-        )
+    for key in ("auto_map", "attn_implementation", "_attn_implementation"):
+        if (own := said.get(key)) and (key == "auto_map" or "/" in str(own)):  # the others may name a hub's kernels
+            raise BaseError(
+                f"{path}: {key} names code of its own ({_named_code(own)}), and code of a model is never run: name a "
+                f"model whose class is in transformers; if this one's is, take {key} out of the file"
+            )
     if not isinstance(kind, str):
         raise BaseError(f"{path}: expected a name as model_type, found {kind!r}: {_AGAIN}")
     if kind not in FAMILIES:
@@ -261,6 +269,17 @@ def _refuse_what_is_no_plain_base(path: Path, said: dict[str, Any]) -> None:
             f"{path}: models of type {kind!r} have no row in FAMILIES (revpatch/patch/families.py); known are "
             f"{', '.join(sorted(FAMILIES))}"
         )
+
+
+def _check_generation_config(path: Path) -> None:
+    """Raise BaseError if a file that says how to generate is there and broken, which transformers passes over."""
+    if not path.exists():
+        return
+    said = _read_json(path)
+    try:
+        transformers.GenerationConfig.from_dict(said)
+    except Exception as error:  # of any kind: its values are anybody's
+        raise BaseError(f"{path}: its values can't be used ({_told(error)}): correct them, or {_AGAIN}") from error
 
 
 def _base_of(exported: dict[str, Any]) -> str:
@@ -280,8 +299,8 @@ def _method_of(quantisation: Any) -> str:
     return str(quantisation.get("quant_method") or ("bitsandbytes" if bits else "by a method that has no name there"))
 
 
-def _named_code(of: Any) -> str:
-    found = of.values() if isinstance(of, dict) and "model_type" not in of else [of]
+def _named_code(own: Any) -> str:
+    found = own.values() if isinstance(own, dict) else [own]
     return ", ".join(dict.fromkeys(str(value).partition(".")[0] for value in found))[:100]
 
 
@@ -378,10 +397,10 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
     if not isinstance(held, dict):
         raise BaseError(f"{path}: expected tensors by their names, found a {type(held).__name__}: {_AGAIN}")
     for name, tensor in held.items():
-        if not isinstance(tensor, Tensor):
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise BaseError(
-                f"{path}: expected nothing but tensors, found {name!r}, a {type(tensor).__name__}: it is no file of "
-                "weights alone; write the model with save_pretrained"
+                f"{path}: expected nothing but tensors by their names, found {name!r}, of type "
+                f"{type(tensor).__name__}: it is no file of weights alone; write the model with save_pretrained"
             )
     return cast(dict[str, Tensor], held)
 

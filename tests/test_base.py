@@ -226,6 +226,10 @@ REFUSED: dict[str, tuple[Spoil, list[str]]] = {
     "a pointer to weights": (text("model.safetensors", POINTER), ["model.safetensors", "git lfs pull"]),
     "weights that are a page": (text("model.safetensors", "<!DOCTYPE html>" * 99), ["model.safetensors", "again"]),
     "weights that are a folder": (as_folder("model.safetensors"), ["model.safetensors", "folder"]),
+    "a link to nowhere": (
+        then(without("model.safetensors"), lambda folder: (folder / "model.safetensors").symlink_to("gone/blob")),
+        ["model.safetensors", "gone/blob", "not there"],
+    ),
     "a shard gone": (
         then(sharded(), without(SHARD)),
         ["model.safetensors.index.json", SHARD, "not there"],
@@ -273,6 +277,12 @@ REFUSED: dict[str, tuple[Spoil, list[str]]] = {
     "no width": (config(n_embd=0), ["config.json"]),
     "no blocks": (config(n_layer=0), ["config.json"]),
     "an activation of nobody's": (config(activation_function="nobodys"), ["config.json", "nobodys"]),
+    "how to generate, cut": (cut("generation_config.json", 0.5), ["generation_config.json", "JSON"]),
+    "a pointer to how to generate": (text("generation_config.json", POINTER), ["generation_config.json", "lfs pull"]),
+    "how to generate, wrongly": (
+        text("generation_config.json", '{"max_new_tokens": "x"}'),
+        ["generation_config.json", "can't be used"],
+    ),
     # what is no base
     **{
         f"quantised by {method}": (
@@ -295,6 +305,7 @@ REFUSED: dict[str, tuple[Spoil, list[str]]] = {
     ),
     "a model with code of its own": (own_code, ["config.json", "auto_map", "modeling_own", "never run"]),
     "another with code of its own": (lambda folder: own_code(folder, "own"), ["config.json", "auto_map", "never run"]),
+    "a hub's kernels": (config(attn_implementation="some/kernel"), ["attn_implementation", "some/kernel", "never run"]),
     "our own export": (exported, ["config.json", "an exported patched model", "its base is the/base"]),
     "a patch's folder": (
         then(only("tokenizer.json"), text("patch_config.json", "{}")),
@@ -468,6 +479,21 @@ def test_a_base_of_a_hub_is_held_to_the_same(
     nowhere = toy.config_file(tmp_path, base={"model": "some/other"})
     one_line(revpatch("train", nowhere), "base.model = some/other: no such local folder", "the hub")
     one_line(revpatch("train", toy.config_file(tmp_path, base={"model": str(config_file)})), "is a file")
+
+
+def test_code_in_a_folder_is_not_run_by_what_takes_the_base(
+    stored: Path, toy: Toy, tmp_path: Path, revpatch: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tokenizer's class, and a way of generating; transformers has classes of its own for both."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a person was asked"))
+    folder = spoiled(stored, tmp_path, lambda folder: (folder / "custom_generate").mkdir())
+    for name in ("tokenization_own.py", "custom_generate/generate.py"):
+        (folder / name).write_text(f"open({str(folder / 'it ran')!r}, 'w')\n", encoding="utf-8")
+    path = folder / "tokenizer_config.json"
+    own = {"auto_map": {"AutoTokenizer": ["tokenization_own.Own", "tokenization_own.Own"]}, "tokenizer_class": "Own"}
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **own}), encoding="utf-8")
+    revpatch("probe", "--patch", "none", "--base", folder, "--shards", toy.shards("base_probe"))
+    assert not (folder / "it ran").exists()
 
 
 def test_what_we_export_is_no_base(toy: Toy, tmp_path: Path, revpatch: Call) -> None:
