@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
+from revpatch.base import DTYPES, BaseNotFoundError, load_base
 from revpatch.config import SidecarConfig
 from revpatch.durable import sha256_of_file
+from revpatch.ledger.base_place import folder_noted
 from revpatch.ledger.entry import EntryError
 from revpatch.ledger.history import Ledger, Recorded
 from revpatch.ledger.layers import check_comparable
 from revpatch.ledger.references import Located, locate
-from revpatch.loading import DTYPES, load_base, load_hashed, whose
+from revpatch.loading import load_hashed, whose
 from revpatch.monitoring.doing import doing
 from revpatch.patch.families import blocks_of, width_of
 from revpatch.patch.patched_model import Patch, attach, base_sha256, check_fits, load_tensors
@@ -35,6 +37,8 @@ class Entry:
     base: dict[str, Any] = field(default_factory=dict)
     """Model, revision, dtype and sha256 of the base it belongs to."""
     sidecar: SidecarConfig = field(default_factory=SidecarConfig)
+    base_folder: str | None = None
+    """Where the base lay, if it is known to have been a folder."""
 
     @classmethod
     def of(cls, reference: str, tensors: dict[str, Tensor], metadata: dict[str, Any], sha256: str) -> Entry:
@@ -58,7 +62,9 @@ class Entry:
         """The same, of what was found already."""
         tensors, metadata = located.load()
         recorded = located.recorded
-        return cls.of(reference, tensors, metadata, recorded.sha256 if recorded else sha256_of_file(located.path))
+        entry = cls.of(reference, tensors, metadata, recorded.sha256 if recorded else sha256_of_file(located.path))
+        model = entry.base["model"]
+        return entry if model is None else replace(entry, base_folder=folder_noted(located, model))
 
     @classmethod
     def recorded(cls, ledger: Ledger, entry: Recorded) -> Entry:
@@ -110,10 +116,13 @@ class Subject:
         try:
             with doing(f"loading the base {name} in {dtype}", enabled=_first()):
                 model = load_base(name, revision, DTYPES[dtype])
+        except BaseNotFoundError as error:
+            raise ValueError(f"base {name}: {error}; name its folder with --base") from error
         except ValueError as error:
-            raise ValueError(f"base {error}; name its folder with --base") from error
+            raise ValueError(f"base {name}: {error}") from error
         attach(model, SidecarConfig(bottleneck=1))
-        return cls(model, AutoTokenizer.from_pretrained(name, revision=revision), None, device)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+        return cls(model, tokenizer, None, device)
 
     def patch_of(self, entry: Entry) -> Patch:
         """The entry's patch on this base's device, to be put on with `active_patch`.

@@ -13,7 +13,8 @@ from revpatch.training import startup
 from revpatch.training.config_changes import check_same_config
 from revpatch.training.first_use import build_on_first_use, needs_building
 from revpatch.training.interrupt import Interruption
-from revpatch.training.launch import Launch, process_group
+from revpatch.training.launch import process_group
+from revpatch.training.launcher_variables import Launch
 from revpatch.training.preflight import check, check_base
 from revpatch.training.record import Record
 from revpatch.training.resume import begins_anew, has_begun
@@ -69,7 +70,7 @@ def _train(config: Config, fresh: bool, overwrite: bool, interruption: Interrupt
         with doing("waiting for the other ranks", say, first):
             startup.check_same_data(config, plan, peers)
         with doing(f"loading the base {config.base.model}", say, first):
-            base = startup.load_base(config.base, device)  # first, so that a base that fails leaves no folder behind
+            base, weights = startup.load_same_base(config.base, peers)  # first: one that fails leaves no folder behind
         standing = startup.prepare_run(config, peers, fresh, overwrite)
         if standing.over:
             if peers.rank == 0:
@@ -80,7 +81,7 @@ def _train(config: Config, fresh: bool, overwrite: bool, interruption: Interrupt
         record = Record(standing.directory, peers.rank == 0, watched.tensorboard, standing.again, watched.trackers)
         try:
             with doing("hashing the base, reading the probe sets", log.info, first):
-                trainer = Trainer(config, plan, base, peers, record, standing.directory, interruption)
+                trainer = Trainer(config, plan, base, peers, record, standing.directory, interruption, weights)
             with doing("preparing the first step", log.info, first):
                 trainer.take_up(standing)
             interruption.training = True
