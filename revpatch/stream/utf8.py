@@ -66,16 +66,19 @@ def check_characters(data: bytes, where: str) -> None:
     controls = len(data) - len(data.translate(None, _CONTROLS))
     replaced = data.count(b"\xef\xbf\xbd")
     if _is_much(controls, data) or _NUL_RUN in data:
-        encoding = _utf16_of(data)
-        if data.startswith(b"\xc3\xbf\xc3\xbe") or data.startswith(b"\xc3\xbe\xc3\xbf"):
-            found, remedy = "UTF-16 that was converted as latin1", "convert the file that it was made from: " + _iconv("utf-16")
+        encoding = _wide_encoding_of(data)
+        if data.startswith((b"\xc3\xbf\xc3\xbe", b"\xc3\xbe\xc3\xbf")):
+            found, remedy = (
+                "UTF-16 that was converted as latin1",
+                "convert the file that it was made from: " + _iconv("utf-16"),
+            )
         elif encoding:
             found, remedy = f"{encoding} without a mark", f"convert it: {_iconv(encoding)}"
         elif known := found_instead(data):
             found, remedy = known
         elif nuls := data.count(0):
             found = f"{nuls} NULs among {len(data)} bytes, the first at offset {data.find(0)}"
-            remedy = "copy it again if it was cut off or is still being written; or take them out: tr -d '\\000' < FILE > NEW"
+            remedy = "copy it again where a copy was cut off, or take them out: tr -d '\\000' < FILE > NEW"
         else:
             found = f"{controls} control characters among {len(data)} bytes: it is binary"
             remedy = "leave it out, or make text of it with the program that wrote it"
@@ -105,7 +108,7 @@ def refuse_other_formats(start: bytes, where: str) -> None:
     if known := found_instead(start):
         raise ValueError(f"{where}: expected text, found {known[0]}; {known[1]}")
     controls = len(start) - len(start.translate(None, _CONTROLS))
-    if encoding or (_is_much(controls, start) and (encoding := _utf16_of(start))):
+    if encoding or (_is_much(controls, start) and (encoding := _wide_encoding_of(start))):
         raise ValueError(f"{where}: expected UTF-8, found {encoding}; convert it: {_iconv(encoding)}")
 
 
@@ -127,7 +130,7 @@ def _not_utf8(data: bytes, offset: int, where: str) -> str:
             return f"{found}: it is {name.upper()}; convert it: {_iconv(name)}"
     if known := found_instead(data):
         return f"{found}: it is {known[0]}; {known[1]}"
-    if encoding := _utf16_of(data):
+    if encoding := _wide_encoding_of(data):
         return f"{found}: it is {encoding} without a mark; convert it: {_iconv(encoding)}"
     if _is_much(len(data) - len(data.translate(None, _CONTROLS)), data):
         return f"{found}, and control characters: it is binary; leave it out, or make text of it with what wrote it"
@@ -174,11 +177,15 @@ def _reads_as_latin(text: str) -> bool:
     return others == 0 and plain > 2 * len(letters) and beside >= 0.8 * len(letters)
 
 
-def _utf16_of(data: bytes) -> str | None:
-    """Return "utf-16le" or "utf-16be" where the bytes look like it: the high bytes of characters are of few kinds."""
-    sample = data[: min(len(data), _SAMPLE) // 2 * 2]
+def _wide_encoding_of(data: bytes) -> str | None:
+    """Return "utf-16le", "utf-16be", "utf-32le" or "utf-32be" where the bytes look like it: the high bytes of
+    characters are of few kinds."""
+    sample = data[: min(len(data), _SAMPLE) // 4 * 4]
     if len(sample) < 8:
         return None
+    for name, highest, high in (("utf-32le", sample[3::4], sample[2::4]), ("utf-32be", sample[::4], sample[1::4])):
+        if not any(highest) and max(high) <= 0x10:
+            return name
     for name, high, low in (("utf-16le", sample[1::2], sample[::2]), ("utf-16be", sample[::2], sample[1::2])):
         if _share(high, _HIGH_OF_ALPHABETS) > 0.9 and _share(low, _HIGH_OF_ALPHABETS) < 0.7:
             return name
