@@ -108,7 +108,7 @@ def check_text(value: Any, where: str, text_column: str) -> str:
             f"{place}: expected text, found a chat of {len(value)} messages; {chat_remedy(text_column, value[0])}"
         )
     if value is None:
-        raise ValueError(f"{place}: expected text, found null (NoneType); leave such rows out, or give --on-bad skip")
+        raise ValueError(f"{place}: expected text, found NoneType (null); leave such rows out, or give --on-bad skip")
     if not isinstance(value, str):
         found = f"{type(value).__name__} {excerpt(json.dumps(value, default=repr))}"
         parts = isinstance(value, list) and value and all(isinstance(part, str) for part in value)

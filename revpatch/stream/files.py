@@ -118,7 +118,7 @@ def read_text(file: BinaryIO, place: Place, reading: Reading) -> Documents:
     for piece, is_whole in pieces:
         name, where = (place.name, place.where)
         if not is_whole:
-            if not piece.strip():
+            if not piece.removeprefix(_MARK).strip():
                 continue
             number += 1
             name, where = f"{place.name}:{number}", f"{place.where}, document {number}"

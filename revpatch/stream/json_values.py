@@ -104,7 +104,8 @@ class _Scanner:
                 at = getattr(error, "pos", 0)
                 unfinished = str(error).startswith("Unterminated string") or at >= len(self._text) - 16
                 if whole or isinstance(error, RecursionError) or not unfinished:
-                    raise self.error(f"{self._text[self._at : self._at + 20]!r} ({error})") from None
+                    found = f"{self._text[self._at : self._at + 20]!r} ({error})"
+                    raise self.error(f"the end of the file within {found}" if whole and unfinished else found) from None
             whole = not self._more()
 
     def _more(self) -> bool:

@@ -80,7 +80,8 @@ def _read_all(url: str, reading: Reading) -> Iterator[Document | BadDocument]:
                         continue
                     read += 1
                     place = Place(f"wds:{url}, member {name}", name)
-                    yield from _documents_of(cast(BinaryIO, tar.extractfile(member)), place, reading)
+                    with io.BufferedReader(_Forwards(tar.extractfile(member)), _CHUNK) as file:
+                        yield from _documents_of(file, place, reading)
                 if tar.tars > 1:
                     _log.warning("wds:%s: %d tars one after another; all are read", url, tar.tars)
     except (tarfile.TarError, _BadTar) as error:
@@ -256,6 +257,21 @@ class _Download(io.RawIOBase):
         if self._chunks is not None:
             self._chunks.close()
             self._chunks = None
+
+
+class _Forwards(io.RawIOBase):
+    """Gives a member's file as one that can't seek; tarfile's stream can't say so itself."""
+
+    def __init__(self, member: Any) -> None:
+        self._member = member
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._member.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
 
 
 class _Unpacked:

@@ -66,17 +66,11 @@ def check_characters(data: bytes, where: str) -> None:
     controls = len(data) - len(data.translate(None, _CONTROLS))
     replaced = data.count(b"\xef\xbf\xbd")
     if _is_much(controls, data) or _NUL_RUN in data:
-        encoding = _wide_encoding_of(data)
-        if data.startswith((b"\xc3\xbf\xc3\xbe", b"\xc3\xbe\xc3\xbf")):
-            found, remedy = (
-                "UTF-16 that was converted as latin1",
-                "convert the file that it was made from: " + _iconv("utf-16"),
-            )
-        elif encoding:
-            found, remedy = f"{encoding} without a mark", f"convert it: {_iconv(encoding)}"
+        if wide := _wide_text(data):
+            found, remedy = wide
         elif known := found_instead(data):
             found, remedy = known
-        elif nuls := data.count(0):
+        elif (nuls := data.count(0)) > controls / 2:
             found = f"{nuls} NULs among {len(data)} bytes, the first at offset {data.find(0)}"
             remedy = "copy it again where a copy was cut off, or take them out: tr -d '\\000' < FILE > NEW"
         else:
@@ -105,14 +99,22 @@ def found_instead(start: bytes) -> tuple[str, str] | None:
 def refuse_other_formats(start: bytes, where: str) -> None:
     """Raise ValueError where a file of lines or rows begins as no text does, so that no line of it can be read."""
     encoding = next((name for mark, name in _MARKS if start.startswith(mark)), None)
-    if known := found_instead(start):
+    known = found_instead(start) or ((encoding.upper(), f"convert it: {_iconv(encoding)}") if encoding else None)
+    if known is None and _is_much(len(start) - len(start.translate(None, _CONTROLS)), start):
+        known = _wide_text(start)
+    if known is not None:
         raise ValueError(f"{where}: expected text, found {known[0]}; {known[1]}")
-    controls = len(start) - len(start.translate(None, _CONTROLS))
-    if encoding or (_is_much(controls, start) and (encoding := _wide_encoding_of(start))):
-        raise ValueError(f"{where}: expected UTF-8, found {encoding}; convert it: {_iconv(encoding)}")
 
 
 _NAMED_BEFOREHAND = (b"version https://git-lfs", b"%PDF-", b"{\\rtf", b"PAR1", b"BZh")  # those that may be all UTF-8
+
+
+def _wide_text(data: bytes) -> tuple[str, str] | None:
+    """Return the name of UTF-16 or UTF-32 that is UTF-8 as well, and what to do."""
+    if data.startswith((b"\xc3\xbf\xc3\xbe", b"\xc3\xbe\xc3\xbf")):  # its mark
+        return "UTF-16 that was converted as latin1", f"convert the file that it was made from: {_iconv('utf-16')}"
+    encoding = _wide_encoding_of(data)
+    return None if encoding is None else (f"{encoding} without a mark", f"convert it: {_iconv(encoding)}")
 
 
 def _is_much(count: int, data: bytes) -> bool:
@@ -130,16 +132,16 @@ def _not_utf8(data: bytes, offset: int, where: str) -> str:
             return f"{found}: it is {name.upper()}; convert it: {_iconv(name)}"
     if known := found_instead(data):
         return f"{found}: it is {known[0]}; {known[1]}"
-    if encoding := _wide_encoding_of(data):
-        return f"{found}: it is {encoding} without a mark; convert it: {_iconv(encoding)}"
-    if _is_much(len(data) - len(data.translate(None, _CONTROLS)), data):
-        return f"{found}, and control characters: it is binary; leave it out, or make text of it with what wrote it"
     text = data.decode("utf-8", "surrogateescape")
     broken = sum(map(_is_broken, text))
     whole = sum(character > "\x7f" for character in text) - broken
     leave_out = "iconv -c -f utf-8 -t utf-8 FILE > NEW leaves such bytes out, --on-bad skip such documents"
     if whole > 4 * broken:
         return f"{found}, among {whole} characters that are: {broken} bytes are broken; copy it again, or {leave_out}"
+    if encoding := _wide_encoding_of(data) or _wide_encoding_of(data, _HIGH_OF_CJK):
+        return f"{found}: it is {encoding} without a mark; convert it: {_iconv(encoding)}"
+    if _is_much(len(data) - len(data.translate(None, _CONTROLS)), data):
+        return f"{found}, and control characters: it is binary; leave it out, or make text of it with what wrote it"
     first = data[max(0, offset - _SHOWN) : offset + _SHOWN]
     if _reads_as_latin(text):
         shown = " ".join(first.decode("cp1252", "replace").split())
@@ -147,7 +149,7 @@ def _not_utf8(data: bytes, offset: int, where: str) -> str:
             f"{found}; where {shown!r} is what it should say there, convert it: {_iconv('cp1252')}; where not, "
             f"{leave_out}"
         )
-    if whole >= broken:
+    if whole >= broken or broken <= _FEW:
         return f"{found}: {broken} bytes are broken, {whole} characters are not; copy it again, or {leave_out}"
     return (
         f"{found}, and {broken} such bytes in all; where it is in another encoding (cp1251, koi8-r, gb18030, "
@@ -169,7 +171,9 @@ def _reads_as_latin(text: str) -> bool:
         return False
     if any(character > "\x7f" and not _is_broken(character) for character in text):
         return False
-    letters = [i for i, character in enumerate(read) if character > "\x7f" and character.isalpha()]
+    letters = [
+        i for i, character in enumerate(read) if character > "\x7f" and character.isalpha() and character not in "þÿ"
+    ]
     signs = sum(read.count(sign) for sign in _LATIN_SIGNS)
     plain = sum(character.isascii() and character.isalpha() for character in read)
     others = sum(character > "\x7f" for character in read) - len(letters) - signs
@@ -177,31 +181,20 @@ def _reads_as_latin(text: str) -> bool:
     return others == 0 and plain > 2 * len(letters) and beside >= 0.8 * len(letters)
 
 
-def _wide_encoding_of(data: bytes) -> str | None:
-    """Return "utf-16le", "utf-16be", "utf-32le" or "utf-32be" where the bytes look like it: the high bytes of
-    characters are of few kinds."""
+def _wide_encoding_of(data: bytes, highs: bytes = _HIGH_OF_ALPHABETS) -> str | None:
+    """Return "utf-16le", "utf-16be", "utf-32le" or "utf-32be" where the bytes look like it: the `highs` alone stand in
+    the place of the high bytes, and other bytes in that of the low ones."""
     sample = data[: min(len(data), _SAMPLE) // 4 * 4]
-    if len(sample) < 8:
+    if len(sample) < 8 or sample.count(0) > 0.9 * len(sample):
         return None
     for name, highest, high in (("utf-32le", sample[3::4], sample[2::4]), ("utf-32be", sample[::4], sample[1::4])):
         if not any(highest) and max(high) <= 0x10:
             return name
     for name, high, low in (("utf-16le", sample[1::2], sample[::2]), ("utf-16be", sample[::2], sample[1::2])):
-        if _share(high, _HIGH_OF_ALPHABETS) > 0.9 and _share(low, _HIGH_OF_ALPHABETS) < 0.7:
-            return name
-        cjk = _share(high, _HIGH_OF_CJK) > 0.97 and _share(low, _HIGH_OF_CJK) < 0.8
-        if cjk and _share(high, _SIGNS) > 0.02 and _is_utf16(sample, name):
+        if _share(high, highs) > 0.95 and _share(low, highs) < 0.8 and _share(high, _SIGNS) > 0.02:
             return name
     return None
 
 
 def _share(data: bytes, of: Iterable[int]) -> float:
     return 1 - len(data.translate(None, bytes(of))) / len(data)
-
-
-def _is_utf16(data: bytes, name: str) -> bool:
-    try:
-        data.decode(name)
-    except UnicodeDecodeError as error:
-        return error.start >= len(data) - 4  # half of a pair at the end of the sample
-    return True
