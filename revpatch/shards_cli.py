@@ -25,7 +25,7 @@ def build(
     sources: Annotated[
         list[str],
         typer.Argument(
-            help="Files (.txt, .md, .jsonl, .ndjson, .json, .csv, .tsv, also .gz, .bz2, .xz and .zst; .parquet), folders "
+            help="Files (.txt, .md, .jsonl, .ndjson, .json, .csv, .tsv, also .gz, .bz2, .xz, .zst; .parquet), folders "
             "or globs of them, hf:NAME:SPLIT or hf:NAME/CONFIG:SPLIT#column, wds:URL of tars of such files."
         ),
     ],

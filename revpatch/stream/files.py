@@ -223,8 +223,8 @@ def read_csv(file: BinaryIO, place: Place, reading: Reading, delimiters: str = "
         except csv.Error as error:
             found: Document | BadDocument = BadDocument(
                 name,
-                f"{where}: expected a row of CSV, found a broken one ({error}); write a quote within a quoted field "
-                'twice (""), and close each; the next line is taken for a row of its own',
+                f"{where}: expected a row of CSV, found a quote that is not closed or not written twice, up to line "
+                f'{rows.line_num + 1} ({error}); write a quote within a quoted field as "", and close each',
             )
         else:
             if row is None:

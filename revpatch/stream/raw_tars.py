@@ -174,7 +174,8 @@ class _Member(tarfile.TarInfo):
             if zeros < 2 or (at - tar.start) % tarfile.RECORDSIZE:
                 raise _BadTar(
                     f"at byte {at} expected the end, found a header after {zeros} blocks of zeros",
-                    "copy it again; or, where several tars were put into one file, name each of them",
+                    "copy it again; or, where several tars were put into one file, unpack them all (mkdir FOLDER; "
+                    "tar -xif TAR -C FOLDER) and name the folder",
                 )
             tar.start, tar.tars = at, tar.tars + 1
         return member

@@ -284,7 +284,7 @@ ONE_BAD: dict[str, tuple[str, bytes, int, list[tuple[str, str]]]] = {  # good do
         [
             ("a.csv:3", "expected 2 fields"),
             ("a.csv:4", "0xff"),
-            ("a.csv:5", "write a quote within a quoted field twice"),
+            ("a.csv:5", "a quote that is not closed or not written twice, up to line 5"),
         ],
     ),
     "a story": ("a.txt", f"a{EOT}b".encode() + b"\xff" + f"{EOT}c".encode(), 2, [("a.txt:2", "bytes are broken")]),
