@@ -76,7 +76,8 @@ def generate(
 def _lines(file: Path) -> list[str]:
     """The prompts of a file; ValueError if there are none."""
     try:
-        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        # At line feeds alone: splitlines also cuts at U+2028 and its like, which are part of a text.
+        lines = [line for line in file.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except UnicodeDecodeError as error:
         raise ValueError(
             f"--prompt-file {file} is no UTF-8 text ({error}): give a text file, a prompt a line"

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from revpatch.base import DTYPES, BaseNotFoundError, load_base
 from revpatch.config import SidecarConfig
+from revpatch.ledger.base_place import base_place
 from revpatch.ledger.entry import EntryError
 from revpatch.ledger.folder import is_patch_folder, read_folder
 from revpatch.ledger.references import locate
@@ -97,6 +98,8 @@ def load_hashed(patch: str | Path, base: str | None = None) -> tuple[nn.Module, 
     if name is None:
         raise ValueError(f"{patch} doesn't say what its base is called: name it with --base (base=)")
     revision = stored.base.get("revision") if base is None else None
+    if base is None and not is_patch_folder(Path(patch)):
+        name = base_place(locate(patch), name)
     try:
         model = load_base(name, revision, DTYPES[stored.base["dtype"] or "float32"])
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)

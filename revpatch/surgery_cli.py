@@ -144,7 +144,7 @@ def ledger_export(
     from revpatch.surgery.export import export
 
     _alone()
-    files = export(patch, to, out, base)
+    files = export(patch, to, out, base, (lambda words: None) if as_json else say)
     if as_json:
         print_json({"patch": patch, "to": to, "files": {str(path): path.stat().st_size for path in files}})
         return

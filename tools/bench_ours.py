@@ -133,7 +133,8 @@ class OursFilling(Ours):
 def _patched(base: nn.Module, patch: Patch, teacher: Teacher) -> Any:
     """Student and teacher in float64; the gradients of the student's copy are those that are compared."""
     board = switchboard(base)
-    board.attached = board.active = student = copy.deepcopy(patch).double()
+    student = copy.deepcopy(patch).double()
+    board.attached, board.choice = student, board.choice._replace(patch=student)
     other = None if teacher.patch is None else copy.deepcopy(teacher.patch).double()
     student.requires_grad_(True)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from revpatch.durable import new_folder, unfinished
+from revpatch.ledger.base_place import FIELD, folder_noted
 from revpatch.ledger.history import JOURNAL_NAME, Ledger
 from revpatch.ledger.layers import check_patch, layers_of
 from revpatch.ledger.references import locate
@@ -68,11 +69,14 @@ def restore(reference: str, run: Path) -> Restored:
     head = None if located.ledger is None else located.ledger.journal.head
     source = {"from": reference, "file": located.path.name, "sha256": sha256, **where, "head": head}
     phase = str(metadata.get("phase", "patch"))
+    model = metadata["base"].get("model")
+    lay = folder_noted(located, model) if isinstance(model, str) else None
+    base_at = {} if lay is None else {FIELD: {"model": model, "folder": lay}}
     own = {"kind": KIND, "phase": phase, "phase_index": 0, "step": 0, "parent": sha256, "restored": where}
     # A folder that is there keeps its owner and rights, and may be where a disk is mounted or a shell stands.
     with new_folder(place if there else run, f"--as-new-run {run}") as folder:
         ledger = Ledger(folder if there else folder / place.name)
-        path, new = ledger.record(KIND, 0, phase, 0, tensors, {**metadata, **own}, restored=source)
+        path, new = ledger.record(KIND, 0, phase, 0, tensors, {**metadata, **own}, restored=source, **base_at)
     return Restored(str(run), path.name, new, source)
 
 

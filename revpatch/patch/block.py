@@ -1,4 +1,4 @@
-"""A block with the active patch's sidecar after it, and the switchboard that says which patch that is."""
+"""A block with a sidecar after it: that of the patch which the call runs with."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache, StaticCache
 from transformers.utils.output_capturing import _active_collector
 
 from revpatch.patch.decoding import disown, past_of
-from revpatch.patch.padding import PaddingReader
 from revpatch.patch.sidecar import Sidecar, SidecarOutput
 from revpatch.patch.sidecars import Patch
 from revpatch.patch.step import step
+from revpatch.patch.switchboard import Call, Switchboard
 
 
 class Recorder(Protocol):
@@ -35,36 +34,8 @@ class Recorder(Protocol):
         ...
 
 
-class Switchboard:
-    """What the patched blocks of one model share."""
-
-    def __init__(self, name: str, patch: Patch, trained: dict[str, bool], padding: PaddingReader) -> None:
-        self.patches = {name: patch}
-        self.attached = patch
-        """The chosen one of them."""
-        self.active: Patch | None = patch
-        """What the next call runs with."""
-        self.held = 0
-        """How many `active_patch` are in force."""
-        self.gate_open = False
-        # Recompute base blocks in the backward pass; calls with a cache never do, as recomputing would grow the cache.
-        self.checkpointing = False
-        # Recompute what is inside the sidecars in the backward pass: it is little work, and many float32 copies.
-        self.recompute_sidecars = True
-        self.padding = padding
-        self.mask: Tensor | None = None
-        self.recorder: Recorder | None = None
-        self.required_grad = trained
-        self.hook: RemovableHandle | None = None
-
-    def read_padding(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A pre-hook of the body: keeps the padding mask of this call, if a gate averages over tokens."""
-        averages = self.active is not None and not self.gate_open and self.active.config.gate != "token"
-        self.mask = self.padding(args, kwargs) if averages else None
-
-
 class PatchedBlock(nn.Module):
-    """A transformer block and, after it, the active patch's sidecar."""
+    """A transformer block and, after it, the sidecar of the call's patch."""
 
     def __init__(self, block: nn.Module, layer: int, switchboard: Switchboard) -> None:
         super().__init__()
@@ -96,31 +67,32 @@ class PatchedBlock(nn.Module):
         else:
             output = self.block(*args, **kwargs)
         hidden = output[0] if isinstance(output, tuple) else output
-        patch = board.active
-        if cache is not None and (patch is None or board.gate_open):
+        call = board.call()
+        patch = call.patch
+        if cache is not None and (patch is None or call.gate_open):
             disown(cache)
         sidecar = patch.sidecar(self.layer) if patch is not None else None
         if patch is None or sidecar is None:
-            if board.recorder is not None:
-                board.recorder.record_plain(self.layer, hidden)
+            if call.recorder is not None:
+                call.recorder.record_plain(self.layer, hidden)
             return output
         patched: tuple[Tensor, ...]
-        if cache is not None and not board.gate_open:
+        if cache is not None and not call.gate_open:
             decode = _with_past_uncompiled if isinstance(cache, StaticCache) else _with_past
-            patched = decode(board, patch, sidecar, self.layer, cache, hidden)
+            patched = decode(call, patch, sidecar, self.layer, cache, hidden)
         else:
-            patched = _without_past(board, sidecar, hidden, board.recompute_sidecars and cache is None)
+            patched = _without_past(call, sidecar, hidden, board.recompute_sidecars and cache is None)
         h = patched[0]
-        if board.recorder is not None:
-            board.recorder.record(self.layer, h, patched[1:])
+        if call.recorder is not None:
+            call.recorder.record(self.layer, h, patched[1:])
         if self.block._forward_hooks:
             _hand_on(h)
         return (h, *output[1:]) if isinstance(output, tuple) else h
 
 
-def _without_past(board: Switchboard, sidecar: Sidecar, hidden: Tensor, recompute: bool) -> tuple[Tensor, ...]:
+def _without_past(call: Call, sidecar: Sidecar, hidden: Tensor, recompute: bool) -> tuple[Tensor, ...]:
     """What the sidecar makes of a block's output, and what is recorded of it, where its gates have no past."""
-    mask, gate_open, recorder = board.mask, board.gate_open, board.recorder  # as they are now, not in the backward
+    mask, gate_open, recorder = call.mask, call.gate_open, call.recorder
 
     def apply(hidden: Tensor) -> tuple[Tensor, ...]:
         result: SidecarOutput = sidecar(hidden, mask, None, gate_open)
@@ -133,14 +105,14 @@ def _without_past(board: Switchboard, sidecar: Sidecar, hidden: Tensor, recomput
 
 
 def _with_past(
-    board: Switchboard, patch: Patch, sidecar: Sidecar, layer: int, cache: Cache, hidden: Tensor
+    call: Call, patch: Patch, sidecar: Sidecar, layer: int, cache: Cache, hidden: Tensor
 ) -> tuple[Tensor, ...]:
     """The same in a call with a cache, which holds the gates' past."""
-    past = past_of(cache, patch, layer, hidden, board.mask)
-    if board.recorder is None and (h := step(sidecar, hidden, past.sums, past.first)) is not None:
+    past = past_of(cache, patch, layer, hidden, call.mask)
+    if call.recorder is None and (h := step(sidecar, hidden, past.sums, past.first)) is not None:
         return (h,)
-    result: SidecarOutput = sidecar(hidden, board.mask, past.histories)
-    return (result.hidden, *(() if board.recorder is None else board.recorder.measure(result)))
+    result: SidecarOutput = sidecar(hidden, call.mask, past.histories)
+    return (result.hidden, *(() if call.recorder is None else call.recorder.measure(result)))
 
 
 # For static caches, around which `generate` compiles a model: what is kept of the past grows with each token, and must

@@ -10,10 +10,10 @@ from __future__ import annotations
 from torch import nn
 
 from revpatch.config import SidecarConfig
-from revpatch.patch.block import Switchboard
 from revpatch.patch.families import blocks_of, width_of
 from revpatch.patch.patched_model import DEFAULT_NAME as DEFAULT_NAME
 from revpatch.patch.patched_model import Patch, check_fits, free_switchboard, switchboard
+from revpatch.patch.switchboard import SWITCHING, Switchboard
 
 
 def add_patch(model: nn.Module, patch: Patch | SidecarConfig, name: str) -> Patch:
@@ -33,14 +33,17 @@ def add_patch(model: nn.Module, patch: Patch | SidecarConfig, name: str) -> Patc
     >>> revpatch.remove_patch(model, "a") is first
     True
     """
-    board = switchboard(model)
-    if name in board.patches:
-        raise ValueError(f"the model carries a patch named {name!r} already: choose another name, or remove_patch it")
-    if isinstance(patch, SidecarConfig):
-        patch = Patch(width_of(model), len(blocks_of(model)), patch)
-    check_fits(model, patch)
-    board.patches[name] = patch.to(next(model.parameters()).device)
-    return patch
+    with SWITCHING:
+        board = switchboard(model)
+        if name in board.patches:
+            raise ValueError(
+                f"the model carries a patch named {name!r} already: choose another name, or remove_patch it"
+            )
+        if isinstance(patch, SidecarConfig):
+            patch = Patch(width_of(model), len(blocks_of(model)), patch)
+        check_fits(model, patch)
+        board.patches[name] = patch.to(next(model.parameters()).device)
+        return patch
 
 
 def set_patch(model: nn.Module, name: str) -> None:
@@ -58,11 +61,11 @@ def set_patch(model: nn.Module, name: str) -> None:
     >>> revpatch.detach(model) is second
     True
     """
-    board = free_switchboard(model)
-    patch = _named(board, name)
-    if board.active is not None:
-        board.active = patch
-    board.attached = patch
+    with SWITCHING:
+        board = free_switchboard(model)
+        board.attached = _named(board, name)
+        if board.choice.patch is not None:
+            board.choice = board.choice._replace(patch=board.attached)
 
 
 def remove_patch(model: nn.Module, name: str) -> Patch:
@@ -80,10 +83,11 @@ def remove_patch(model: nn.Module, name: str) -> Patch:
     >>> revpatch.remove_patch(model, "b") is second
     True
     """
-    board = free_switchboard(model)
-    if _named(board, name) is board.attached:
-        raise ValueError(f"the patch {name!r} is the chosen one: set_patch another first, or detach(model)")
-    return board.patches.pop(name)
+    with SWITCHING:
+        board = free_switchboard(model)
+        if _named(board, name) is board.attached:
+            raise ValueError(f"the patch {name!r} is the chosen one: set_patch another first, or detach(model)")
+        return board.patches.pop(name)
 
 
 def patch_names(model: nn.Module) -> list[str]:

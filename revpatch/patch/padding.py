@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, StaticCache
 
-PACKED = ("cu_seq_lens_q", "cu_seq_lens_k")
+PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 """By these a call says that a row holds several sequences: `generate_batch` does, and collators that pack."""
 
 
@@ -24,25 +24,39 @@ class PaddingReader:
         """(batch, now), not 0 for real tokens; None if the call says nothing of padding.
 
         Raises:
-            ValueError: the mask says more than which tokens are padding, or a row holds several sequences.
+            ValueError: the mask says more than which tokens are padding, or a row holds several sequences; by
+                position_ids, that is where they begin anew among real tokens.
         """
         given = dict(zip(self.names, args, strict=False)) | kwargs
         for key in PACKED:
             if given.get(key) is not None:
-                raise ValueError(
-                    f"{key} says that a row holds several sequences, and a prefix or seq gate would average over them "
-                    "all: call generate instead of generate_batch, give each sequence a row of its own, or train with "
-                    "gate: token"
-                )
+                _refuse_packed(key)
         mask, inputs = given.get("attention_mask"), given.get("input_ids")
         inputs = given.get("inputs_embeds") if inputs is None else inputs
-        if mask is None or inputs is None:
+        if inputs is None:
             return None
         now, cache = inputs.shape[1], given.get("past_key_values")
+        positions = given.get("position_ids")
+        if now == 1 or not isinstance(positions, Tensor) or positions.dim() != 2:
+            positions = None
+        if mask is None:
+            # Without a mask and a cache transformers takes every step other than 1 for the beginning of a sequence.
+            if positions is not None and bool(
+                (positions.diff() <= 0 if cache is not None else positions.diff() != 1).any()
+            ):
+                _refuse_packed("position_ids")
+            return None
         if isinstance(mask, Tensor) and mask.dim() == 2:
             past = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
             # As long as a cache with empty places: what follows this call's tokens says nothing of them.
-            return mask[:, past : past + now] if mask.shape[1] > past + now else mask[:, -now:]
+            mask = mask[:, past : past + now] if mask.shape[1] > past + now else mask[:, -now:]
+            if now > 1 and bool(((mask != 0) & (mask != 1)).any()):
+                _refuse_packed("attention_mask (with other numbers than 0 and 1)")
+            if positions is not None:
+                real = mask.to(positions.device) != 0
+                if bool(((positions.diff() <= 0) & real[:, 1:] & real[:, :-1]).any()):
+                    _refuse_packed("position_ids")
+            return mask
         if not isinstance(cache, StaticCache):
             _refuse(mask)
         # What `generate` makes of a padding mask for a cache of this kind, before the body is called.
@@ -71,6 +85,13 @@ def _of_pairs(mask: Tensor, first: int, now: int, window: int) -> Tensor:
     if bool(((seen != causal) & real[:, :, None]).any()):
         _refuse(mask)
     return real
+
+
+def _refuse_packed(key: str) -> NoReturn:
+    raise ValueError(
+        f"{key} says that a row holds several sequences, and a prefix or seq gate would average over them all: call "
+        "generate instead of generate_batch, give each sequence a row of its own, or train with gate: token"
+    )
 
 
 def _refuse(mask: object) -> NoReturn:

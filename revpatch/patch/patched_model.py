@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from revpatch.config import SidecarConfig
-from revpatch.patch.block import PatchedBlock, Recorder, Switchboard
+from revpatch.patch.block import PatchedBlock, Recorder
 from revpatch.patch.families import blocks_of, body_of, family_of, width_of
 from revpatch.patch.padding import PaddingReader
 from revpatch.patch.sidecars import Patch as Patch
+from revpatch.patch.switchboard import SWITCHING, Choice, Generate, Switchboard
 
 GateMode = Literal["learned", "on", "off"]
 DEFAULT_NAME = "default"
@@ -38,7 +39,8 @@ def attach(model: nn.Module, patch: Patch | SidecarConfig, name: str = DEFAULT_N
         name: under which `set_patch` finds it, when others are added.
 
     Raises:
-        ValueError: the family is unknown, the model is patched already, or the patch is of another shape.
+        ValueError: the family is unknown, the model is patched already, the patch is of another shape, or the model's
+            weights do not all lie on one device.
 
     >>> import revpatch, torch
     >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -55,23 +57,35 @@ def attach(model: nn.Module, patch: Patch | SidecarConfig, name: str = DEFAULT_N
     >>> revpatch.detach(model) is patch and torch.equal(model(ids).logits, before)
     True
     """
-    if is_patched(model):
-        raise ValueError("the model carries a patch already: detach(model) first, or add_patch another beside it")
-    blocks, width = blocks_of(model), width_of(model)
-    if isinstance(patch, SidecarConfig):
-        patch = Patch(width, len(blocks), patch)
-    check_fits(model, patch)
-    patch.to(next(model.parameters()).device)
-    body = body_of(model)
-    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    board = Switchboard(name, patch, trained, PaddingReader(body))
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    board.hook = body.register_forward_pre_hook(board.read_padding, with_kwargs=True)
-    for layer, block in enumerate(blocks):
-        blocks[layer] = PatchedBlock(block, layer, board)
-    cast(Any, model).save_pretrained = _refuse_to_save
-    return patch
+    with SWITCHING:
+        if is_patched(model):
+            raise ValueError("the model carries a patch already: detach(model) first, or add_patch another beside it")
+        check_whole(model)
+        return wrap(model, patch, name)
+
+
+def wrap(model: nn.Module, patch: Patch | SidecarConfig, name: str = DEFAULT_NAME) -> Patch:
+    """As `attach`, of a model without a patch whose weights may be anywhere: where transformers builds a model, they
+    come later."""
+    with SWITCHING:
+        blocks, width = blocks_of(model), width_of(model)
+        if isinstance(patch, SidecarConfig):
+            patch = Patch(width, len(blocks), patch)
+        check_fits(model, patch)
+        patch.to(next(model.parameters()).device)
+        body = body_of(model)
+        trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        board = Switchboard(name, patch, trained, PaddingReader(body))
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        board.hooks = [
+            body.register_forward_pre_hook(board.begin_call, with_kwargs=True),
+            body.register_forward_hook(board.end_call, always_call=True),
+        ]
+        _put(blocks, [PatchedBlock(block, layer, board) for layer, block in enumerate(blocks)])
+        cast(Any, model).save_pretrained = _refuse_to_save
+        cast(Any, model).generate = Generate(model, board)
+        return patch
 
 
 def detach(model: nn.Module) -> Patch:
@@ -87,16 +101,26 @@ def detach(model: nn.Module) -> Patch:
     >>> revpatch.detach(model) is patch
     True
     """
-    board, blocks = switchboard(model), blocks_of(model)
-    for layer, block in enumerate(blocks):
-        blocks[layer] = cast(PatchedBlock, block).block
-    assert board.hook is not None
-    board.hook.remove()
-    model.__dict__.pop("save_pretrained", None)
+    with SWITCHING:
+        board, blocks = switchboard(model), blocks_of(model)
+        for held in board.held:
+            raise ValueError(
+                f"{held.what} is under way in the thread {held.thread!r}: take the patch off when it has ended"
+            )
+        _put(blocks, [cast(PatchedBlock, block).block for block in blocks])
+    for hook in board.hooks:
+        hook.remove()
+    for name in ("save_pretrained", "generate"):
+        model.__dict__.pop(name, None)
     for name, parameter in model.named_parameters():
         if name in board.required_grad:  # not one that was added since
             parameter.requires_grad_(board.required_grad[name])
     return board.attached
+
+
+def _put(blocks: nn.ModuleList, others: list[nn.Module]) -> None:
+    """Replaces all blocks at once, so that a call that is under way in another thread ends with those it began with."""
+    blocks._modules = {str(layer): block for layer, block in enumerate(others)}
 
 
 def _refuse_to_save(*_: object, **__: object) -> NoReturn:
@@ -138,11 +162,11 @@ def free_switchboard(model: nn.Module) -> Switchboard:
     """The same, to switch something on it.
 
     Raises:
-        ValueError: the model carries no patch, or `patch_disabled` or `active_patch` is in force.
+        ValueError: the model carries no patch, or `patch_disabled`, `active_patch` or `generate` is in force here.
     """
     board = switchboard(model)
-    if board.held:
-        raise ValueError("patch_disabled or active_patch is in force: leave it before patches or gates are switched")
+    if (held := board.holding()) is not None:
+        raise ValueError(f"{held.what} is in force: leave it before patches or gates are switched")
     return board
 
 
@@ -164,13 +188,10 @@ def active_patch(model: nn.Module, patch: Patch | None) -> Iterator[None]:
     board = switchboard(model)
     if patch is not None:
         check_fits(model, patch)
-    before, board.active = board.active, patch
-    board.held += 1
-    try:
+    holding = board.holding()
+    gate_open = (board.choice if holding is None else holding.choice).gate_open
+    with board.hold("patch_disabled" if patch is None else "active_patch", Choice(patch, gate_open)):
         yield
-    finally:
-        board.held -= 1
-        board.active = before
 
 
 def patch_disabled(model: nn.Module) -> contextlib.AbstractContextManager[None]:
@@ -201,21 +222,42 @@ def set_gate(model: nn.Module, mode: GateMode) -> None:
     """
     if mode not in ("learned", "on", "off"):
         raise ValueError(f"gate mode {mode!r} is unknown: choose 'learned', 'on' or 'off'")
-    board = free_switchboard(model)
-    board.active = None if mode == "off" else board.attached
-    board.gate_open = mode == "on"
+    with SWITCHING:
+        board = free_switchboard(model)
+        board.choice = Choice(None if mode == "off" else board.attached, mode == "on")
 
 
 @contextlib.contextmanager
 def recording(model: nn.Module, recorder: Recorder) -> Iterator[None]:
-    """Shows the recorder what every sidecar does."""
-    board = switchboard(model)
-    assert board.recorder is None, "recordings do not nest"
-    board.recorder = recorder
+    """Shows the recorder what every sidecar does in this thread."""
+    here = switchboard(model).here
+    assert here.recorder is None, "recordings do not nest"
+    here.recorder = recorder
     try:
         yield
     finally:
-        board.recorder = None
+        here.recorder = None
+
+
+def check_whole(model: nn.Module) -> None:
+    """Raises a ValueError that names a tensor unless all the model's weights lie on one device, and stay there."""
+    advice = (
+        "hold it on one device before a patch is put on, as from_pretrained does without device_map, or with "
+        'device_map={"": 0} or {"": "cpu"}'
+    )
+    places: dict[str, str] = {}
+    for name, parameter in base_parameters(model):
+        if type(parameter.data).__name__ == "DTensor" or hasattr(parameter, "ds_id"):
+            raise ValueError(f"the model is cut into parts that lie on several ranks, {name} among them: {advice}")
+        places.setdefault(str(parameter.device), name)
+    if "meta" in places:
+        raise ValueError(
+            f"the model's weights are not all in memory: {places['meta']} is on the meta device, as they are with "
+            f"device_map where it offloads to the CPU or the disk, or before they are loaded: {advice}"
+        )
+    if len(places) > 1:
+        found = ", ".join(f"{name} on {place}" for place, name in places.items())
+        raise ValueError(f"the model is spread over {len(places)} devices ({found}): {advice}")
 
 
 def check_fits(model: nn.Module, patch: Patch) -> None:
@@ -277,7 +319,11 @@ def base_sha256(model: nn.Module, rounded: bool = False) -> str:
     Args:
         rounded: hash the values rounded to bfloat16, so that a base has one identity whether it is held in float32 or
             bfloat16. Patches carry this one; the exact one proves that training changed nothing.
+
+    Raises:
+        ValueError: they do not all lie on one device.
     """
+    check_whole(model)
     digest = hashlib.sha256()
     for name, parameter in base_parameters(model):
         value = parameter.detach().to(torch.bfloat16) if rounded else parameter.detach()

@@ -50,7 +50,8 @@ def import_patch(source: Path, run: Path) -> Made:
             there = Entry.recorded(ledger, newest)
             check_one_kind(there, entry)
             # The same base, by the name under which this run finds it.
-            entry = replace(entry, metadata={**entry.metadata, "base": there.base})
+            said = {**entry.metadata, "base": there.base}
+            entry = replace(entry, metadata=said, base=there.base, base_folder=there.base_folder)
         return write(ledger, phase, entry.tensors, entry, made_by, judgement=None)
 
 

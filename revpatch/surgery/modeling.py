@@ -9,8 +9,11 @@ from __future__ import annotations
 import ast
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import transformers
+
+from revpatch.patch.families import FAMILIES
 
 _ROOT = "revpatch.patch.patched_model"
 _ROOM = "revpatch.patch."
@@ -54,7 +57,7 @@ class SidecarConfig(SimpleNamespace):
 _TAIL = '''
 # What transformers loads
 
-FAMILIES["{prefix}{kind}"] = FAMILIES["{kind}"]
+FAMILIES["{prefix}{kind}"] = {family!r}
 
 
 class RevpatchConfig({config_class}):
@@ -72,7 +75,7 @@ class RevpatchForCausalLM({model_class}):
     def __init__(self, config):
         super().__init__(config)
         sidecar = SidecarConfig(**config.revpatch["sidecar"])
-        self.revpatch = attach(self, Patch(width_of(self), len(blocks_of(self)), sidecar))
+        self.revpatch = wrap(self, Patch(width_of(self), len(blocks_of(self)), sidecar))
         del self.save_pretrained  # here the sidecars are weights of the model, and the names those of its class
 
     def set_gate(self, mode):
@@ -87,8 +90,13 @@ class RevpatchForCausalLM({model_class}):
 
 def modeling_source(model_class: str, config_class: str, kind: str) -> str:
     """The file's text, for a base of these classes of transformers and this model_type."""
-    names = {"model_class": model_class, "config_class": config_class, "kind": kind, "prefix": MODEL_TYPE}
-    names["version"] = transformers.__version__
+    names: dict[str, Any] = {
+        "model_class": model_class,
+        "config_class": config_class,
+        "kind": kind,
+        "prefix": MODEL_TYPE,
+    }
+    names |= {"prefix": MODEL_TYPE, "version": transformers.__version__, "family": FAMILIES[kind]}
     seen: dict[str, str] = {}
     parts = [_HEAD.format(**names)]
     for module in _in_order(_ROOT):

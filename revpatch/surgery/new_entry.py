@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from revpatch.config_file import load_config
+from revpatch.ledger.base_place import FIELD
 from revpatch.ledger.history import JOURNAL_NAME, Ledger
 from revpatch.ledger.journal import Sets
 from revpatch.ledger.run_lock import LOCK_NAME
@@ -108,7 +109,10 @@ def write(
         "probes": {key: values["loss"] for key, values in sets.items()},
         "made_by": made_by,
     }
-    path, sha256 = ledger.record("commit", index, name, 0, tensors, metadata, sets=sets, made_by=made_by)
+    known: dict[str, Any] = {"sets": sets, "made_by": made_by}
+    if of.base_folder is not None:  # so that a new folder's journal says it too
+        known[FIELD] = {"model": of.base["model"], "folder": of.base_folder}
+    path, sha256 = ledger.record("commit", index, name, 0, tensors, metadata, **known)
     return Made(str(run), made_by, agrees, reason, sets, path.name, sha256)
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from revpatch.ledger.history import Ledger, effective
+from revpatch.ledger.base_place import base_place
+from revpatch.ledger.history import effective
 from revpatch.ledger.references import locate
 from revpatch.patch.patched_model import active_patch, attach, base_sha256, detach, set_gate
 from revpatch.surgery.subject import Entry, Subject
@@ -69,10 +70,17 @@ class RemovalReport:
     checks: list[RemovalCheck] = field(default_factory=list)
     noted: list[Noted] = field(default_factory=list)
     """Empty if the journal has none: it is of an older run, or none was found beside the patch."""
+    unproved: list[str] = field(default_factory=list)
+    """What the journal of a training should say of the base, and doesn't."""
 
     @property
     def ok(self) -> bool:
-        """Whether the base is the patch's, and every check holds."""
+        """Whether the base is the patch's, every check holds, and nothing is left unproved."""
+        return self.holds and not self.unproved
+
+    @property
+    def holds(self) -> bool:
+        """Whether the base is the patch's, and every check holds that there was something for."""
         same = self.base_expected == self.base_found and bool(self.checks)
         return same and all(check.ok for check in self.checks) and all(noted.ok for noted in self.noted)
 
@@ -97,8 +105,9 @@ def prove_removal(reference: str, base: str | None = None) -> RemovalReport:
     """
     located = locate(reference)
     entry = Entry.located(located, reference)
-    then = {} if located.ledger is None else _noted(located.ledger)
-    name = base or entry.base["model"]
+    events = [] if located.ledger is None else effective(located.ledger.journal.records())
+    then = {e["event"]: e["bare_base"] for e in events if e["event"] in MOMENTS and "bare_base" in e}
+    name = base or base_place(located, entry.base["model"])
     revision = entry.base.get("revision") if base is None else None
     report: RemovalReport | None = None
     for dtype in dict.fromkeys((entry.base["dtype"], "float32")):
@@ -106,6 +115,7 @@ def prove_removal(reference: str, base: str | None = None) -> RemovalReport:
         detach(subject.model)  # as it came from disk
         if report is None:
             report = RemovalReport(reference, entry.sha256, name, entry.base["sha256"], subject.sha256)
+            report.unproved.extend(_unproved(events))
         if report.base_expected != report.base_found:
             break
         today = bare_base(subject.model)
@@ -129,10 +139,19 @@ def _check(subject: Subject, entry: Entry, dtype: str) -> RemovalCheck:
     return RemovalCheck(dtype, bits[0], bits[1], bits[2], changed, before, base_sha256(model))
 
 
-def _noted(ledger: Ledger) -> dict[str, dict[str, Any]]:
-    """What the journal notes of the bare base, the newest by event."""
-    events = effective(ledger.journal.records())
-    return {e["event"]: e["bare_base"] for e in events if e["event"] in MOMENTS and "bare_base" in e}
+def _unproved(events: list[dict[str, Any]]) -> list[str]:
+    """Return what is missing of `MOMENTS` in the events of a training; nothing for a ledger that was not trained in."""
+    if not {"run", "resume", "phase_start"} & {event["event"] for event in events}:
+        return []
+    found = {event["event"]: "bare_base" in event for event in events if event["event"] in MOMENTS}
+    words = {
+        "run": "the journal has no event of the run's start",
+        "run_end": "the journal has no event of the run's end: the run trains still, was stopped, or the journal's "
+        "last lines are gone (take it from a backup; `train` resumes a run that was stopped)",
+    }
+    missing = [words[event] for event in MOMENTS if event not in found]
+    without = [f"the journal notes nothing of the base at {MOMENTS[event]}" for event in found if not found[event]]
+    return missing + without
 
 
 def _held_against(event: str, then: dict[str, Any], today: dict[str, Any]) -> Noted:

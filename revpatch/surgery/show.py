@@ -47,11 +47,15 @@ def print_removal(report: RemovalReport, console: Console) -> None:
         else:
             words = "its logits differ in bits, which proves nothing: they were computed elsewhere or otherwise"
             lines.append((True, f"{moment}, {words}"))
-    if report.checks and not report.noted:
+    if report.checks and not report.noted and not report.unproved:
         lines.append((True, "what the base was in training is not in the journal: today's is held against itself"))
     for holds, words in lines:
         console.print(Text.assemble(("✓ ", "green") if holds else ("✗ not so: ", "red"), words), soft_wrap=True)
+    for words in report.unproved:
+        console.print(Text.assemble(("? ", "yellow"), f"not proved: {words}"), soft_wrap=True)
     verdict = "the patch can be removed without a trace" if report.ok else "the removal is NOT proved"
+    if report.holds and not report.ok:
+        verdict = "the patch comes off the base as it is now; that training left the base alone is NOT proved"
     console.print(Text(f"{report.reference}: {verdict}", "green" if report.ok else "red"), soft_wrap=True)
 
 

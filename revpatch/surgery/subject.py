@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from revpatch.base import DTYPES, BaseNotFoundError, load_base
 from revpatch.config import SidecarConfig
 from revpatch.durable import sha256_of_file
+from revpatch.ledger.base_place import folder_noted
 from revpatch.ledger.entry import EntryError
 from revpatch.ledger.history import Ledger, Recorded
 from revpatch.ledger.layers import check_comparable
@@ -34,6 +35,8 @@ class Entry:
     base: dict[str, Any] = field(default_factory=dict)
     """Model, revision, dtype and sha256 of the base it belongs to."""
     sidecar: SidecarConfig = field(default_factory=SidecarConfig)
+    base_folder: str | None = None
+    """Where the base lay, if it is known to have been a folder."""
 
     @classmethod
     def of(cls, reference: str, tensors: dict[str, Tensor], metadata: dict[str, Any], sha256: str) -> Entry:
@@ -57,7 +60,9 @@ class Entry:
         """The same, of what was found already."""
         tensors, metadata = located.load()
         recorded = located.recorded
-        return cls.of(reference, tensors, metadata, recorded.sha256 if recorded else sha256_of_file(located.path))
+        entry = cls.of(reference, tensors, metadata, recorded.sha256 if recorded else sha256_of_file(located.path))
+        model = entry.base["model"]
+        return entry if model is None else replace(entry, base_folder=folder_noted(located, model))
 
     @classmethod
     def recorded(cls, ledger: Ledger, entry: Recorded) -> Entry:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import pickle
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
+from accelerate import cpu_offload, disk_offload
 from patching import (
     Build,
     Config,
@@ -19,6 +22,7 @@ from patching import (
 from torch import nn
 from transformers import BertConfig, BertLMHeadModel
 
+import revpatch
 from revpatch.patch.families import family_of
 from revpatch.patch.patched_model import (
     Patch,
@@ -125,6 +129,43 @@ def test_a_patched_model_is_not_saved_as_if_it_were_the_base(
         detach(patched)
         patched.save_pretrained(tmp_path / "base")
         assert torch.equal(logits(type(model).from_pretrained(tmp_path / "base"), ids), base)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda model: model.to("meta"), "on the meta device"),
+        (lambda model: model.transformer.h[1].to("meta"), r"transformer\.h\.1\.\S+ is on the meta device"),
+        (lambda model: cpu_offload(model, torch.device("cpu")), "where it offloads to the CPU or the disk"),
+        (lambda model: disk_offload(model, tempfile.mkdtemp(), torch.device("cpu")), "where it offloads"),
+        (lambda model: setattr(next(model.parameters()), "ds_id", 0), "lie on several ranks"),
+    ],
+    ids=["meta", "a block on meta", "cpu_offload", "disk_offload", "ZeRO 3"],
+)
+def test_a_model_that_is_not_whole_on_one_device_is_refused(
+    build: Build,
+    sidecar_config: Config,
+    randomize: Randomize,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    spoil: Callable[[Any], Any],
+    words: str,
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    model = build("gpt2")
+    randomize(attach(model, sidecar_config()))
+    revpatch.save_pretrained(model, tmp_path / "patch")
+    detach(model)
+    spoil(model)
+    for put_on in (
+        lambda: attach(model, sidecar_config()),
+        lambda: revpatch.load_patch(model, tmp_path / "patch"),
+        lambda: revpatch.from_pretrained(model, tmp_path / "patch"),
+    ):
+        with pytest.raises(ValueError, match=words) as caught:
+            put_on()
+        assert "hold it on one device" in str(caught.value) and "\n" not in str(caught.value)
+        assert not is_patched(model)
 
 
 def _untouched(model: nn.Module) -> None:

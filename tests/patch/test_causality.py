@@ -109,3 +109,62 @@ def test_padding_matters_without_a_mask(
     u = torch.randn(2, 6, 16)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
     assert largest(patch.sidecar(0)(u, mask).gate[0, 2:], patch.sidecar(0)(u).gate[0, 2:]) > 1e-2
+
+
+IDS = some_ids(2, 6)
+LEFT = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+PACKED = torch.tensor([[0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 4, 5]])
+JUMP = torch.tensor([[0, 1, 2, 7, 8, 9]])
+ARANGE = torch.arange(6)[None]
+PAIRS = torch.ones(6, 6).tril().bool()[None, None].expand(2, 1, 6, 6)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        ({"position_ids": PACKED}, "position_ids says"),
+        ({"position_ids": PACKED, "use_cache": True}, "position_ids says"),
+        ({"position_ids": PACKED, "attention_mask": torch.ones_like(IDS)}, "position_ids says"),
+        ({"position_ids": JUMP}, "position_ids says"),  # transformers begins a sequence there
+        ({"position_ids": torch.zeros(2, 6, dtype=torch.long)}, "position_ids says"),
+        ({"seq_idx": torch.zeros(2, 6, dtype=torch.int32)}, "seq_idx says"),
+        ({"attention_mask": torch.tensor([[1, 1, 1, 2, 2, 2], [1, 1, 1, 1, 1, 1]])}, "attention_mask .*0 and 1.* says"),
+        ({"attention_mask": torch.zeros(2, 6).fill_(-1e9)}, "attention_mask .*0 and 1.* says"),
+        ({"attention_mask": PAIRS}, "need a padding mask of shape"),
+        ({"position_ids": ARANGE}, ""),
+        ({"position_ids": ARANGE + 3}, ""),
+        ({"position_ids": JUMP, "attention_mask": torch.ones_like(IDS)}, ""),
+        ({"position_ids": (LEFT.cumsum(1) - 1).clamp(min=0), "attention_mask": LEFT}, ""),
+        ({"position_ids": (LEFT.cumsum(1) - 1).masked_fill(LEFT == 0, 1), "attention_mask": LEFT}, ""),
+        ({"position_ids": ARANGE, "attention_mask": LEFT.flip(1)}, ""),
+        ({"attention_mask": LEFT.bool()}, ""),
+        ({"attention_mask": LEFT.float()}, ""),
+        ({}, ""),
+    ],
+)
+def test_rows_of_several_sequences_are_refused_and_padded_ones_are_not(
+    build: Build, sidecar_config: Config, randomize: Randomize, call: dict[str, object], words: str
+) -> None:
+    """By prefix and seq gates, which would average over the neighbours; a token gate takes them all."""
+    for gate in ("prefix", "seq", "token"):
+        model = build("llama")
+        randomize(attach(model, sidecar_config(gate=gate)))
+        given = {"use_cache": False, **call} if gate != "seq" else {**call, "use_cache": False}
+        if words and gate != "token":
+            with pytest.raises(ValueError, match=words):
+                model(input_ids=IDS, **given)
+        else:
+            model(input_ids=IDS, **given)
+
+
+@pytest.mark.parametrize(
+    "how", [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 2}, {"cache_implementation": "static"}]
+)
+def test_generating_is_not_taken_for_packed_rows(
+    build: Build, sidecar_config: Config, randomize: Randomize, how: dict[str, object]
+) -> None:
+    model = build("llama")
+    randomize(attach(model, sidecar_config()))
+    rows = slice(0, 1) if "prompt_lookup_num_tokens" in how else slice(None)
+    out = model.generate(IDS[rows], attention_mask=LEFT[rows], max_new_tokens=5, min_new_tokens=5, **how)  # type: ignore[operator]
+    assert out.shape[1] == 11

@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,16 +16,29 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from command import Result, one_line
 from made_up import MadeUp, patch_tensors
 from safetensors.torch import load_file, save_file
 from torch import nn
 from toy import POSITIONS, Toy
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from revpatch.config import SidecarConfig
 from revpatch.durable import new_folder
 from revpatch.ledger.entry import read_entry, write_entry
 from revpatch.loading import load_patched
+from revpatch.patch import families
 from revpatch.patch.patched_model import Patch, base_sha256, patch_disabled, patch_state, switchboard
 from revpatch.surgery.export import export
 from revpatch.surgery.modeling import modeling_source
@@ -34,6 +48,8 @@ FAMILIES: dict[str, tuple[Any, Any]] = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "gpt_neox": (GPTNeoXConfig, GPTNeoXForCausalLM),
+    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
 }
 CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("gpt2", "float32", {}),
@@ -64,8 +80,9 @@ def base_folder(toy: Toy, tmp: Path, family: str) -> Path:
             head_dim=8,
             bos_token_id=0,
             eos_token_id=0,
-            tie_word_embeddings=family != "llama",
+            tie_word_embeddings=family not in ("llama", "gpt_neox"),
             initializer_range=0.2,
+            **({"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16} if "moe" in family else {}),
         )
     )
     model.save_pretrained(tmp / family)
@@ -73,11 +90,13 @@ def base_folder(toy: Toy, tmp: Path, family: str) -> Path:
     return tmp / family
 
 
-def write_patch(toy: Toy, tmp: Path, number: int, family: str, dtype: str, knobs: dict[str, Any]) -> Path:
+def write_patch(
+    toy: Toy, tmp: Path, number: int, family: str, dtype: str, knobs: dict[str, Any], folder: Path | None = None
+) -> Path:
     """The entry of a patch that looks trained, for a base of that family."""
     from transformers import AutoModelForCausalLM
 
-    folder = base_folder(toy, tmp, family)
+    folder = folder or base_folder(toy, tmp, family)
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
     sidecar = SidecarConfig.model_validate({"bottleneck": 4, **knobs})
     names = {"model": str(folder), "revision": None, "sha256": base_sha256(base, rounded=True), "dtype": dtype}
@@ -109,6 +128,13 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return venv / "bin/python"
 
 
+@pytest.fixture
+def unproved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports are not loaded back, which takes seconds; for tests of something else."""
+    monkeypatch.setattr("revpatch.surgery.export.prove", lambda *_: None)
+
+
+@pytest.mark.usefixtures("unproved")
 def test_without_revpatch_the_folders_load_and_are_the_patched_model_to_the_bit(
     toy: Toy, tmp_path: Path, elsewhere: Path
 ) -> None:
@@ -141,6 +167,46 @@ def test_without_revpatch_the_folders_load_and_are_the_patched_model_to_the_bit(
         torch.set_num_threads(threads)
 
 
+ODD = {"do_sample": False, "temperature": 0.6, "cache_implementation": "static", "eos_token_id": [0, 1]}
+"""A generation_config.json of a kind that chat models have, and that transformers will not write."""
+
+
+@pytest.mark.parametrize(
+    ("family", "row", "words"),
+    [
+        ("gpt2", None, ()),
+        ("gpt_neox", ("gpt_neox", "gpt_neox.layers", "embed_out"), ("missing keys ['lm_head.weight']", "differ by up")),
+        pytest.param("qwen3_moe", ("model", "model.layers"), ("experts", "differ by up"), marks=pytest.mark.slow),
+    ],
+)
+def test_an_export_is_what_a_fresh_process_loads_or_is_refused(
+    toy: Toy,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    revpatch: Callable[..., Any],
+    family: str,
+    row: tuple[str, ...] | None,
+    words: tuple[str, ...],
+) -> None:
+    """Of some families transformers gives the tensors other names, by the model_type, which an export's is not."""
+    if row is not None:
+        monkeypatch.setitem(families.FAMILIES, family, families.Family(*row))
+    folder = tmp_path / "base"
+    shutil.copytree(base_folder(toy, tmp_path, family), folder)
+    (folder / "generation_config.json").write_text(json.dumps(ODD), encoding="utf-8")
+    patch = write_patch(toy, tmp_path, 0, family, "float32", {"gate": "seq"}, folder)
+    result = revpatch("ledger", "export", patch, "--to", "hf", "--out", tmp_path / "out")
+    if words:
+        one_line(Result(result.code, "", result.err), "--to safetensors writes the patch alone", *words)
+        assert "to the bit" not in result.out
+        assert not [path.name for path in tmp_path.iterdir() if "out" in path.name]
+    else:
+        assert result.code == 0 and "fresh process" in result.out and "to the bit" in result.out, result
+        how = json.loads((tmp_path / "out/generation_config.json").read_text(encoding="utf-8"))
+        del how["transformers_version"]
+        assert how == {key: value for key, value in ODD.items() if "cache" not in key} | {"use_cache": False}
+
+
 @torch.no_grad()
 def of_the_patched_model(patch: Path, cached: bool) -> dict[str, torch.Tensor]:
     model: Any = aligned(load_patched(patch)[0])
@@ -170,6 +236,7 @@ def test_another_transformers_is_told_which_is_needed(monkeypatch: pytest.Monkey
         exec(compile(source, "modeling_revpatch.py", "exec"), {"__name__": "exported"})
 
 
+@pytest.mark.usefixtures("unproved")
 def test_the_head_is_stored_once_where_it_is_tied(toy: Toy, tmp_path: Path) -> None:
     for number, (family, heads) in enumerate((("gpt2", 0), ("llama", 1), ("qwen2", 0))):
         export(str(write_patch(toy, tmp_path, number, family, "float32", {})), "hf", tmp_path / f"out{number}")
@@ -177,6 +244,7 @@ def test_the_head_is_stored_once_where_it_is_tied(toy: Toy, tmp_path: Path) -> N
         assert sum("lm_head" in name for name in names) == heads, family
 
 
+@pytest.mark.usefixtures("unproved")
 def test_the_card_is_filled_in_from_the_journal(toy: Toy, make_run: Make, tmp_path: Path) -> None:
     run = make_run()
     run.phase("first", patch_tensors(strength=0), patch_tensors(1))
@@ -254,6 +322,7 @@ def test_what_a_killed_export_left_does_not_stand_in_the_way(make_run: Make, tmp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
 
 
+@pytest.mark.usefixtures("unproved")
 def test_what_was_exported_comes_back(toy: Toy, tmp_path: Path) -> None:
     """Read by transformers' own names, the weights are the base's and the patch's."""
     patch = write_patch(toy, tmp_path, 0, "gpt2", "float32", {})

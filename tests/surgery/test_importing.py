@@ -11,20 +11,32 @@ from typing import Any
 
 import pytest
 import torch
+from command import one_line
 from made_up import MadeUp, patch_tensors
 from safetensors.torch import load_file, save_file
+from toy import Toy
+from transformers import AutoModelForCausalLM
 
+from revpatch.config import SidecarConfig
 from revpatch.durable import sha256_of
 from revpatch.ledger.audit import verify
 from revpatch.ledger.entry import write_entry
+from revpatch.ledger.history import Ledger
 from revpatch.ledger.plain import canonical_json
 from revpatch.ledger.references import locate
 from revpatch.loading import load_patched
+from revpatch.patch.patched_model import base_sha256
 from revpatch.saving import save_pretrained
 from revpatch.surgery.export import export
 from revpatch.surgery.importing import import_patch
 
 Make = Callable[..., MadeUp]
+
+
+@pytest.fixture(autouse=True)
+def _unproved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports are not loaded back, which takes seconds."""
+    monkeypatch.setattr("revpatch.surgery.export.prove", lambda *_: None)
 
 
 @pytest.fixture
@@ -212,3 +224,75 @@ def test_no_code_is_run_and_no_other_shape_is_taken(
     refused = revpatch("ledger", "import", folder, tmp_path / "taken")
     assert refused.code == 2 and "Nothing was overwritten" in refused.err
     assert not (tmp_path / "ran").exists()
+
+
+def placed(toy: Toy, project: Path, noted: Any = "folder") -> Path:
+    """A run of a base that was called base/mine in a project's folder; `noted` is what its journal says of it."""
+    shutil.copytree(toy.base, project / "base/mine")
+    run = project / "runs/x"
+    base = AutoModelForCausalLM.from_pretrained(toy.base, dtype=torch.float32)
+    names = {"model": "base/mine", "revision": None, "sha256": base_sha256(base, rounded=True), "dtype": "float32"}
+    metadata = {"base": names, "sidecar": SidecarConfig(bottleneck=4).model_dump(mode="json"), "phase": "first"}
+    ledger = Ledger(run / "ledger")
+    if noted is not None:
+        folder = str(project / "base/mine") if noted == "folder" else None
+        ledger.journal.append("run", base_at={"model": "base/mine", "folder": folder})
+    ledger.record("commit", 0, "first", 1, patch_tensors(1), metadata)
+    (run / "config.yaml").write_text("output_dir: runs/x\n", encoding="utf-8")
+    return run
+
+
+GONE = ("it was a folder when", "base/mine", "the hub was not asked", "--base")
+HUB = ("base/mine", "name its folder with --base")
+
+
+@pytest.mark.parametrize(
+    ("noted", "moved", "here", "words"),
+    [
+        ("folder", None, False, ()),  # named from another folder
+        ("folder", "the project", False, ()),
+        ("folder", "the run", False, ()),
+        ("folder", "the base", False, GONE),
+        ("folder", "the base", True, ()),  # there is one of that name where the command is given
+        (None, None, False, ()),  # an older run: its config says where the project is
+        (None, "the run", False, HUB),
+        ("hub", "the base", False, HUB),
+    ],
+)
+def test_a_run_finds_its_base_from_any_folder(
+    toy: Toy,
+    tmp_path: Path,
+    revpatch: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    noted: str | None,
+    moved: str | None,
+    here: bool,
+    words: tuple[str, ...],
+) -> None:
+    project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    run = placed(toy, project, noted)
+    if moved == "the project":
+        run = project.rename(tmp_path / "other") / "runs/x"
+    elif moved == "the run":
+        run = Path(shutil.move(run, tmp_path / "alone"))
+    elif moved == "the base":
+        (project / "base").rename((elsewhere if here else tmp_path) / "base")
+    monkeypatch.chdir(elsewhere)
+    lines = tmp_path / "prompts.txt"  # a mark of the order of bytes, line feeds of DOS, and what is none
+    lines.write_bytes("\ufeffthe patch\r\n\r\none\u2028two\x0bthree\x85\n".encode())
+    result = revpatch("generate", "--patch", run, "--prompt-file", lines, "--max-new-tokens", "2", "--json")
+    if words:
+        one_line(result, *words)
+        return
+    prompts = [text["prompt"] for text in result.json()["texts"]]
+    assert prompts == ["the patch", "one\u2028two\x0bthree\x85"]
+    if moved is None and noted:
+        for command in (
+            ["import", f"{run}/ledger/000_first_commit.pt", "new"],
+            ["restore", run, "--as-new-run", "new"],
+        ):
+            assert revpatch("ledger", *command).code == 0
+            event = Ledger(Path("new/ledger"), readonly=True).journal.records()[-1]
+            assert event["base_at"] == {"model": "base/mine", "folder": str(project / "base/mine")}
+            shutil.rmtree("new")

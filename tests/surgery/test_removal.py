@@ -98,6 +98,46 @@ def test_the_base_is_held_against_what_training_noted(
     assert failed.code == 1 and "not so: float32: at the run's end, the base's weights" in failed.out
 
 
+END_GONE, TORN = "no event of the run's end", "its last line is cut short"
+
+
+@pytest.mark.parametrize(
+    ("events", "cut", "words"),
+    [
+        (["run", "run_end"], 0, ""),
+        (["run", "run_end"], None, END_GONE),  # the whole last line
+        (["run", "run_end"], 1, TORN),  # without its line feed alone
+        (["run", "run_end"], 40, TORN),
+        (["run"], 0, END_GONE),  # it trains still, or was stopped
+        (["run", "interrupted"], 0, END_GONE),
+        (["run", "run_end", "resume"], 0, END_GONE),
+        (["run_end"], 0, "no event of the run's start"),
+        (["bare run", "run_end"], 0, "notes nothing of the base at the run's start"),
+        (["run", "bare run_end"], 0, "notes nothing of the base at the run's end"),
+        (["bare run", "bare run_end"], 0, "notes nothing of the base at the run's start"),
+    ],
+)
+def test_what_the_journal_does_not_say_is_not_proved(
+    run: MadeUp, toy: Toy, revpatch: Callable[..., Any], events: list[str], cut: int | None, words: str
+) -> None:
+    bare = bare_base(AutoModelForCausalLM.from_pretrained(toy.base, dtype=torch.float32).eval())
+    journal = run.ledger.journal
+    journal.append("phase_start", phase="first")
+    for event in events:
+        noted = {"bare_base": bare} if event in ("run", "run_end") else {}
+        noted |= {"undoes_from": len(journal.records()) - 1} if event == "resume" else {}
+        journal.append(event.removeprefix("bare "), **noted)
+    lines = journal.path.read_bytes()
+    whole = lines[: lines.rstrip(b"\n").rindex(b"\n") + 1]
+    journal.path.write_bytes(whole if cut is None else lines[: len(lines) - cut])
+    shown = revpatch("ledger", "verify", run.directory, "--removal")
+    assert words in shown.out and ("without a trace" in shown.out) == (shown.code == 0) == (not words), shown
+    if words not in ("", TORN):
+        told = json.loads(revpatch("ledger", "verify", run.directory, "--removal", "--json").out)
+        assert told["ok"] and not told["removal"]["ok"] and words in " ".join(told["removal"]["unproved"])
+        assert "the patch comes off the base as it is now" in shown.out
+
+
 def test_the_verdict_on_the_ledger_comes_first(run: MadeUp, tmp_path: Path, revpatch: Callable[..., Any]) -> None:
     told = revpatch("ledger", "verify", run.directory, "--removal", "--json").json()
     assert told["ok"] and told["removal"]["ok"] and told["removal"]["noted"] == []

@@ -18,7 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from revpatch.config import ObjectiveConfig, SidecarConfig
 from revpatch.patch.families import body_of
-from revpatch.patch.patched_model import attach, switchboard
+from revpatch.patch.patched_model import switchboard, wrap
 from revpatch.training.lean import make_lean
 from revpatch.training.objective import PatchObjective
 from revpatch.training.record import Meter
@@ -57,7 +57,7 @@ def make(kind: str) -> nn.Module:
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_a_step_stays_on_the_gpu_and_asks_it_for_no_value(elsewhere: None, kind: str, placement: str) -> None:
     base = make(kind)
-    patch = attach(base, SidecarConfig(bottleneck=4, placement=placement))  # type: ignore[arg-type]
+    patch = wrap(base, SidecarConfig(bottleneck=4, placement=placement))  # type: ignore[arg-type]
     make_lean(base)
     switchboard(base).checkpointing = True
     teacher = Teacher(base)

@@ -79,8 +79,8 @@ def test_the_teacher_keeps_the_patch_as_it_was_committed(world: World) -> None:
 def test_the_teacher_hands_the_model_back_to_the_student(world: World) -> None:
     world.teacher.hidden(world.replay, keep_stats=True)
     board = switchboard(world.base)
-    assert board.active is world.patch
-    assert board.recorder is None
+    assert board.current().patch is world.patch
+    assert board.here.recorder is None
 
 
 def test_the_kl_vanishes_where_the_student_is_the_teacher(world: World) -> None:

@@ -15,7 +15,7 @@ from toy import Toy, make_base, make_it_look_trained
 
 from revpatch.config import ProbeSetConfig, SidecarConfig
 from revpatch.ledger.references import locate
-from revpatch.patch.patched_model import Patch, attach, patch_disabled, switchboard
+from revpatch.patch.patched_model import Patch, attach, patch_disabled, recording, switchboard
 from revpatch.patch.sidecar import SidecarOutput
 from revpatch.stream.manifest import Manifest
 from revpatch.stream.shard_set import ShardSet
@@ -112,8 +112,7 @@ class Keeper:
 def test_gates_and_changes_are_means_over_all_tokens(world: World) -> None:
     measured = world.prober(rows=3, first=10).measure()["first"]
     keeper = Keeper()
-    switchboard(world.base).recorder = keeper
-    with torch.no_grad():
+    with recording(world.base, keeper), torch.no_grad():
         ids = np.linspace(0, len(world.shards["first"]) - 1, 10).round().astype(int).tolist()
         world.base(world.tokens("first", ids), use_cache=False)
     outputs = [keeper.seen[layer] for layer in sorted(keeper.seen)]
@@ -177,8 +176,8 @@ def test_measuring_leaves_no_trace(world: World) -> None:
     assert [module.training for module in world.base.modules()] == modes
     assert torch.equal(torch.random.get_rng_state(), state)
     board = switchboard(world.base)
-    assert board.recorder is None
-    assert board.active is world.patch
+    assert board.here.recorder is None
+    assert board.current().patch is world.patch
     parameters = [*world.base.parameters(), *world.patch.parameters()]
     assert all(parameter.grad is None for parameter in parameters)
     assert all(parameter.requires_grad for parameter in world.patch.parameters())

@@ -1,0 +1,88 @@
+"""Where the base of a run's patches lies. Entries say what it is called, and a name can be a folder's or a hub's.
+
+A journal's `base_at` says which of the two it was, and where the folder was then:
+
+    {"model": "shards/demo_base", "folder": "/home/me/project/shards/demo_base"}     folder: null is a hub's name
+
+So a run can be named from any folder, and what was a folder is never asked of a hub, where it may be a stranger's name.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from revpatch.ledger.references import Located, run_of
+
+FIELD = "base_at"
+CONFIG_NAME = "config.yaml"
+
+
+def place_now(model: str) -> dict[str, str | None]:
+    """Return what a journal is to say of a base that is being used under this name."""
+    return {"model": model, "folder": str(Path(model).absolute()) if Path(model).is_dir() else None}
+
+
+def folder_noted(located: Located, model: str) -> str | None:
+    """Return the absolute path of the base's folder as the journal last noted it, whether it is still there or not; of
+    a file without a journal, of the folder of that name here. None if there is none, or it is a hub's name."""
+    return (place_now(model) if located.ledger is None else _noted(located, model) or {}).get("folder")
+
+
+def base_place(located: Located, model: str) -> str:
+    """Return what the base of a patch that is called `model` is to be loaded from.
+
+    That is the folder that the journal notes; if it is not there, the folder of that name beside the run as it was
+    beside it in training, or here; and the name itself, if nothing says that it was a folder.
+
+    Raises:
+        FileNotFoundError: it was a folder, and is in none of these places.
+    """
+    if Path(model).is_absolute():
+        return model
+    noted = None if located.ledger is None else _noted(located, model)
+    folder = None if noted is None else noted["folder"]
+    beside = _project_of(located)
+    places = [Path(folder)] if folder is not None else []
+    places += [] if beside is None else [beside / model]
+    places.append(Path(model))
+    found = next((place for place in places if place.is_dir()), None)
+    if found is not None:
+        return str(found)
+    if folder is None:
+        return model
+    looked = ", ".join(dict.fromkeys(str(place.absolute()) for place in places))
+    raise FileNotFoundError(
+        f"base {model}: it was a folder when {located.path} was made, and is not there any more (looked for {looked}); "
+        "the hub was not asked: name the folder with --base (base=)"
+    )
+
+
+def _noted(located: Located, model: str) -> dict[str, Any] | None:
+    """Return the newest note of a base of that name."""
+    assert located.ledger is not None
+    for event in reversed(located.ledger.journal.records()):
+        place = event.get(FIELD)
+        if isinstance(place, dict) and place.get("model") == model and isinstance(place.get("folder"), str | None):
+            return {"folder": place.get("folder")}
+    return None
+
+
+def _project_of(located: Located) -> Path | None:
+    """Return the folder that paths in the run's config begin at, found by where the run lies and what its config calls
+    that place: /here/runs/x whose `output_dir` is runs/x was trained in /here."""
+    if located.ledger is None:
+        return None
+    run = run_of(located.ledger.directory).resolve()
+    try:
+        said = yaml.safe_load((run / CONFIG_NAME).read_text(encoding="utf-8"))["output_dir"]
+        own = Path(os.path.normpath(said))
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return None
+    count = len(own.parts)
+    if own.is_absolute() or ".." in own.parts or run.parts[-count:] != own.parts:
+        return None
+    return Path(*run.parts[:-count])
