@@ -28,7 +28,7 @@ from revpatch.stream.remote import is_remote
 _log = logging.getLogger(__name__)
 _HIDDEN = "hidden (.NAME, __MACOSX)"
 _HOW = {
-    **dict.fromkeys((".tar", ".tgz", ".tbz2", ".txz", ".tzst"), "name it wds:{path}"),
+    **dict.fromkeys((".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".tzst"), "name it wds:{path}"),
     ".zip": "unpack it (unzip {path} -d FOLDER) and name the folder",
     ".7z": "unpack it (7z x {path}) and name what was in it",
     ".arrow": "name its folder: hf:FOLDER:SPLIT",

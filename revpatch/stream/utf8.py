@@ -185,7 +185,8 @@ def _wide_encoding_of(data: bytes, highs: bytes = _HIGH_OF_ALPHABETS) -> str | N
     """Return "utf-16le", "utf-16be", "utf-32le" or "utf-32be" where the bytes look like it: the `highs` alone stand in
     the place of the high bytes, and other bytes in that of the low ones."""
     sample = data[: min(len(data), _SAMPLE) // 4 * 4]
-    if len(sample) < 8 or sample.count(0) > 0.9 * len(sample):
+    least = 8 if highs == _HIGH_OF_ALPHABETS else 64  # in less, both places can look so by chance
+    if len(sample) < least or sample.count(0) > 0.9 * len(sample):
         return None
     for name, highest, high in (("utf-32le", sample[3::4], sample[2::4]), ("utf-32be", sample[::4], sample[1::4])):
         if not any(highest) and max(high) <= 0x10:
