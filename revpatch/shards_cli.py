@@ -22,8 +22,8 @@ def build(
     sources: Annotated[
         list[str],
         typer.Argument(
-            help="Files (.txt, .jsonl, also .gz and .zst; .parquet), folders or globs of them, "
-            "hf:NAME:SPLIT or hf:NAME/CONFIG:SPLIT#column, wds:URL of tars of .txt or .json members."
+            help="Files (.txt, .md, .jsonl, .ndjson, .json, .csv, .tsv, also .gz, .bz2, .xz, .zst; .parquet), folders "
+            "or globs of them, hf:NAME:SPLIT or hf:NAME/CONFIG:SPLIT#column, wds:URL of tars of such files."
         ),
     ],
     tokenizer: Annotated[str, typer.Option(help="Hugging Face name or local folder of the tokenizer.")],
