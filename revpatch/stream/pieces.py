@@ -37,8 +37,10 @@ def cuts_of(text: str, encode: Encode) -> list[int]:
     start = 0
     while len(text) - start > PIECE_CHARACTERS:
         limit = start + PIECE_CHARACTERS
-        nearest = [found.start() for found in _PLACES.finditer(text, start + PIECE_CHARACTERS // 2, limit)]
-        later = (found.start() for found in _PLACES.finditer(text, limit))
+        # Two characters more, as what follows a place is looked at.
+        nearest = [found.start() for found in _PLACES.finditer(text, start + PIECE_CHARACTERS // 2, limit + 2)]
+        nearest = [place for place in nearest if place <= limit]
+        later = (found.start() for found in _PLACES.finditer(text, limit + 1))
         places = chain(islice(reversed(nearest), _TRIES), islice(later, _TRIES))
         cut = next((place for place in places if _is_clean(text, place, encode)), None)
         if cut is None:

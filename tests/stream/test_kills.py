@@ -22,7 +22,7 @@ from revpatch.stream.manifest import Manifest
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = """
 import json, sys
-import revpatch.stream.build, revpatch.stream.chunks
+import revpatch.stream.build, revpatch.stream.chunks, revpatch.stream.pieces
 from light_tokenizer import LightTokenizer
 
 if __name__ == "__main__":
@@ -30,7 +30,7 @@ if __name__ == "__main__":
     revpatch.stream.build.CHECKPOINT_SECONDS = 0.0
     revpatch.stream.chunks.CHUNK_DOCUMENTS = arguments.pop("chunk", 20)
     revpatch.stream.chunks.LONG_CHARACTERS = 20_000
-    revpatch.stream.chunks.PIECE_CHARACTERS = 3_000
+    revpatch.stream.pieces.PIECE_CHARACTERS = 3_000
     tokenizer = LightTokenizer(arguments.pop("tokenizer"))
     def progress(p):
         print(p.tokens, flush=True)
@@ -247,7 +247,7 @@ def test_an_unfinished_build_of_another_recipe_is_refused(
     for more, told in (
         ({"block_size": 32}, "block_size is 32 and was 16"),
         ({"holdout": 0.3}, "holdout is 0.3 and was 0.2"),
-        ({"sources": [str(corpus / "text" / "1.txt")]}, "there are 1 files and were 6"),
+        ({"sources": [str(corpus / "text" / "1.txt")]}, "sources is ['1.txt'] and was ['text']"),
     ):
         _, err = (other := start(tmp_path / "set", **more)).communicate(timeout=60)
         assert other.returncode == 1
