@@ -110,7 +110,7 @@ class UnfinishedBuild:
                 f"{self.folder}: holds an unfinished build of another recipe: {'; '.join(differing[:5])}. "
                 "Run the command that it was started with to resume it, or delete that folder to start anew"
             )
-        return here < len(there) and inputs[here] != there[here]
+        return bool(here < len(there) and inputs[here] != there[here])
 
     def _write_recipe(self) -> None:
         assert self._recipe is not None
