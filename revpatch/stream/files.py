@@ -1,149 +1,305 @@
-"""Documents out of files: one a .txt file, one a line of .jsonl (either may be .gz or .zst), one a row of .parquet.
+"""Documents out of files: their endings say how they are read.
 
-A reader per ending, in one table; every complaint names the file, the line, and what to do. A document must fit the
-memory.
+    .txt .md                one document a file, or one between separators such as <|endoftext|>
+    .jsonl .ndjson          one a line
+    .json                   one an object: of an array, alone, or one after another
+    .csv .tsv               one a row; the first line names the columns
+    .parquet                one a row (parquet.py)
+
+All but parquet may be compressed (compression.py). A document that can't be read is a BadDocument where those after it
+can; every complaint names the file, the place, and what to do. A document must fit the memory.
 """
 
 from __future__ import annotations
 
-import contextlib
-import gzip
+import csv
 import io
 import json
-import zlib
-from collections.abc import Callable, Iterator
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, BinaryIO, cast
+from pathlib import Path, PurePath
+from typing import Any, BinaryIO
 
-import pyarrow
-import pyarrow.parquet
-
+from revpatch.stream.compression import BUFFER_BYTES, COMPRESSIONS, BrokenCompression, decompressed
 from revpatch.stream.documents import (
     BadDocument,
     Document,
     Input,
     Meter,
     Reading,
-    check_text,
+    document_of_row,
     excerpt,
     file_identity,
     missing_column,
+    readable,
 )
+from revpatch.stream.json_values import json_values
+from revpatch.stream.parquet import read_parquet
+from revpatch.stream.utf8 import decoded, found_instead, refuse_other_formats
 
 Documents = Iterator[Document | BadDocument]
-_BUFFER_BYTES = 2**18
-_PARQUET_ROWS = 128
-_PARQUET_BUFFER = 2**20  # without one a whole column of a row group is held, compressed
+_MARK = b"\xef\xbb\xbf"
+_LONGEST_FIELD = 2**28  # characters of a CSV field; a quote that is never closed takes in all that follows
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a file or member is called: `where` in messages, `name` in the ids of its documents."""
+
+    where: str
+    name: str
 
 
 def file_input(path: Path) -> Input:
-    """The documents of one file, whose ending is known."""
-    reader = READERS[known_ending(path.name) or ""]
-    return Input(str(path), file_identity(path), path.stat().st_size, partial(reader, path))
+    """Return the documents of one file, whose ending is known."""
+    return Input(str(path), file_identity(path), path.stat().st_size, partial(_read_file, path))
 
 
 def known_ending(name: str) -> str | None:
-    """The ending of a file's name that says how it is read, if there is one."""
-    return next((ending for ending in READERS if name.lower().endswith(ending)), None)
+    """Return the ending of a file's name that says how it is read, such as ".txt" or ".jsonl.zst", if there is one."""
+    lowered = name.lower()
+    packed = next((ending for ending in COMPRESSIONS if lowered.endswith(ending)), "")
+    kinds = READERS if packed else (*READERS, ".parquet")
+    kind = next((ending for ending in kinds if lowered.removesuffix(packed).endswith(ending)), None)
+    return None if kind is None else kind + packed
 
 
-def read_txt(path: Path, reading: Reading) -> Documents:
-    if reading.skip:
+def last_ending(name: str) -> str:
+    """Return the ending of a file's name that is unknown, as it is counted."""
+    path = PurePath(name.lower())
+    inner = PurePath(path.stem).suffix if path.suffix in COMPRESSIONS else ""
+    return inner + path.suffix or "without an ending"
+
+
+def counted(kinds: Counter[str]) -> str:
+    """Return how many there are of each kind, the most frequent first."""
+    common = kinds.most_common(12)
+    rest = kinds.total() - sum(count for _, count in common)
+    return ", ".join(f"{count} {kind}" for kind, count in common) + f", {rest} others" * bool(rest)
+
+
+def read_stream(file: BinaryIO, ending: str, place: Place, reading: Reading) -> Documents:
+    """Read a file that is open, forwards. Its ending is known, and not .parquet.
+
+    Raises ValueError where nothing further can be read, and BrokenCompression.
+    """
+    kind, packed, _ = re.split(r"(\.(?:gz|bz2|xz|zst))$|$", ending, maxsplit=1)
+    yield from READERS[kind](decompressed(file, packed) if packed else file, place, reading)
+
+
+def _read_file(path: Path, reading: Reading) -> Documents:
+    ending = known_ending(path.name) or ""
+    if ending == ".parquet":
+        yield from read_parquet(path, reading)
         return
-    with _opened(path, reading.meter) as file:
-        yield Document(path.name, decoded(file.read(), str(path)).removeprefix("\ufeff"))
+    with io.BufferedReader(_Metered(path, reading.meter), BUFFER_BYTES) as file:
+        try:
+            yield from read_stream(file, ending, Place(str(path), path.name), reading)
+        except BrokenCompression as error:
+            name = COMPRESSIONS[Path(ending).suffix].name
+            with path.open("rb") as again:
+                known = found_instead(again.read(64))
+            if known is None or known[0] == name:
+                known = (f"one that is broken or cut short ({error})", "copy it again")
+            raise ValueError(f"{path}: the {name} file is broken or cut short: found {known[0]}; {known[1]}") from error
 
 
-def read_jsonl(path: Path, reading: Reading) -> Documents:
-    skip = reading.skip
-    with _opened(path, reading.meter) as file:
-        for number, line in enumerate(file, 1):
-            where = f"{path}:{number}"
-            text = decoded(line, where).removeprefix("\ufeff" if number == 1 else "")
-            if not text.strip():
+def read_text(file: BinaryIO, place: Place, reading: Reading) -> Documents:
+    """Yield the file's text or, where it has separators, what stands between them.
+
+    One line end before a separator and one after it belong to neither document. Between two separators with nothing
+    but white space there is no document.
+    """
+    pieces = _between(file, [separator.encode() for separator in reading.separators if separator])
+    number = 0
+    for piece, is_whole in pieces:
+        name, where = (place.name, place.where)
+        if not is_whole:
+            if not piece.strip():
                 continue
-            if skip:
-                skip -= 1
-            else:
-                yield json_document(text, where, f"{path.name}:{number}", reading.text_column)
+            number += 1
+            name, where = f"{place.name}:{number}", f"{place.where}, document {number}"
+        if (not is_whole and number <= reading.skip) or (is_whole and reading.skip):
+            continue
+        yield readable(name, lambda name=name, piece=piece, where=where: Document(name, decoded(piece, where)))  # type: ignore[misc]
 
 
-def read_parquet(path: Path, reading: Reading) -> Documents:
-    size, skip = path.stat().st_size, reading.skip
-    try:
-        with pyarrow.parquet.ParquetFile(path, buffer_size=_PARQUET_BUFFER, pre_buffer=False) as file:
-            if reading.text_column not in file.schema_arrow.names:
-                raise missing_column(str(path), reading.text_column, file.schema_arrow.names)
-            row = 0
-            for group in range(file.num_row_groups):
-                rows = file.metadata.row_group(group).num_rows
-                if rows <= skip:
-                    row, skip = row + rows, skip - rows
-                    continue
-                for value in _parquet_values(file, group, reading.text_column):
-                    row += 1
-                    if skip:
-                        skip -= 1
-                        continue
-                    text = check_text(value, f"{path}, row {row}", reading.text_column)
-                    yield Document(f"{path.name}:{row}", text)
-                    reading.meter.bytes = size * row // file.metadata.num_rows
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: expected a parquet file, found a broken one ({error}); copy it again") from error
+def _between(file: BinaryIO, separators: Sequence[bytes]) -> Iterator[tuple[bytes, bool]]:
+    """Yield the pieces between separators, and whether a piece is the whole file; holds one piece at a time."""
+    found_one = False
+    held: list[bytes] = []  # of the piece that is not ended, without any separator's beginning
+    longest = max(map(len, separators), default=0)
+    pattern = re.compile(b"|".join(re.escape(each) for each in sorted(separators, key=len, reverse=True)))
+    data = b""
+    while True:
+        more = file.read(BUFFER_BYTES)
+        data += more
+        sure = len(data) - longest if more else len(data)  # a longer separator may begin behind it, and not end
+        start = 0
+        if any(separator in data for separator in separators):
+            for match in pattern.finditer(data):
+                if match.start() > sure:
+                    break
+                held.append(data[start : match.start()])
+                yield _without_line_ends(b"".join(held), after=found_one, before=True), False
+                held, found_one, start = [], True, match.end()
+        if not more:
+            break
+        rest = max(start, sure + 1)
+        held.append(data[start:rest])
+        data = data[rest:]
+    held.append(data[start:])
+    yield _without_line_ends(b"".join(held), after=found_one, before=False), not found_one
 
 
-def _parquet_values(file: Any, group: int, text_column: str) -> Iterator[Any]:
-    for batch in file.iter_batches(_PARQUET_ROWS, row_groups=[group], columns=[text_column], use_threads=False):
-        yield from batch.column(0).to_pylist()
+def _without_line_ends(piece: bytes, *, after: bool, before: bool) -> bytes:
+    """Return a piece without the line end that follows the separator before it, or precedes the one after it."""
+    if after:
+        piece = piece[2:] if piece.startswith(b"\r\n") else piece.removeprefix(b"\n")
+    if before:
+        piece = piece[:-2] if piece.endswith(b"\r\n") else piece.removesuffix(b"\n")
+    return piece
 
 
-def json_document(text: str, where: str, name: str, text_column: str) -> Document:
-    """The document of a JSON object. Raises ValueError where it is none, or has no such text."""
+def read_lines(file: BinaryIO, place: Place, reading: Reading) -> Documents:
+    """Yield one document a line of JSON."""
+    skip = reading.skip
+    _refuse_at_once(file, place)
+    for number, line in enumerate(file, 1):
+        if not line.strip() or (number == 1 and not line.removeprefix(_MARK).strip()):
+            continue
+        if skip:
+            skip -= 1
+            continue
+        where, name = f"{place.where}:{number}", f"{place.name}:{number}"
+        try:
+            yield _document_of_line(line, where, name, reading.text_column)
+        except ValueError as error:
+            yield BadDocument(name, str(error))
+
+
+def read_json(file: BinaryIO, place: Place, reading: Reading) -> Documents:
+    """Yield one document an object: of an array, of a file with one alone, or with several one after another."""
+    _refuse_at_once(file, place)
+    for number, (text, value, is_single) in enumerate(json_values(file, place.where), 1):
+        if number > reading.skip:
+            name = place.name if is_single else f"{place.name}:{number}"
+            where = place.where if is_single else f"{place.where}, object {number}"
+            yield readable(name, partial(_document_of_value, text, value, where, name, reading.text_column))
+
+
+def read_csv(file: BinaryIO, place: Place, reading: Reading, delimiters: str = ",;\t|") -> Documents:
+    """Yield one document a row. The delimiter is the first of `delimiters` by which the first line names the column.
+
+    A row with a broken quote or another number of fields than the first is a bad one; the next line begins a row.
+    """
+    _refuse_at_once(file, place)
+    csv.field_size_limit(max(csv.field_size_limit(), _LONGEST_FIELD))
+    lines = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="")
+    head = next(lines, "").removeprefix("\ufeff")
+    if not head.strip():
+        raise ValueError(f"{place.where}: expected a first line that names the columns, found none; add one")
+    splits = {delimiter: next(csv.reader([head], delimiter=delimiter), []) for delimiter in delimiters}
+    delimiter = next((each for each in delimiters if reading.text_column in splits[each]), delimiters[0])
+    columns = splits[delimiter]
+    if reading.text_column not in columns:
+        error = missing_column(f"{place.where}: the first line names the columns", reading.text_column, columns)
+        raise ValueError(f"{error}, or add a first line with the names where there is none")
+    if columns.count(reading.text_column) > 1:
+        raise ValueError(
+            f"{place.where}: expected one column {reading.text_column!r}, found {columns.count(reading.text_column)}; "
+            "rename the others"
+        )
+    rows = csv.reader(lines, delimiter=delimiter, strict=True)
+    skip = reading.skip
+    while True:
+        where = f"{place.where}:{rows.line_num + 2}"
+        name = f"{place.name}:{rows.line_num + 2}"
+        try:
+            row = next(rows, None)
+        except csv.Error as error:
+            found: Document | BadDocument = BadDocument(
+                name,
+                f"{where}: expected a row of CSV, found a broken one ({error}); write a quote within a quoted field "
+                'twice (""), and close each; the next line is taken for a row of its own',
+            )
+        else:
+            if row is None:
+                return
+            if not row:
+                continue
+            found = readable(name, partial(_document_of_fields, row, columns, where, name, reading.text_column))
+        if skip:
+            skip -= 1
+        else:
+            yield found
+
+
+READERS: dict[str, Callable[[BinaryIO, Place, Reading], Documents]] = {
+    ".txt": read_text,
+    ".md": read_text,
+    ".jsonl": read_lines,
+    ".ndjson": read_lines,
+    ".json": read_json,
+    ".csv": read_csv,
+    ".tsv": partial(read_csv, delimiters="\t"),
+}
+ENDINGS = f"{', '.join(READERS)} (each also with {', '.join(COMPRESSIONS)} after it) or .parquet"
+
+
+def _refuse_at_once(file: BinaryIO, place: Place) -> None:
+    """Raise ValueError where the file begins as no text does."""
+    start: bytes = file.peek(1)[:4096]  # type: ignore[attr-defined]
+    refuse_other_formats(start, place.where)
+
+
+def _document_of_line(line: bytes, where: str, name: str, text_column: str) -> Document:
+    text = decoded(line, where)
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{where}: expected one JSON object, found {excerpt(text)} ({error}); "
-            "mend the line; an object must not be spread over lines"
-        ) from None
+        spread = text.strip() in ("{", "[", "[{") or text.lstrip().startswith("[")
+        remedy = "where its JSON is an array or spread over lines, name the file .json" if spread else "mend the line"
+        raise ValueError(f"{where}: expected one JSON object, found {excerpt(text)} ({error}); {remedy}") from None
+    return _document_of_object(value, where, name, text_column, text)
+
+
+def _document_of_object(value: Any, where: str, name: str, text_column: str, text: str) -> Document:
     if not isinstance(value, dict):
+        array = "; name the file .json" if isinstance(value, list) else ""
         raise ValueError(
-            f"{where}: expected an object with the field {text_column!r}, found {excerpt(text)}; mend the line"
+            f"{where}: expected an object with the field {text_column!r}, found {excerpt(text)}; mend it{array}"
         )
-    if text_column not in value:
-        raise missing_column(where, text_column, list(value))
-    document = check_text(value[text_column], where, text_column)
-    identifier = value.get("id")
-    return Document(identifier if isinstance(identifier, str) else name, document)
-
-
-def decoded(data: bytes, where: str) -> str:
-    """The bytes as text. Raises ValueError where they are not UTF-8."""
+    inner = next(
+        (key for key, held in value.items() if isinstance(held, list) and held and isinstance(held[0], dict)), None
+    )
     try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
+        return document_of_row(value, where, name, text_column)
+    except ValueError as error:
+        if text_column in value or inner is None or " is a chat" in str(error):
+            raise
         raise ValueError(
-            f"{where}: expected UTF-8, found the byte 0x{data[error.start]:02x} at offset {error.start}; "
-            "convert it, for example: iconv -f latin1 -t utf-8"
+            f"{error}; or, where {inner!r} holds the documents: jq -c '.{inner}[]' FILE > NEW.jsonl"
         ) from None
 
 
-@contextlib.contextmanager
-def _opened(path: Path, meter: Meter) -> Iterator[BinaryIO]:
-    """The file, decompressed as its ending says. Raises ValueError where a compressed file is broken or cut."""
-    with io.BufferedReader(_Metered(path, meter), _BUFFER_BYTES) as file:
-        try:
-            if path.name.lower().endswith(".gz"):
-                yield cast(BinaryIO, gzip.GzipFile(fileobj=file))
-            elif path.name.lower().endswith(".zst"):
-                yield io.BufferedReader(_Zstd(file), _BUFFER_BYTES)
-            else:
-                yield file
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(f"{path}: the gzip file is broken or cut short ({error}); copy it again") from error
-        except _BrokenZstd as error:
-            raise ValueError(f"{path}: the zstd file is broken or cut short ({error}); copy it again") from error
+def _document_of_value(text: str, value: Any, where: str, name: str, text_column: str) -> Document:
+    decoded(text.encode("utf-8", "surrogateescape"), where)
+    return _document_of_object(value, where, name, text_column, text)
+
+
+def _document_of_fields(row: list[str], columns: list[str], where: str, name: str, text_column: str) -> Document:
+    if len(row) != len(columns):
+        raise ValueError(
+            f"{where}: expected {len(columns)} fields, as the first line has, found {len(row)}; put quotes around "
+            "fields that hold the delimiter"
+        )
+    fields: dict[str, Any] = dict(zip(columns, row, strict=True))
+    fields[text_column] = fields[text_column].encode("utf-8", "surrogateescape")
+    return document_of_row(fields, where, name, text_column)
 
 
 class _Metered(io.FileIO):
@@ -162,36 +318,3 @@ class _Metered(io.FileIO):
         data = super().readall()
         self._meter.bytes = self.tell()
         return data
-
-
-class _BrokenZstd(Exception):
-    """What pyarrow found wrong."""
-
-
-class _Zstd(io.RawIOBase):
-    """Decompresses; of one frame or several."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._stream = pyarrow.CompressedInputStream(file, "zstd")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        try:
-            data = self._stream.read(len(buffer))
-        except OSError as error:
-            raise _BrokenZstd(str(error)) from error
-        buffer[: len(data)] = data
-        return len(data)
-
-
-READERS: dict[str, Callable[[Path, Reading], Documents]] = {
-    ".txt": read_txt,
-    ".txt.gz": read_txt,
-    ".txt.zst": read_txt,
-    ".jsonl": read_jsonl,
-    ".jsonl.gz": read_jsonl,
-    ".jsonl.zst": read_jsonl,
-    ".parquet": read_parquet,
-}

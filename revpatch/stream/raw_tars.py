@@ -1,13 +1,13 @@
-"""`wds:URL`: documents out of tars of raw text, one a .txt member, one a .json member.
+"""`wds:URL`: documents out of tars of raw text, whose members are read as files of their endings are.
 
 The URL is a path, or anything that remote.py opens: http(s), `pipe:COMMAND`, what else fsspec knows. A tar that is
-compressed with gzip is known by its first bytes. Python's tarfile takes a tar that is cut or overwritten for one that
-ends there, so what follows the last member is looked at: zeros up to the end, and at least one block of them.
+compressed is known by its first bytes. Python's tarfile takes a tar that is cut or overwritten for one that ends there,
+so all is read up to the last byte: there must be headers or zeros, and zeros at the end. Several tars one after another
+are read as one.
 """
 
 from __future__ import annotations
 
-import gzip
 import io
 import logging
 import tarfile
@@ -15,23 +15,31 @@ import zlib
 from collections import Counter
 from collections.abc import Generator, Iterator
 from functools import partial
-from pathlib import Path
-from typing import IO, Any, BinaryIO, cast
+from itertools import islice
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, cast
 
 import braceexpand
 
 from revpatch.stream import remote
+from revpatch.stream.compression import BrokenCompression, decompressed, ending_by_content
 from revpatch.stream.documents import BadDocument, Document, Input, Meter, Reading, file_identity
-from revpatch.stream.files import decoded, json_document
+from revpatch.stream.files import READERS, Place, counted, known_ending, last_ending, read_stream
+from revpatch.stream.utf8 import found_instead
 
 _log = logging.getLogger(__name__)
 RETRIES = 5
 _CHUNK = 2**16
-_GZIP = b"\x1f\x8b"
+_LINKS = "links"
+# Errors of tarfile that its type stubs leave out.
+_EOF, _EMPTY, _SUBSEQUENT = (getattr(tarfile, f"{name}HeaderError") for name in ("EOF", "Empty", "Subsequent"))
 
 
 def tar_inputs(spec: str) -> list[Input]:
-    """One input for each tar. Raises FileNotFoundError for a path that isn't there, ValueError for broken braces."""
+    """Return one input for each tar.
+
+    Raises FileNotFoundError for a path that isn't there, ValueError for broken braces.
+    """
     url = spec.removeprefix("wds:")
     try:
         is_there = not remote.is_remote(url) and Path(url).exists()  # a command may be longer than any path
@@ -51,53 +59,124 @@ def _tar_input(url: str) -> Input:
 
 
 def _read(url: str, reading: Reading) -> Iterator[Document | BadDocument]:
-    others: Counter[str] = Counter()
-    matched = False
+    every = Reading(reading.text_column, 0, reading.separators, reading.meter)
+    yield from islice(_read_all(url, every), reading.skip, None)
+
+
+def _read_all(url: str, reading: Reading) -> Iterator[Document | BadDocument]:
+    left_out: Counter[str] = Counter()
+    read = 0
     try:
         with _Download(url) if remote.is_remote(url) else io.FileIO(url) as raw:
-            stream = _Watched(raw, reading.meter)
-            with tarfile.open(fileobj=cast(Any, stream), mode="r|") as tar:
-                skip = reading.skip
+            stream = _Unpacked(raw, reading.meter)
+            with _Tar.open(fileobj=cast(Any, stream), mode="r|", tarinfo=_Member, ignore_zeros=True) as tar:
                 for member in tar:
                     cast(Any, tar).members = []  # tarfile keeps all it has seen, which nobody asks for again
-                    name = member.name.lower()
-                    if not member.isfile():
+                    name = member.name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+                    if member.isdir():
                         continue
-                    if not name.endswith((".txt", ".json")):
-                        others[name.rpartition("/")[2].partition(".")[2] or "no ending"] += 1
+                    if (reason := _why_left_out(member)) is not None:
+                        left_out[reason] += 1
                         continue
-                    matched = True
-                    if skip:
-                        skip -= 1
-                        continue
-                    yield from _documents_of_member(url, member, cast(IO[bytes], tar.extractfile(member)), reading)
-                end = tar.offset
-            stream.check_end(end)
-    except (tarfile.TarError, _BadTar, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"wds:{url}: the tar is broken or cut short ({error}); copy it again") from error
-    left_out = ", ".join(f"{count} .{ending}" for ending, count in others.most_common(5))
-    if others and not matched:
-        raise ValueError(f"wds:{url}: expected members that end in .txt or .json, found {left_out}; name other tars")
-    if others:
-        _log.warning("wds:%s: members that are neither .txt nor .json are left out: %s", url, left_out)
+                    read += 1
+                    place = Place(f"wds:{url}, member {name}", name)
+                    yield from _documents_of(cast(BinaryIO, tar.extractfile(member)), place, reading)
+                if tar.tars > 1:
+                    _log.warning("wds:%s: %d tars one after another; all are read", url, tar.tars)
+    except (tarfile.TarError, _BadTar) as error:
+        remedy = error.remedy if isinstance(error, _BadTar) else "copy it again"
+        raise ValueError(f"wds:{url}: the tar is broken or cut short ({error}); {remedy}") from error
+    finally:
+        if left_out and read:
+            _log.warning("wds:%s: members that are no text are left out: %s", url, _said(left_out))
+    if left_out and not read:
+        raise ValueError(
+            f"wds:{url}: expected members that end in {', '.join(READERS)}, found {_said(left_out)}; name other tars"
+        )
 
 
-def _documents_of_member(
-    url: str, member: tarfile.TarInfo, file: IO[bytes], reading: Reading
-) -> Iterator[Document | BadDocument]:
-    where, name = f"wds:{url}, member {member.name}", member.name
-    data = file.read()
-    if len(data) != member.size:
-        raise _BadTar(f"member {member.name} has {len(data)} bytes of {member.size}")
-    text = decoded(data, where).removeprefix("\ufeff")
-    if member.name.lower().endswith(".json"):
-        yield json_document(text, where, name, reading.text_column)
-    else:
-        yield Document(name, text)
+def _documents_of(file: BinaryIO, place: Place, reading: Reading) -> Iterator[Document | BadDocument]:
+    """Yield a member's documents. One that can't be read on is a bad document, as the next member can."""
+    try:
+        yield from read_stream(file, known_ending(place.name) or "", place, reading)
+    except (ValueError, BrokenCompression) as error:
+        broken = f"{place.where}: broken or cut short ({error}); pack it again"
+        yield BadDocument(place.name, broken if isinstance(error, BrokenCompression) else str(error))
+
+
+def _why_left_out(member: tarfile.TarInfo) -> str | None:
+    path = PurePosixPath(member.name)
+    if path.name.startswith("._") or "__MACOSX" in path.parts:
+        return "of macOS's own (._NAME, __MACOSX)"
+    if member.issym() or member.islnk():
+        return _LINKS
+    if not member.isfile():
+        return "devices or pipes"
+    ending = known_ending(path.name)
+    return last_ending(path.name) if ending in (None, ".parquet") else None
+
+
+def _said(left_out: Counter[str]) -> str:
+    hint = (
+        " (what a link points to is read where it is such a member itself; to have it under both names, pack with tar "
+        "--dereference --hard-dereference)"
+    )
+    return counted(left_out) + hint * (_LINKS in left_out)
 
 
 class _BadTar(Exception):
-    """What is wrong with the tar's bytes."""
+    """Says what is wrong with the tar's bytes, and what to do."""
+
+    def __init__(self, found: str, remedy: str = "copy it again") -> None:
+        super().__init__(found)
+        self.remedy = remedy
+
+
+class _Tar(tarfile.TarFile):
+    """Tars one after another: how many there were, where this one starts, and blocks of zeros since its last member."""
+
+    tars = 1
+    start = 0
+    zeros = 0
+
+
+class _Member(tarfile.TarInfo):
+    """A header, of which tarfile with `ignore_zeros` passes over what is none; here that is an error.
+
+    Only zeros up to the end of a record (20 blocks), as tar writes them, may stand between two headers.
+    """
+
+    @classmethod
+    def fromtarfile(cls, tar: Any) -> Any:
+        zeros, at = tar.zeros, tar.fileobj.tell()
+        tar.zeros = 0  # the next header may be read within this call
+        try:
+            member = super().fromtarfile(tar)
+        except _EOF:
+            tar.zeros = zeros + 1
+            raise
+        except _EMPTY:  # the end of the file
+            if not at:
+                raise _BadTar("it is empty") from None
+            if not zeros:
+                raise _BadTar(
+                    f"it ends at byte {at}, after a member and without the zeros of a tar's end",
+                    "copy it again; or, where it is whole and was written so, add the end to the tar (decompressed): "
+                    "head -c 1024 /dev/zero >> TAR",
+                ) from None
+            raise
+        except _SUBSEQUENT:  # which tarfile itself refuses
+            raise
+        except tarfile.HeaderError:
+            raise _BadTar(f"at byte {at} expected a header or the end, found neither") from None
+        if zeros:
+            if zeros < 2 or (at - tar.start) % tarfile.RECORDSIZE:
+                raise _BadTar(
+                    f"at byte {at} expected the end, found a header after {zeros} blocks of zeros",
+                    "copy it again; or, where several tars were put into one file, name each of them",
+                )
+            tar.start, tar.tars = at, tar.tars + 1
+        return member
 
 
 class _Download(io.RawIOBase):
@@ -179,32 +258,22 @@ class _Download(io.RawIOBase):
             self._chunks = None
 
 
-class _Watched:
-    """What tarfile's stream mode asks of a file, `read` alone; knows where the last byte that is no zero was."""
+class _Unpacked:
+    """Gives what tarfile's stream mode asks of a file, `read` alone: the tar's bytes, decompressed."""
 
     def __init__(self, raw: io.RawIOBase, meter: Meter) -> None:
-        self._raw = raw
+        self._raw, self._meter = raw, meter
         buffered = io.BufferedReader(raw, _CHUNK)
-        compressed = buffered.peek(len(_GZIP)).startswith(_GZIP)
-        self._file = cast(BinaryIO, gzip.GzipFile(fileobj=buffered)) if compressed else buffered
-        self._meter = meter
-        self._read = 0
-        self._last_byte = 0
+        start = buffered.peek(512)
+        ending = ending_by_content(start)
+        if ending is None and (known := found_instead(start)):
+            raise _BadTar(f"it is {known[0]}, no tar", known[1])
+        self._file = decompressed(buffered, ending) if ending is not None else cast(BinaryIO, buffered)
 
     def read(self, size: int) -> bytes:
-        data = self._file.read(size)
-        written = len(data.rstrip(b"\0"))
-        if written:
-            self._last_byte = self._read + written
-        self._read += len(data)
-        self._meter.bytes = self._raw.tell()
-        return data
-
-    def check_end(self, end: int) -> None:
-        """Read what is left; raises _BadTar unless the tar ends at `end` as it should."""
-        while self.read(_CHUNK):
-            pass
-        if self._last_byte > end:
-            raise _BadTar(f"at byte {end} expected a header or the end, found neither")
-        if self._read < end + tarfile.BLOCKSIZE:
-            raise _BadTar(f"expected the end's zeros at byte {end}, found {max(0, self._read - end)} bytes")
+        try:
+            return self._file.read(size)
+        except BrokenCompression as error:
+            raise _BadTar(str(error)) from error
+        finally:
+            self._meter.bytes = self._raw.tell()

@@ -112,7 +112,7 @@ def _build_all(config: Config, world: int, begun: bool = False) -> dict[str, str
 
 def _build(config: Config, place: str, tokenizer: Any, holdout: float, world: int) -> Path:
     build = config.build
-    inputs = [{"name": found.name, **found.identity} for found in find_inputs([place])]
+    inputs = [{"name": found.name, **found.identity} for found in find_inputs([place], warn=False)]
     made = [tokenizer_fingerprint(tokenizer), config.base.block_size, build.text_column, holdout]
     digest = hashlib.sha256(json.dumps([place, inputs, made]).encode()).hexdigest()
     slug = re.sub(r"[^A-Za-z0-9]+", "-", name_of_source(place)).strip("-")[:40] or "source"
