@@ -47,7 +47,7 @@ def test_a_build_that_is_refused_keeps_no_lock(tmp_path: Path) -> None:
     opened(tmp_path).close(keep=False)
 
 
-Edit = Callable[[Path], None]
+Edit = Callable[[Path], object]
 
 
 def lines(count: int, first: int = 0) -> list[str]:
@@ -55,7 +55,7 @@ def lines(count: int, first: int = 0) -> list[str]:
 
 
 def rewrite(name: str, *parts: list[str]) -> Edit:
-    return lambda folder: (folder / name).write_text("".join(line for part in parts for line in part)) and None
+    return lambda folder: (folder / name).write_text("".join(line for part in parts for line in part))
 
 
 GOOD = lines(600)
@@ -65,12 +65,12 @@ EDITS: dict[str, tuple[Edit, str]] = {
     "the bad line is taken out, others are put after it": (rewrite("b.jsonl", GOOD, lines(9, 900)), ""),
     "the file ends before the bad line": (rewrite("b.jsonl", GOOD), ""),
     "a later file is mended too": (
-        lambda folder: (rewrite("b.jsonl", GOOD)(folder), rewrite("c.jsonl", MENDED)(folder)) and None,
+        lambda folder: (rewrite("b.jsonl", GOOD)(folder), rewrite("c.jsonl", MENDED)(folder)),
         "",
     ),
-    "a later file is gone": (lambda folder: (rewrite("b.jsonl", GOOD)(folder), (folder / "c.jsonl").unlink())[0], ""),
+    "a later file is gone": (lambda folder: (rewrite("b.jsonl", GOOD)(folder), (folder / "c.jsonl").unlink()), ""),
     "a later file is new": (
-        lambda folder: (rewrite("b.jsonl", GOOD)(folder), rewrite("d.jsonl", MENDED)(folder)) and None,
+        lambda folder: (rewrite("b.jsonl", GOOD)(folder), rewrite("d.jsonl", MENDED)(folder)),
         "",
     ),
     "a line that was read is another": (
