@@ -167,7 +167,7 @@ def test_what_is_bad_is_told_left_out_and_shown(toy: Toy, tmp_path: Path) -> Non
     command = ("build", source, "--tokenizer", toy.base, "--block-size", "16", "--out", out, "--workers", "1")
     stopped = shards(*command)
     assert (stopped.returncode, stopped.stdout) == (2, "")
-    assert re.search(r"mine\.jsonl:21: .*--on-bad skip", one_line(stopped.stderr))
+    assert re.search(r"mine\.jsonl:21: .*--on-bad skip", " ".join(stopped.stderr.split()))
     built = shards(*command, "--on-bad", "skip")
     assert built.returncode == 0, built.stderr
     shown = shards("show", out, "--blocks", "0")
@@ -178,5 +178,5 @@ def test_what_is_bad_is_told_left_out_and_shown(toy: Toy, tmp_path: Path) -> Non
     lone = source.rename(tmp_path / "input.txt")
     built = shards("build", lone, *command[2:-3], tmp_path / "lone", "--holdout", "0.2")
     assert built.returncode == 0, built.stderr
-    assert "the text is one document: the last 0.2 of it is in" in one_line(built.stdout)
+    assert "the text is one document: the last 0.2 of it is in" in " ".join(built.stdout.split())
     assert "0.2, the end of the only document" in shards("show", tmp_path / "lone_probe", "--blocks", "0").stdout
