@@ -338,7 +338,7 @@ def _manifest(split: str, row: Row, recipe: dict[str, Any]) -> Manifest:
 
 def _nothing_built(manifest: Manifest, documents: int, inputs: Sequence[Input], reading: ChunkReading) -> str:
     """Return why a side has no block, and what to do; `documents` are those of both sides."""
-    bad = f", {manifest.bad_documents} could not be read" if manifest.bad_documents else ""
+    bad = f", {manifest.bad_documents} could not be read: {manifest.bad[0]}" if manifest.bad_documents else ""
     found = (
         f"{manifest.documents} documents ({manifest.empty_documents} more were empty{bad}) of {manifest.tokens} tokens "
         f"in {', '.join(manifest.sources) or 'no source at all'}"

@@ -401,3 +401,9 @@ def test_a_folder_within_a_source_is_refused(corpus: Corpus, tokenizer: Any, tmp
     corpus([make_text(i) for i in range(20)], "text/a.jsonl")
     with pytest.raises((ValueError, FileExistsError), match=r"lies in|expected a new or empty folder"):
         build_shards(tmp_path / "text", tokenizer, 16, tmp_path / "text" / name)
+
+
+def test_a_corpus_of_bad_documents_alone_names_the_first(tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("no json\n" * 30)
+    with pytest.raises(ValueError, match=r"30 could not be read: a\.jsonl:1: expected one JSON object"):
+        build_shards(tmp_path / "a.jsonl", tokenizer, 16, tmp_path / "out", on_bad="skip")

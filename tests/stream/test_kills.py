@@ -44,13 +44,14 @@ Start = Callable[..., subprocess.Popen[str]]
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
-    """Several files, among them long texts of both kinds, and a tokenizer."""
+    """Several files, among them long texts of both kinds and lines that can't be read, and a tokenizer."""
     folder = tmp_path_factory.mktemp("corpus")
     tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
     text = folder / "text"
     text.mkdir()
     for part in range(3):
         lines = [json.dumps({"text": make_text(part * 1000 + i)}) + "\n" for i in range(400)]
+        lines[100] = "no json\n"
         lines[200] = json.dumps({"text": " ".join(make_text(i) for i in range(700)), "n": part}) + "\n"
         (text / f"{part}.jsonl").write_text("".join(lines), encoding="utf-8")
         (text / f"{part}.txt").write_text(" ".join(make_text(i) for i in range(part, 900)), encoding="utf-8")
@@ -71,6 +72,7 @@ def start(corpus: Path) -> Start:
             "out": str(out),
             "holdout": 0.2,
             "blocks_per_shard": 300,
+            "on_bad": "skip",
             **more,
         }
         return subprocess.Popen(
@@ -93,6 +95,7 @@ def whole(start: Start, tmp_path_factory: pytest.TempPathFactory) -> dict[str, b
     _, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     assert len(Manifest.read(out).shards) > 3
+    assert [bad.partition(" ")[0] for bad in Manifest.read(out).bad] == [f"{part}.jsonl:101:" for part in range(3)]
     return files_of(out)
 
 
@@ -134,7 +137,7 @@ def test_killing_while_it_is_installed_is_made_good(
 ) -> None:
     """Between the two renames, as a signal can't be timed to fall there."""
     out = tmp_path / "set"
-    build: dict[str, Any] = {"block_size": 16, "holdout": 0.2, "blocks_per_shard": 300}
+    build: dict[str, Any] = {"block_size": 16, "holdout": 0.2, "blocks_per_shard": 300, "on_bad": "skip"}
 
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
