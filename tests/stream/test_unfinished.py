@@ -68,7 +68,10 @@ EDITS: dict[str, tuple[Edit, str]] = {
         lambda folder: (rewrite("b.jsonl", GOOD)(folder), rewrite("c.jsonl", MENDED)(folder)),
         "",
     ),
-    "a later file is gone": (lambda folder: (rewrite("b.jsonl", GOOD)(folder), (folder / "c.jsonl").unlink()), ""),
+    "a later file is gone": (
+        lambda folder: (rewrite("b.jsonl", GOOD)(folder), (folder / "c.jsonl").rename(folder / "c.off")),
+        "",
+    ),
     "a later file is new": (
         lambda folder: (rewrite("b.jsonl", GOOD)(folder), rewrite("d.jsonl", MENDED)(folder)),
         "",
