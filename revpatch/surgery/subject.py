@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
+from revpatch.base import DTYPES, BaseNotFoundError, load_base
 from revpatch.config import SidecarConfig
 from revpatch.durable import sha256_of_file
 from revpatch.ledger.entry import EntryError
 from revpatch.ledger.history import Ledger, Recorded
 from revpatch.ledger.layers import check_comparable
 from revpatch.ledger.references import Located, locate
-from revpatch.loading import DTYPES, load_base, load_hashed, whose
+from revpatch.loading import load_hashed, whose
 from revpatch.patch.families import blocks_of, width_of
 from revpatch.patch.patched_model import Patch, attach, base_sha256, check_fits, load_tensors
 
@@ -100,10 +101,13 @@ class Subject:
         """A base that no patch has been named for. Raises ValueError if it can't be had or is of an unknown family."""
         try:
             model = load_base(name, revision, DTYPES[dtype])
+        except BaseNotFoundError as error:
+            raise ValueError(f"base {name}: {error}; name its folder with --base") from error
         except ValueError as error:
-            raise ValueError(f"base {error}; name its folder with --base") from error
+            raise ValueError(f"base {name}: {error}") from error
         attach(model, SidecarConfig(bottleneck=1))
-        return cls(model, AutoTokenizer.from_pretrained(name, revision=revision), None, device)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+        return cls(model, tokenizer, None, device)
 
     def patch_of(self, entry: Entry) -> Patch:
         """The entry's patch on this base's device, to be put on with `active_patch`.

@@ -79,7 +79,7 @@ def build_on_first_use(config: Config, peers: Peers, begun: bool = False) -> tup
 def _build_all(config: Config, world: int, begun: bool = False) -> dict[str, str | ConfigError]:
     """The folder of each key that names a raw source; or what went wrong, where phases of a run that has `begun` alone
     name it."""
-    tokenizer = AutoTokenizer.from_pretrained(config.base.model, revision=config.base.revision)
+    tokenizer = AutoTokenizer.from_pretrained(config.base.model, revision=config.base.revision, trust_remote_code=False)
     keys: dict[str, list[str]] = {}
     for key, place in locations(config):
         if is_raw_source(place):

@@ -32,7 +32,7 @@ class Sampler:
         self, base: nn.Module, of: BaseConfig, config: SamplesConfig, blocks: dict[str, NDArray[np.int64]]
     ) -> None:
         self.base, self.max_new_tokens = base, config.max_new_tokens
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(of.model, revision=of.revision)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(of.model, revision=of.revision, trust_remote_code=False)
         given = [self.tokenizer(prompt).input_ids for prompt in config.prompts]
         # The second half of a block, where a document is under way.
         held_out = [rows[0, rows.shape[1] // 2 :][:PROMPT_TOKENS].tolist() for rows in blocks.values()]
