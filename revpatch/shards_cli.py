@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import BarColumn, Progress, TextColumn
@@ -12,9 +13,19 @@ from revpatch.cores import cores
 from revpatch.monitoring.doing import doing
 from revpatch.monitoring.terminal import console, say
 
+if TYPE_CHECKING:
+    from revpatch.stream.manifest import Manifest
+
 app = typer.Typer(help="Build token shards, and look into them.", no_args_is_help=True)
 
 FolderArgument = Annotated[Path, typer.Argument(help="Folder of the shards.")]
+
+
+class OnBad(str, Enum):
+    """What becomes of a build at a document that can't be read."""
+
+    stop = "stop"
+    skip = "skip"
 
 
 @app.command()
@@ -31,9 +42,16 @@ def build(
     block_size: Annotated[int, typer.Option(min=2, help="Tokens a block.")] = 1024,
     text_column: Annotated[str, typer.Option(help="Field or column that holds the text.")] = "text",
     holdout: Annotated[
-        float, typer.Option(help="Fraction of the documents that goes to OUT_probe, by a hash of their text.")
+        float,
+        typer.Option(
+            help="Fraction of the documents that goes to OUT_probe, by a hash of their text; of the only document, its "
+            "end does."
+        ),
     ] = 0.0,
     max_tokens: Annotated[int | None, typer.Option(help="Stop after so many tokens.")] = None,
+    on_bad: Annotated[
+        OnBad, typer.Option(help="A document that can't be read: stop there, or skip it and count it in the manifest.")
+    ] = OnBad.stop,
     shard_mb: Annotated[int, typer.Option(min=1, help="Size of a shard, in MiB.")] = 64,
     workers: Annotated[
         int | None,
@@ -61,6 +79,7 @@ def build(
                 max_tokens=max_tokens,
                 shard_bytes=shard_mb * 2**20,
                 workers=workers or cores(),
+                on_bad=on_bad.value,
                 progress=show,
             )
     except KeyboardInterrupt:
@@ -70,6 +89,9 @@ def build(
         f"{out}: {manifest.blocks:,} blocks of {manifest.block_size} tokens from {manifest.documents:,} documents in "
         f"{len(manifest.shards)} shards"
     )
+    if manifest.holdout_rule == "tail":
+        say(f"the text is one document: the last {manifest.holdout:g} of it is in {out}_probe")
+    _say_what_was_left_out(manifest)
 
 
 @app.command()
@@ -130,7 +152,7 @@ def show(
         "tokenizer": f"{manifest.tokenizer.name}, {manifest.tokenizer.vocab_size:,} ids",
         "sources": ", ".join(manifest.sources),
         "text column": manifest.text_column,
-        "holdout": manifest.holdout,
+        "holdout": f"{manifest.holdout}{', the end of the only document' * (manifest.holdout_rule == 'tail')}",
         "max tokens": manifest.max_tokens,
         "licence": manifest.licence,
         "note": manifest.note,
@@ -139,6 +161,7 @@ def show(
     for name, value in facts.items():
         if value is not None:
             say(f"  {name:12} {value}")
+    _say_what_was_left_out(manifest)
     if not blocks:
         return
     loaded = _load_tokenizer(tokenizer or manifest.tokenizer.name)
@@ -150,6 +173,16 @@ def show(
         )
     for block, tokens in zip(*sample_blocks(folder, blocks), strict=True):
         say(f"--- block {block} ---\n{loaded.decode(tokens.tolist())}")
+
+
+def _say_what_was_left_out(manifest: Manifest) -> None:
+    if not manifest.bad_documents:
+        return
+    say(f"{manifest.bad_documents:,} documents could not be read and were left out:")
+    for reason in manifest.bad:
+        say(f"  {reason}")
+    if manifest.bad_documents > len(manifest.bad):
+        say(f"  and {manifest.bad_documents - len(manifest.bad):,} more")
 
 
 def _load_tokenizer(name: str) -> Any:

@@ -157,3 +157,26 @@ def test_mistakes_in_building_are_told_in_words(toy: Toy, tmp_path: Path, revpat
     (out / "thesis.txt").write_text("x", encoding="utf-8")
     one_line(build(text, toy.base, "--block-size", "2"), out)
     assert [path.name for path in out.iterdir()] == ["thesis.txt"]
+
+
+def test_what_is_bad_is_told_left_out_and_shown(toy: Toy, tmp_path: Path) -> None:
+    """From the shell: it stops with what to do, is built without, and says what it has left out."""
+    source, out = tmp_path / "mine.jsonl", tmp_path / "set"
+    texts = [json.dumps({"text": make_text(i)}) for i in range(40)]
+    source.write_text("\n".join([*texts[:20], "no json", '{"text": 3}', *texts[20:]]))
+    command = ("build", source, "--tokenizer", toy.base, "--block-size", "16", "--out", out, "--workers", "1")
+    stopped = shards(*command)
+    assert (stopped.returncode, stopped.stdout) == (2, "")
+    assert re.search(r"mine\.jsonl:21: .*--on-bad skip", " ".join(stopped.stderr.split()))
+    built = shards(*command, "--on-bad", "skip")
+    assert built.returncode == 0, built.stderr
+    shown = shards("show", out, "--blocks", "0")
+    for said in (built.stdout, shown.stdout):
+        assert "2 documents could not be read and were left out:" in said
+        assert re.search(r"\n  mine\.jsonl:21: expected one JSON object.*\n  mine\.jsonl:22: ", said)
+    source.write_text("\n".join(make_text(i) for i in range(99)))
+    lone = source.rename(tmp_path / "input.txt")
+    built = shards("build", lone, *command[2:-3], tmp_path / "lone", "--holdout", "0.2")
+    assert built.returncode == 0, built.stderr
+    assert "the text is one document: the last 0.2 of it is in" in " ".join(built.stdout.split())
+    assert "0.2, the end of the only document" in shards("show", tmp_path / "lone_probe", "--blocks", "0").stdout

@@ -4,28 +4,42 @@
               -> one long row of tokens -> blocks of block_size -> tars -> manifest, last
 
 This process reads and writes, in order; worker processes tokenise. All is written into a folder beside `out` and
-renamed when whole, so a folder that has the name of a set is that set. A build that was killed is gone on with by
-the same call. The same sources give the same bytes, whenever and wherever they are built, by however many workers,
+renamed when whole, so a folder that has the name of a set is that set. The same call resumes a build that was killed.
+The same sources give the same bytes, whenever and wherever they are built, by however many workers,
 and however often they were killed.
 """
 
 from __future__ import annotations
 
 import errno
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from revpatch.stream.chunks import LONG_CHARACTERS, PIECE_CHARACTERS, Chunk, Position, read_chunks
-from revpatch.stream.documents import Input
-from revpatch.stream.encode import EncoderRecipe, Work, encode_in_order
+from revpatch.stream.chunks import (
+    LONG_CHARACTERS,
+    BadDocumentError,
+    Chunk,
+    ChunkReading,
+    CorpusError,
+    Position,
+    ReadBeforeError,
+    is_blank,
+    read_chunks,
+)
+from revpatch.stream.documents import Document, Input, Reading
+from revpatch.stream.encode import Encoder, EncoderRecipe, Work, encode_in_order
+from revpatch.stream.holdout import share_of
 from revpatch.stream.manifest import MANIFEST_NAME, MANIFEST_VERSION, Manifest, TokenizerInfo
+from revpatch.stream.pieces import CONTEXT_CHARACTERS, PIECE_CHARACTERS
 from revpatch.stream.rows import Row, Rows
 from revpatch.stream.sources import find_inputs, name_of_source
 from revpatch.stream.tars import DEFAULT_SHARD_BYTES, blocks_in, check_installable, install_folder, refuse_foreign
@@ -33,10 +47,9 @@ from revpatch.stream.unfinished import UnfinishedBuild
 
 CHECKPOINT_SECONDS = 5.0
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-class CorpusError(ValueError):
-    """What is wrong is the corpus as a whole, so nothing of the build is worth keeping."""
+_SEPARATOR = "<|endoftext|>"
+_FEW_DOCUMENTS = 100
+OnBad = Literal["stop", "skip"]
 
 
 @dataclass(frozen=True)
@@ -69,26 +82,34 @@ def build_shards(
     blocks_per_shard: int | None = None,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     workers: int = 1,
+    on_bad: OnBad = "stop",
     progress: Callable[[Progress], None] | None = None,
 ) -> Manifest:
     """Tokenise `sources` (sources.py says what they may be) into the folder `out` and return its manifest.
 
     With `holdout` > 0 about that fraction of the documents, chosen by a hash of their text, goes into the folder
-    `<out>_probe` instead: the same text is always on the same side, whatever else is in the corpus.
+    `<out>_probe` instead: the same text is always on the same side, whatever else is in the corpus. Of a corpus of one
+    document the end is held out: about that fraction of its characters.
+    In plain text, `<|endoftext|>` and the tokenizer's EOS stand between documents. One of white space alone is empty.
     `max_tokens` ends the training side after so many tokens, in the middle of a document if need be.
     A shard holds `blocks_per_shard` blocks, or as many as fit `shard_bytes`.
     One worker is this process. More of them are processes of their own; a script that asks for them must do so under
     `if __name__ == "__main__":`, as they import it.
     Text that spells a special token becomes that token, as it does when the tokenizer is called.
+    With `on_bad` "skip", documents that can't be read are left out, and counted and listed in the manifest.
 
     A folder that is there already is left alone if it is this very build and refused otherwise.
-    Raises what `find_inputs` and the readers do; ValueError for impossible numbers, too little text, or a tokenizer
-    that is not fast or has no EOS; FileExistsError for an `out` that holds something else
-    (what was built by then is kept) or an unfinished build of another recipe; BlockingIOError when another build into
-    `out` is at work; FileNotFoundError when a side that was installed before a kill is gone; OSError when the disk is
-    full or a worker dies. After the last of these, or after being killed, the same call goes on.
+    Raises what `find_inputs` and the readers do; BadDocumentError for a document that can't be read;
+    ValueError for impossible numbers, too little text, a file that is written to meanwhile, an `out` within a source,
+    or a tokenizer that is not fast or has no EOS; FileExistsError for an `out` that holds
+    something else (what was built by then is kept) or an unfinished build of another recipe; BlockingIOError when
+    another build into `out` is at work; FileNotFoundError when a side that was installed before a kill is gone; OSError
+    when the disk is full or a worker dies. The same call resumes a build that ended so, or was killed, once the cause
+    is gone: what a source holds behind what was read of it may be another then.
     """
     _check_numbers(block_size, holdout, max_tokens, workers)
+    if on_bad not in ("stop", "skip"):
+        raise ValueError(f"on_bad is {on_bad!r}; it must be 'stop' or 'skip'")
     sources = [sources] if isinstance(sources, (str, Path)) else list(sources)
     inputs = find_inputs(sources)
     info = TokenizerInfo.of(tokenizer)
@@ -99,6 +120,7 @@ def build_shards(
     folders = {"train" if holdout else "all": out} | ({"probe": out.with_name(f"{out.name}_probe")} if holdout else {})
     for folder in folders.values():
         refuse_foreign(folder)
+        _refuse_within_source(folder, sources)
     recipe = {
         "block_size": block_size,
         "dtype": dtype,
@@ -113,15 +135,33 @@ def build_shards(
     for folder in folders.values():
         _refuse_other_recipe(folder, recipe)
     encoder = EncoderRecipe.of(tokenizer, info.eos_token_id, dtype, holdout)
-    with _opened(out, recipe, blocks_per_shard, inputs) as unfinished:
+    eos = tokenizer.backend_tokenizer.id_to_token(info.eos_token_id) or ""
+    separators = tuple(dict.fromkeys([_SEPARATOR, *([eos] if eos.strip() else [])]))
+    with _opened(out, recipe, blocks_per_shard, inputs, separators) as unfinished:
         rows = [Row(unfinished.folder / split, dtype, block_size, blocks_per_shard) for split in folders]
         sides = Rows(rows[0], rows[1] if holdout else None, max_tokens, info.eos_token_id)
         try:
-            _fill(sides, inputs, text_column, encoder, workers, unfinished, progress)
+            reading = ChunkReading(
+                text_column,
+                separators,
+                float(holdout),
+                skip_bad=on_bad == "skip",
+                verify=unfinished.changed,
+                encode=_lazily(encoder),
+            )
+            end = _fill(sides, inputs, reading, encoder, workers, unfinished, progress)
         finally:
             for row in rows:
                 row.writer.abandon()
-        manifests = {split: _manifest(split, row, recipe) for split, row in zip(folders, rows, strict=True)}
+        found = {
+            "holdout_rule": "tail" if end.lone else "hash",
+            "bad_documents": sides.bad_documents,
+            "bad": tuple(sides.bad),
+        }
+        manifests = {split: _manifest(split, row, recipe | found) for split, row in zip(folders, rows, strict=True)}
+        for manifest in manifests.values():
+            if not manifest.blocks:
+                raise CorpusError(_nothing_built(manifest, sides.counts()[0], inputs, reading))
         _install(manifests, folders, unfinished)
     return next(iter(manifests.values()))
 
@@ -139,6 +179,21 @@ def _refuse_other_recipe(folder: Path, recipe: dict[str, Any]) -> None:
         )
 
 
+def _refuse_within_source(folder: Path, sources: Sequence[str | Path]) -> None:
+    for source in sources:
+        if Path(source).is_dir() and folder.is_relative_to(Path(source).resolve()):
+            raise ValueError(
+                f"{folder}: lies in {source}, which is read as a source; choose a folder outside of it, or name the "
+                "files in it as sources"
+            )
+
+
+def _lazily(recipe: EncoderRecipe) -> Callable[[str], list[int]]:
+    """Return what encodes a text in this process; the tokenizer is loaded when it is first called."""
+    encoder = cache(partial(Encoder, recipe))
+    return lambda text: encoder().ids(text)
+
+
 def _check_numbers(block_size: int, holdout: float, max_tokens: int | None, workers: int) -> None:
     if block_size < 2:
         raise ValueError(f"block_size is {block_size}; a block needs at least 2 tokens to predict one from another")
@@ -152,7 +207,7 @@ def _check_numbers(block_size: int, holdout: float, max_tokens: int | None, work
 
 @contextmanager
 def _opened(
-    out: Path, recipe: dict[str, Any], blocks_per_shard: int, inputs: Sequence[Input]
+    out: Path, recipe: dict[str, Any], blocks_per_shard: int, inputs: Sequence[Input], separators: Sequence[str]
 ) -> Iterator[UnfinishedBuild]:
     """The unfinished build's folder. It is kept for a later call when this one fails after a checkpoint."""
     plain = {
@@ -160,7 +215,8 @@ def _opened(
         "tokenizer": asdict(recipe["tokenizer"]),
         "sources": list(recipe["sources"]),
         "blocks_per_shard": blocks_per_shard,
-        "long_documents": [LONG_CHARACTERS, PIECE_CHARACTERS],
+        "separators": list(separators),
+        "long_documents": [LONG_CHARACTERS, PIECE_CHARACTERS, CONTEXT_CHARACTERS],
     }
     unfinished = UnfinishedBuild(out, plain, [{"name": found.name, **found.identity} for found in inputs])
     keep = False
@@ -191,22 +247,27 @@ def _opened(
 def _fill(
     rows: Rows,
     inputs: Sequence[Input],
-    text_column: str,
+    reading: ChunkReading,
     encoder: EncoderRecipe,
     workers: int,
     unfinished: UnfinishedBuild,
     progress: Callable[[Progress], None] | None,
-) -> None:
-    """Write all shards, from the last checkpoint on."""
+) -> Position:
+    """Write all shards, from the last checkpoint on. Return where it ended."""
     position = Position()
     if unfinished.checkpoint is not None:
         position = Position(**unfinished.checkpoint["position"])
         rows.restore(unfinished.checkpoint["rows"], is_whole=unfinished.checkpoint["is_whole"])
+        if rows.bad_documents and not reading.skip_bad:
+            raise ValueError(
+                f"{unfinished.folder}: holds an unfinished build that has left out {rows.bad_documents} documents, the "
+                f"first being {rows.bad[0]}; resume it with --on-bad skip, or delete that folder to build anew"
+            )
         if unfinished.checkpoint["is_whole"]:
-            return
+            return position
     else:
         rows.start()
-    saved = time.monotonic()
+    end, saved = position, time.monotonic()
     waiting: deque[Chunk] = deque()
     sizes = [found.bytes for found in inputs if found.bytes is not None]
     in_all = sum(sizes) if sizes else None
@@ -214,38 +275,55 @@ def _fill(
 
     def works() -> Iterator[Work]:
         try:
-            for chunk in read_chunks(inputs, text_column, encoder.holdout, position):
+            for chunk in read_chunks(inputs, reading, position):
                 waiting.append(chunk)
                 yield chunk.work
+        except CorpusError:
+            raise
         except ValueError as error:
-            if unfinished.checkpoint is None:
-                raise
-            raise ValueError(
-                f"{error}. What was built by then is kept in {unfinished.folder}, and is gone on with only if what it "
-                "has read is unchanged: after mending a source that it had begun, delete that folder to build anew"
-            ) from error
+            kind = BadDocumentError if isinstance(error, BadDocumentError) else ValueError
+            raise kind(_with_remedy(error, unfinished)) from error
 
     for encoded in encode_in_order(works(), encoder, workers):
         chunk = waiting.popleft()
+        end = chunk.end
         if chunk.work.is_piece:
             rows.add_piece(encoded.ids, chunk.held_out, chunk.is_last_piece)
         else:
-            rows.add_documents(encoded)
+            rows.add_documents(encoded, chunk.bad)
         if progress is not None:
             progress(Progress(*rows.counts(), chunk.bytes_read, in_all, tokens_in_all))
         if rows.full:
             break
         if time.monotonic() - saved >= CHECKPOINT_SECONDS:
-            unfinished.save({"position": asdict(chunk.end), "rows": rows.state(), "is_whole": False})
+            unfinished.save({"position": asdict(end), "rows": rows.state(), "is_whole": False})
             saved = time.monotonic()
     rows.close()
-    end = {"position": asdict(Position(len(inputs))), "rows": rows.state(), "is_whole": True}
+    end = Position(len(inputs), lone=end.lone)
     if all(row.writer.blocks for row in rows.sides):
-        unfinished.save(end)
+        unfinished.save({"position": asdict(end), "rows": rows.state(), "is_whole": True})
+    return end
+
+
+def _with_remedy(error: ValueError, unfinished: UnfinishedBuild) -> str:
+    """Return what went wrong with a source, and what becomes of what was built before."""
+    text, kept = str(error), unfinished.checkpoint is not None
+    if isinstance(error, BadDocumentError):
+        text += (
+            ". Or leave such documents out with --on-bad skip, which counts them and lists the first in the manifest"
+        )
+    if isinstance(error, ReadBeforeError):
+        return f"{text}; put back what was there to resume it, or delete {unfinished.folder} to build anew"
+    if kept:
+        text += (
+            f". What was built by then is kept in {unfinished.folder}: mend what is wrong, leave what was read before "
+            "as it is, and the same command resumes from there"
+        )
+    return text
 
 
 def _manifest(split: str, row: Row, recipe: dict[str, Any]) -> Manifest:
-    manifest = Manifest(
+    return Manifest(
         version=MANIFEST_VERSION,
         split=split,
         documents=row.documents,
@@ -256,18 +334,51 @@ def _manifest(split: str, row: Row, recipe: dict[str, Any]) -> Manifest:
         shards=tuple(row.writer.shards),
         **recipe,
     )
-    if manifest.blocks:
-        return manifest
+
+
+def _nothing_built(manifest: Manifest, documents: int, inputs: Sequence[Input], reading: ChunkReading) -> str:
+    """Return why a side has no block, and what to do; `documents` are those of both sides."""
+    bad = f", {manifest.bad_documents} could not be read: {manifest.bad[0]}" if manifest.bad_documents else ""
     found = (
-        f"{manifest.documents} documents ({manifest.empty_documents} more were empty) of {manifest.tokens} tokens "
+        f"{manifest.documents} documents ({manifest.empty_documents} more were empty{bad}) of {manifest.tokens} tokens "
         f"in {', '.join(manifest.sources) or 'no source at all'}"
     )
-    if manifest.split == "all":
-        raise CorpusError(f"not one block of {manifest.block_size} tokens: {found}; add text, or lower block_size")
-    raise CorpusError(
+    if manifest.split == "all" or not documents:
+        return f"not one block of {manifest.block_size} tokens: {found}; add text, or lower block_size"
+    text = (
         f"not one block of {manifest.block_size} tokens on the {manifest.split} side of holdout {manifest.holdout}: "
-        f"{found}; add text, change holdout, or lower block_size"
+        f"{found}; "
     )
+    if manifest.holdout_rule == "tail":
+        return text + (
+            f"the corpus is one document, so the last {manifest.holdout} of it was held out: "
+            f"{'raise' if manifest.split == 'probe' else 'lower'} holdout, lower block_size, or divide the text into "
+            f"documents (in plain text, by lines of {_SEPARATOR})"
+        )
+    if documents > _FEW_DOCUMENTS:
+        return text + "add text, change holdout, or lower block_size"
+    return text + (
+        f"the sides are chosen by a hash of each text, and of {documents} documents {manifest.documents} fell on this "
+        f"one: {_better_holdout(manifest, inputs, reading)}divide the text into more documents (in plain text, by "
+        f"lines of {_SEPARATOR}), lower block_size, or build other text as the probe"
+    )
+
+
+def _better_holdout(manifest: Manifest, inputs: Sequence[Input], reading: ChunkReading) -> str:
+    """Return the advice to take a holdout that puts one document more on a side, if there is one for both sides."""
+    told = Reading(reading.text_column, separators=reading.separators)
+    read = (document for found in inputs for document in found.read(told))
+    shares = sorted(share_of(each.text) for each in read if isinstance(each, Document) and not is_blank(each.text))
+    wanted = manifest.documents + 1
+    if wanted >= len(shares):
+        return ""
+    share = shares[wanted - 1 if manifest.split == "probe" else -wanted]
+    holdout = (math.floor(share * 1000) + (manifest.split == "probe")) / 1000
+    held_out = sum(share < holdout for share in shares)
+    there = held_out if manifest.split == "probe" else len(shares) - held_out
+    if not 0 < held_out < len(shares) or there < wanted:
+        return ""
+    return f"set holdout to {holdout:g}, which puts {there} of them there, "
 
 
 def _install(manifests: dict[str, Manifest], folders: dict[str, Path], unfinished: UnfinishedBuild) -> None:

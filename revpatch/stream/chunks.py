@@ -1,122 +1,254 @@
 """Documents gathered into work for the tokenizer, each with the place in the corpus where it ends.
 
-A chunk is many short documents, of one input or several, or one piece of a long document, as a tokenizer takes many
-times a text's size while it works. A piece ends before a single space between two words. Byte-level BPE tokenizers
-split the text there before anything else, so the pieces' tokens, one after another, are those of the whole text. A text
-without such a place is cut anywhere: its tokens are the same in every build, and may differ from those of the whole at
-the cuts.
+A chunk is many short documents, of one input or several, or one piece of a long document (pieces.py). Documents that
+can't be read are left out and counted where that is asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
+from pathlib import Path
 
-from revpatch.stream.documents import BadDocument, Document, Input, Meter, Reading
+from revpatch.stream.documents import BadDocument, Document, Input, Meter, Reading, file_identity
 from revpatch.stream.encode import Work
-from revpatch.stream.holdout import is_held_out
+from revpatch.stream.holdout import is_held_out, place_of_tail
+from revpatch.stream.pieces import Encode, works_of
 
 CHUNK_DOCUMENTS = 512
 CHUNK_CHARACTERS = 2**18
 LONG_CHARACTERS = 2**20
 """A text of more characters than this is a long one."""
-PIECE_CHARACTERS = 2**18
+_REASON_CHARACTERS = 300
+
+
+class CorpusError(ValueError):
+    """What is wrong is the corpus as a whole, so nothing of the build is worth keeping."""
+
+
+class BadDocumentError(ValueError):
+    """A document can't be read, and it is not to be left out."""
+
+
+class SourceChangedError(ValueError):
+    """A source was written to while it was read."""
+
+
+class ReadBeforeError(ValueError):
+    """A source is not what it was in what an earlier call had read of it."""
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where reading goes on: the number of the input, documents taken of it, and pieces of the document after them."""
+    """Where reading resumes: the number of the input, documents taken of it (bad ones included), and pieces of the
+    document after them.
+
+    `digest` is a hash of what was taken of that input, all of the document in pieces included. `lone` is where the
+    document lies that is held out by its tail: the number of its input, and of the document in it, from 1.
+    """
 
     input: int = 0
     documents: int = 0
     pieces: int = 0
+    digest: str = ""
+    lone: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Work, the position after it, and bytes read up to there; of a piece, the long document's side and its end."""
+    """Work, the position after it, and bytes read up to there.
+
+    `bad` are the documents left out: how many texts of the work come before each, and what is told of it. Of a piece,
+    `held_out` is its side, and `is_last_piece` says that its document ends there, or its document's part of that side.
+    """
 
     work: Work
     end: Position
     bytes_read: int
+    bad: tuple[tuple[int, str], ...] = ()
     held_out: bool = False
     is_last_piece: bool = False
 
 
-def read_chunks(inputs: Sequence[Input], text_column: str, holdout: float, start: Position) -> Iterator[Chunk]:
-    """All chunks from `start` on. Inputs before it are not opened; documents before it are read over."""
+@dataclass(frozen=True)
+class ChunkReading:
+    """What `read_chunks` is told: as `Reading`, and `skip_bad` to leave out what can't be read, `verify` to check what
+    lies before the start, and `encode`, by which places to cut long documents are found."""
+
+    text_column: str
+    separators: tuple[str, ...]
+    holdout: float
+    skip_bad: bool
+    verify: bool
+    encode: Encode
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A document, where it lies, the digest of its input up to its end, and pieces of it that were taken before."""
+
+    document: Document | BadDocument
+    input: int
+    number: int
+    digest: str
+    pieces_taken: int
+    source: str
+    bytes_read: Callable[[], int]
+
+
+def read_chunks(inputs: Sequence[Input], reading: ChunkReading, start: Position) -> Iterator[Chunk]:
+    """Yield all chunks from `start` on. Inputs before it are not opened; documents before it are read over.
+
+    Raises what readers do; BadDocumentError for a document that can't be read, unless these are left out;
+    ReadBeforeError and SourceChangedError; CorpusError when the only document of a corpus is that no more.
+    """
+    reads, lone = _read_on(inputs, reading, start), tuple(start.lone)
+    if reading.holdout and start == Position():
+        lone, reads = _find_lone(reads)
     texts: list[str] = []
-    characters = 0
-    end, before = start, 0
-    for end, bytes_read, document, pieces_taken in _read_on(inputs, text_column, start):
-        if len(document.text) <= LONG_CHARACTERS:
-            before = bytes_read()
-            texts.append(document.text)
-            characters += len(document.text)
-            if len(texts) == CHUNK_DOCUMENTS or characters >= CHUNK_CHARACTERS:
-                yield Chunk(Work(texts), end, before)
-                texts, characters = [], 0
+    bad: list[tuple[int, str]] = []
+    characters, end, before = 0, start, 0
+
+    def gathered() -> Iterator[Chunk]:
+        nonlocal characters
+        if texts or bad:
+            yield Chunk(Work(texts.copy()), end, before, tuple(bad))
+        texts.clear()
+        bad.clear()
+        characters = 0
+
+    for read in reads:
+        document, is_lone = read.document, lone == (read.input, read.number)
+        text = document.text if isinstance(document, Document) and not is_blank(document.text) else ""
+        if isinstance(document, BadDocument):
+            bad.append((len(texts), _told(document, read.source)))
+        elif lone and text and not is_lone:
+            raise CorpusError(
+                f"{read.source}: the corpus had one document when this build began, so the end of it was held out; "
+                "now it has more: run the same command again, which begins anew"
+            )
+        elif is_lone or len(text) > LONG_CHARACTERS:
+            yield from gathered()
+            yield from _pieces(text, read, reading, lone, before)
         else:
-            if texts:
-                yield Chunk(Work(texts), Position(end.input, end.documents - 1), before)
-                texts, characters = [], 0
-            yield from _pieces(document, end, (before, bytes_read()), holdout, pieces_taken)
-            before = bytes_read()
-    if texts:
-        yield Chunk(Work(texts), end, before)
+            texts.append(text)
+            characters += len(text)
+        end, before = Position(read.input, read.number, 0, read.digest, lone), read.bytes_read()
+        if len(texts) + len(bad) >= CHUNK_DOCUMENTS or characters >= CHUNK_CHARACTERS:
+            yield from gathered()
+    yield from gathered()
 
 
-def _read_on(
-    inputs: Sequence[Input], text_column: str, start: Position
-) -> Iterator[tuple[Position, Callable[[], int], Document, int]]:
-    """Each document, the position after it, bytes read so far, and how many of its pieces have been taken before."""
+def is_blank(text: str) -> bool:
+    """Return whether there is nothing but white space in a text."""
+    return not text or text.isspace()
+
+
+def _read_on(inputs: Sequence[Input], reading: ChunkReading, start: Position) -> Iterator[_Read]:
     before = sum(found.bytes or 0 for found in inputs[: start.input])
     for number in range(start.input, len(inputs)):
-        here = start if number == start.input else Position(number)
+        found, here = inputs[number], start if number == start.input else Position(number)
         meter = Meter()
-        bytes_read = partial(_bytes_read, before, meter if inputs[number].bytes is not None else None)
-        documents = inputs[number].read(Reading(text_column, here.documents, meter=meter))
+        bytes_read = partial(_bytes_read, before, meter if found.bytes is not None else None)
+        verify = reading.verify and bool(here.digest)
+        told = Reading(reading.text_column, 0 if verify else here.documents, reading.separators, meter)
+        documents = found.read(told)
+        if verify:
+            documents = _verified(documents, here, found.name)
+        digest = here.digest
         for taken, document in enumerate(documents, here.documents + 1):
-            if isinstance(document, BadDocument):
-                raise ValueError(document.reason)
-            pieces_taken = here.pieces if taken == here.documents + 1 else 0
-            yield Position(number, taken), bytes_read, document, pieces_taken
-        before += inputs[number].bytes or 0
+            if isinstance(document, BadDocument) and not reading.skip_bad:
+                raise BadDocumentError(document.reason)
+            is_begun = bool(here.pieces) and taken == here.documents + 1
+            digest = digest if is_begun else _chained(digest, document)
+            pieces_taken = here.pieces if is_begun else 0
+            yield _Read(document, number, taken, digest, pieces_taken, found.name, bytes_read)
+        _check_unchanged(found)
+        before += found.bytes or 0
+
+
+def _verified(
+    documents: Iterator[Document | BadDocument], here: Position, name: str
+) -> Iterator[Document | BadDocument]:
+    """Read over what was taken before. Raises ReadBeforeError unless it has the digest that it had."""
+    digest, taken, begun = "", 0, None
+    wanted = here.documents + bool(here.pieces)
+    for document in documents:
+        digest, taken = _chained(digest, document), taken + 1
+        if taken == wanted:
+            begun = document
+            break
+    if digest != here.digest:
+        raise ReadBeforeError(
+            f"{name}: the first {wanted:,} documents of it, which had been read when this build was interrupted, are "
+            "not what they were"
+        )
+    return chain([begun] if here.pieces and begun is not None else [], documents)
+
+
+def _chained(digest: str, document: Document | BadDocument) -> str:
+    """Return the digest of documents one after another, by that of those before."""
+    text, person = (document.text, b"") if isinstance(document, Document) else (document.reason, b"bad")
+    data = text.encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(data, digest_size=16, key=bytes.fromhex(digest), person=person).hexdigest()
+
+
+def _check_unchanged(found: Input) -> None:
+    """Raise SourceChangedError for a file that was written to while it was read."""
+    if "path" not in found.identity:
+        return
+    try:
+        now = file_identity(Path(found.identity["path"]))
+    except OSError:
+        now = None
+    if now != {key: found.identity[key] for key in ("path", "bytes", "mtime_ns")}:
+        raise SourceChangedError(
+            f"{found.name}: changed while it was read; let what writes to it come to its end, and run the same command "
+            "again"
+        )
 
 
 def _bytes_read(before: int, meter: Meter | None) -> int:
     return before + (meter.bytes if meter is not None else 0)
 
 
-def _pieces(
-    document: Document, end: Position, bytes_read: tuple[int, int], holdout: float, taken: int
-) -> Iterator[Chunk]:
-    held_out = is_held_out(document.text, holdout)
-    pieces = pieces_of(document.text)
-    for number, piece in enumerate(pieces, 1):
-        last = number == len(pieces)
-        if number > taken:
-            after = end if last else Position(end.input, end.documents - 1, number)
-            share = (bytes_read[1] - bytes_read[0]) * number // len(pieces)
-            yield Chunk(Work([piece], is_piece=True), after, bytes_read[0] + share, held_out, last)
+def _find_lone(reads: Iterator[_Read]) -> tuple[tuple[int, ...], Iterator[_Read]]:
+    """Return where the only document with any text lies, or () if there are more or none; and all reads again."""
+    seen, places = [], []
+    for read in reads:
+        seen.append(read)
+        if isinstance(read.document, Document) and not is_blank(read.document.text):
+            places.append((read.input, read.number))
+            if len(places) == 2:
+                return (), chain(seen, reads)
+    return (places[0] if places else ()), iter(seen)
 
 
-def pieces_of(text: str) -> list[str]:
-    """Cut a text into pieces for the tokenizer of at most PIECE_CHARACTERS."""
-    pieces, start = [], 0
-    while len(text) - start > PIECE_CHARACTERS:
-        cut = _place_to_cut(text, start, start + PIECE_CHARACTERS)
-        pieces.append(text[start:cut])
-        start = cut
-    return [*pieces, text[start:]]
+def _pieces(text: str, read: _Read, reading: ChunkReading, lone: tuple[int, ...], before: int) -> Iterator[Chunk]:
+    """Yield a long document in pieces that go to its side; or the head of the only one, and its tail held out."""
+    parts: Iterable[tuple[str, bool]] = [(text, is_held_out(text, reading.holdout))]
+    if lone:
+        cut = place_of_tail(text, reading.holdout)
+        parts = [(text[:cut], False), (text[cut:], True)]
+    works = [
+        (work, held_out, last)
+        for part, held_out in parts
+        for work, last in works_of(part, LONG_CHARACTERS, reading.encode)
+    ]
+    taken = read.bytes_read() - before
+    for number, (work, held_out, last) in enumerate(works, 1):
+        if number > read.pieces_taken:
+            end = Position(read.input, read.number - 1, number, read.digest, lone)
+            if number == len(works):
+                end = Position(read.input, read.number, 0, read.digest, lone)
+            yield Chunk(work, end, before + taken * number // len(works), (), held_out, last)
 
 
-def _place_to_cut(text: str, start: int, limit: int) -> int:
-    """The last place up to `limit` where a single space stands between two words, or `limit`."""
-    place = text.rfind(" ", start + 1, limit)
-    while place > 0:
-        if not text[place - 1].isspace() and not text[place + 1].isspace():
-            return place
-        place = text.rfind(" ", start + 1, place)
-    return limit
+def _told(document: BadDocument, source: str) -> str:
+    """Return the reason as manifests have it: without the folders of this machine, and not too long."""
+    reason = document.reason.replace(source, source.rpartition("/")[2])
+    reason = reason.encode("utf-8", "backslashreplace").decode()
+    return reason if len(reason) <= _REASON_CHARACTERS else reason[: _REASON_CHARACTERS - 3] + "..."

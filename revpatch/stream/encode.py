@@ -44,10 +44,11 @@ class EncoderRecipe:
 
 @dataclass(frozen=True)
 class Work:
-    """Texts for one call of the tokenizer: whole documents, or one piece of a long one."""
+    """Texts for one call of the tokenizer: whole documents, or one piece of a long one, and the text before it."""
 
     texts: list[str]
     is_piece: bool = False
+    context: str = ""
 
 
 @dataclass(frozen=True)
@@ -75,12 +76,14 @@ class Encoder:
 
     def encode(self, work: Work) -> Encoded:
         with _one_thread():
-            encodings = self._tokenizer.encode_batch_fast(work.texts, add_special_tokens=False)
+            encodings = self._tokenizer.encode_batch_fast(
+                [work.context + text for text in work.texts], add_special_tokens=False
+            )
         row = array("I")
         lengths = np.zeros(len(encodings), dtype=np.int64)
         for i, encoding in enumerate(encodings):
             before = len(row)
-            row.fromlist(encoding.ids)
+            row.fromlist(self._without_context(encoding.ids, work.context))
             if len(row) > before and not work.is_piece:
                 row.append(self._recipe.eos)
             lengths[i] = len(row) - before
@@ -88,6 +91,22 @@ class Encoder:
         if self._recipe.holdout and not work.is_piece:
             held_out[:] = [is_held_out(text, self._recipe.holdout) for text in work.texts]
         return Encoded(np.frombuffer(row, dtype=np.uint32).astype(self._recipe.dtype), lengths, held_out)
+
+    def ids(self, text: str) -> list[int]:
+        """Return the ids of a text alone, without EOS."""
+        with _one_thread():
+            return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def _without_context(self, ids: list[int], context: str) -> list[int]:
+        if not context:
+            return ids
+        before = self.ids(context)
+        if ids[: len(before)] != before:
+            raise ValueError(
+                f"a long document can't be tokenised in pieces: after {context[-40:]!r} its tokens depend on text far "
+                "from there; cut the document into shorter ones"
+            )
+        return ids[len(before) :]
 
 
 def encode_in_order(works: Iterable[Work], recipe: EncoderRecipe, workers: int) -> Iterator[Encoded]:

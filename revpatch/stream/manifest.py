@@ -20,6 +20,7 @@ from revpatch.durable import write_atomically
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_VERSION = 1
+_COUNTED = ("bad_documents", "bad")
 
 Int64s = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -87,11 +88,21 @@ class Manifest:
     max_tokens: int | None
     licence: str | None
     note: str | None
+    holdout_rule: str = "hash"
+    """How the sides were chosen: by a 'hash' of each text, or as the 'tail' of the only document."""
+    bad_documents: int = 0
+    """Documents that could not be read and were left out, of both sides together."""
+    bad: tuple[str, ...] = ()
+    """The first of them, each with the reason."""
 
     @property
     def digest(self) -> str:
-        """sha256 (hex) of the canonical JSON: two sets of one digest hold the same blocks in the same order."""
-        return hashlib.sha256(_canonical_json(_plain(self)).encode()).hexdigest()
+        """sha256 (hex) of the canonical JSON: two sets of one digest hold the same blocks in the same order.
+
+        What was only counted is left out of it.
+        """
+        facts = {key: value for key, value in _plain(self).items() if key not in _COUNTED}
+        return hashlib.sha256(_canonical_json(facts).encode()).hexdigest()
 
     @property
     def block_bytes(self) -> int:
@@ -152,6 +163,8 @@ class Manifest:
         if self.blocks * self.block_size + self.dropped_tokens != self.tokens:
             expected = self.blocks * self.block_size + self.dropped_tokens
             _fail(where, "tokens", f"{expected} (blocks × block_size + dropped_tokens)", self.tokens)
+        if self.holdout_rule not in ("hash", "tail"):
+            _fail(where, "holdout_rule", "'hash' or 'tail'", self.holdout_rule)
         if len({shard.name for shard in self.shards}) != len(self.shards):
             _fail(where, "shards", "names that differ", [shard.name for shard in self.shards])
         for i, shard in enumerate(self.shards):

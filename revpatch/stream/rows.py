@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ import numpy as np
 from revpatch.stream.encode import Encoded
 from revpatch.stream.manifest import Shard
 from revpatch.stream.tars import ShardWriter
+
+BAD_LISTED = 20
+"""So many of the documents that were left out are listed."""
 
 
 class Row:
@@ -67,12 +71,16 @@ class Rows:
     Args:
         train: takes the documents that are not held out, up to `limit` tokens, where everything ends.
         probe: takes the others.
+
+    Documents that were left out are on neither side: `bad_documents` counts them, and `bad` lists the first.
     """
 
     def __init__(self, train: Row, probe: Row | None, limit: int | None, eos: int) -> None:
         self.train = train
         self.probe = probe
         self.limit = limit
+        self.bad_documents = 0
+        self.bad: list[str] = []
         self._eos = np.array([eos], dtype=train.rest.dtype)
         self._open_tokens = 0
 
@@ -102,10 +110,13 @@ class Rows:
         )
         return sum(documents), sum(tokens), sum(blocks)
 
-    def add_documents(self, encoded: Encoded) -> None:
-        """Take whole documents, in order, until the training side is full."""
+    def add_documents(self, encoded: Encoded, bad: Sequence[tuple[int, str]] = ()) -> None:
+        """Take whole documents, in order, until the training side is full.
+
+        `bad` are those left out between them: the number of documents before each, and what is told of it.
+        """
         ids, lengths, held_out = encoded.ids, encoded.lengths, encoded.held_out
-        if self.limit is not None:
+        if self.limit is not None and len(lengths):
             after = self.train.tokens + np.cumsum(np.where(held_out, 0, lengths))
             if after[-1] >= self.limit:
                 last = int(np.argmax(after >= self.limit))
@@ -116,6 +127,10 @@ class Rows:
         self._add(self.train, ids[~held_ids], lengths[~held_out])
         if self.probe is not None:
             self._add(self.probe, ids[held_ids], lengths[held_out])
+        # Not those behind the document that made it full, as another number of documents a chunk would not reach them.
+        told = [reason for place, reason in bad if not self.full or place < len(lengths)]
+        self.bad_documents += len(told)
+        self.bad = [*self.bad, *told][:BAD_LISTED]
 
     def add_piece(self, ids: np.ndarray[Any, Any], held_out: bool, last: bool) -> None:
         """Take the next piece of a long document; all of its pieces go to one side."""
@@ -134,7 +149,8 @@ class Rows:
     def state(self) -> dict[str, Any]:
         """As a row's."""
         probe = self.probe.state() if self.probe is not None else None
-        return {"train": self.train.state(), "probe": probe, "open_tokens": self._open_tokens}
+        bad = {"bad_documents": self.bad_documents, "bad": self.bad}
+        return {"train": self.train.state(), "probe": probe, "open_tokens": self._open_tokens, **bad}
 
     def restore(self, state: dict[str, Any], *, is_whole: bool) -> None:
         """As a row's."""
@@ -142,6 +158,7 @@ class Rows:
         if self.probe is not None:
             self.probe.restore(state["probe"], is_whole=is_whole)
         self._open_tokens = state["open_tokens"]
+        self.bad_documents, self.bad = state["bad_documents"], state["bad"]
 
     @staticmethod
     def _add(row: Row, ids: np.ndarray[Any, Any], lengths: np.ndarray[Any, Any]) -> None:

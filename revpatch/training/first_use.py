@@ -22,6 +22,7 @@ from revpatch.cores import cores
 from revpatch.monitoring.building import shown_progress
 from revpatch.monitoring.terminal import say
 from revpatch.stream.build import build_shards
+from revpatch.stream.chunks import BadDocumentError
 from revpatch.stream.manifest import MANIFEST_NAME, tokenizer_fingerprint
 from revpatch.stream.sources import find_inputs, is_raw_source, name_of_source
 from revpatch.training.launch import Peers
@@ -93,7 +94,12 @@ def _build_all(config: Config, world: int, begun: bool = False) -> dict[str, str
                 "of its documents that the probe gets, or name other text"
             )
         try:
-            folder = _build(config, place, tokenizer, config.build.holdout if shared else 0.0, world)
+            try:
+                folder = _build(config, place, tokenizer, config.build.holdout if shared else 0.0, world)
+            except BadDocumentError as error:
+                raise ConfigError(
+                    f"{error}: `revpatch shards build {place} --on-bad skip ...`, and name its folder of shards here"
+                ) from error
         except (OSError, ValueError) as error:
             if not begun or not all(key.startswith("phases.") for key in named):
                 raise ConfigError(f"{named[0]} = {place}: {error}") from error

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
+import re
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -279,3 +282,128 @@ def test_progress_counts_up(corpus: Corpus, tokenizer: Any, tmp_path: Path, monk
     assert seen[-1] == Progress(
         95, manifest.tokens + probe.tokens, manifest.blocks + probe.blocks, source.stat().st_size, source.stat().st_size
     )
+
+
+BAD = ["no json", '{"text": 3}', '{"other": "x"}', '{"text": "\\ud800"}']
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"holdout": 0.3}, {"max_tokens": 1003}, {"holdout": 0.3, "max_tokens": 1003}, {"workers": 2}]
+)
+def test_bad_documents_are_left_out_counted_and_listed(
+    corpus: Corpus, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    good = [json.dumps({"text": make_text(i)}) for i in range(120)]
+    lines = [line for i, each in enumerate(good) for line in ([BAD[i % 4], each] if i % 3 == 0 else [each])]
+    (tmp_path / "all.jsonl").write_text("\n".join([*lines, *BAD]))
+    (tmp_path / "good.jsonl").write_text("\n".join(good))
+    with pytest.raises(ValueError, match=r"all\.jsonl:1: .*--on-bad skip"):
+        build_shards(tmp_path / "all.jsonl", tokenizer, 8, tmp_path / "stopped", **options)
+    build_shards(tmp_path / "good.jsonl", tokenizer, 8, tmp_path / "good", **options)
+    made = []
+    for chunk in (512, 3) if "workers" not in options else (7,):
+        monkeypatch.setattr("revpatch.stream.chunks.CHUNK_DOCUMENTS", chunk)
+        out = tmp_path / f"out{chunk}"
+        made.append(build_shards(tmp_path / "all.jsonl", tokenizer, 8, out, on_bad="skip", **options))
+        assert tokens_of(out) == tokens_of(tmp_path / "good")
+        assert files_of(out) == files_of(tmp_path / f"out{'7' if 'workers' in options else '512'}")
+    manifest = made[0]
+    taken = 120 if "max_tokens" not in options else None
+    assert manifest.bad_documents == 44 if taken else 4 < manifest.bad_documents < 44
+    assert len(manifest.bad) == min(20, manifest.bad_documents)
+    assert manifest.bad[0].startswith("all.jsonl:1: expected one JSON object")
+    assert str(tmp_path) not in " ".join(manifest.bad), "where it lay says nothing on another machine"
+    assert manifest.digest != Manifest.read(tmp_path / "good").digest, "as the sources' names differ"
+
+
+def long_text(count: int) -> str:
+    return "\n".join(make_text(i) for i in range(count))
+
+
+@pytest.mark.parametrize(
+    ("documents", "holdout", "told"),
+    [
+        ([long_text(80)], 0.1, ""),
+        (["", " \n", long_text(80), "\t"], 0.1, ""),
+        ([long_text(80).replace("\n", " ")], 0.1, ""),
+        (["漢字" * 2000], 0.1, ""),
+        (["short one"], 0.1, r"train side .* is one document, so the last 0\.1 of it was held out: lower holdout"),
+        ([make_text(3) * 3], 0.05, r"probe side .* is one document, so .*: raise holdout, .*<\|endoftext\|>"),
+        (["\n", " "], 0.1, r"not one block of 16 tokens: 0 documents"),
+        ([long_text(80)] * 3, 0.001, r"of 3 documents 0 fell on this one: divide the text into more documents"),
+        ([long_text(20 + i) for i in range(5)], 0.001, r"of 5 documents 0 fell on this one: set holdout to 0\.\d+,"),
+        (
+            [long_text(20 + i) for i in range(5)],
+            0.999,
+            r"train side .* 0 fell on .* set holdout to 0\.\d+,",
+        ),
+    ],
+    ids=str,
+)
+def test_few_documents_are_held_out_or_it_is_said_how_they_can_be(
+    corpus: Corpus, tokenizer: Any, tmp_path: Path, documents: list[str], holdout: float, told: str
+) -> None:
+    source = corpus(documents)
+    if told:
+        with pytest.raises(ValueError, match=told) as error:
+            build_shards(source, tokenizer, 16, tmp_path / "out", holdout=holdout)
+        if advised := re.search(r"set holdout to ([\d.]+),", str(error.value)):
+            build_shards(source, tokenizer, 16, tmp_path / "out", holdout=float(advised[1]))
+        return
+    train = build_shards(source, tokenizer, 16, tmp_path / "out", holdout=holdout)
+    probe = Manifest.read(tmp_path / "out_probe")
+    assert (train.holdout_rule, probe.holdout_rule, train.documents, probe.documents) == ("tail", "tail", 1, 1)
+    assert train.empty_documents + probe.empty_documents == len(documents) - 1
+    sides = [texts_of(tmp_path / name, tokenizer)[0] for name in ("out", "out_probe")]
+    text = max(documents, key=len)
+    head, begun = text[: -len(text) // 8], sides[1][:20]
+    assert sides[0].startswith(head)
+    assert text.count(begun) and text.rindex(begun) >= len(head), "its end alone is held out"
+    assert abs(probe.tokens / (train.tokens + probe.tokens) - holdout) < 0.02
+
+
+def test_the_only_document_is_held_out_alike_in_pieces_and_after_a_kill(
+    corpus: Corpus, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = corpus(["", long_text(300), " "])
+    build_shards(source, tokenizer, 16, tmp_path / "whole", holdout=0.2)
+    monkeypatch.setattr("revpatch.stream.chunks.LONG_CHARACTERS", 2000)
+    monkeypatch.setattr("revpatch.stream.pieces.PIECE_CHARACTERS", 900)
+    monkeypatch.setattr("revpatch.stream.build.CHECKPOINT_SECONDS", 0.0)
+    steps = iter([3, 9, 12, 10**9])
+
+    def killed(_: Progress, calls: list[int] = []) -> None:  # noqa: B006  (counts all calls)
+        calls.append(1)
+        if len(calls) == limit:
+            raise KeyboardInterrupt
+
+    limit = 0
+    for step in steps:
+        limit += step
+        with contextlib.suppress(KeyboardInterrupt):
+            build_shards(source, tokenizer, 16, tmp_path / "out", holdout=0.2, progress=killed)
+    for side in ("", "_probe"):
+        assert files_of(tmp_path / f"out{side}") == files_of(tmp_path / f"whole{side}")
+
+
+def test_marks_divide_plain_text(tokenizer: Any, tmp_path: Path) -> None:
+    texts = [make_text(i) for i in range(60)]
+    (tmp_path / "stories.txt").write_text("\n<|endoftext|>\n".join(texts))
+    train = build_shards(tmp_path / "stories.txt", tokenizer, 16, tmp_path / "out", holdout=0.2)
+    probe = Manifest.read(tmp_path / "out_probe")
+    assert (train.documents + probe.documents, train.holdout_rule) == (60, "hash")
+    assert probe.documents > 3
+
+
+@pytest.mark.parametrize("name", ["", "deep", "../text"])
+def test_a_folder_within_a_source_is_refused(corpus: Corpus, tokenizer: Any, tmp_path: Path, name: str) -> None:
+    (tmp_path / "text").mkdir()
+    corpus([make_text(i) for i in range(20)], "text/a.jsonl")
+    with pytest.raises((ValueError, FileExistsError), match=r"lies in|expected a new or empty folder"):
+        build_shards(tmp_path / "text", tokenizer, 16, tmp_path / "text" / name)
+
+
+def test_a_corpus_of_bad_documents_alone_names_the_first(tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("no json\n" * 30)
+    with pytest.raises(ValueError, match=r"30 could not be read: a\.jsonl:1: expected one JSON object"):
+        build_shards(tmp_path / "a.jsonl", tokenizer, 16, tmp_path / "out", on_bad="skip")
