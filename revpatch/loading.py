@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from revpatch.config import SidecarConfig
 from revpatch.ledger.entry import EntryError
@@ -17,6 +17,7 @@ from revpatch.ledger.references import locate
 from revpatch.patch.families import blocks_of, width_of
 from revpatch.patch.named import DEFAULT_NAME, add_patch, set_patch
 from revpatch.patch.patched_model import Patch, attach, base_sha256, free_switchboard, is_patched, load_tensors
+from revpatch.stream.tokenizer import load_tokenizer
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16, "float64": torch.float64}
 """In which a base may be held, by name. Training and surgery take the first two."""
@@ -116,10 +117,10 @@ def load_hashed(patch: str | Path, base: str | None = None) -> tuple[nn.Module, 
     revision = stored.base.get("revision") if base is None else None
     try:
         model = load_base(name, revision, DTYPES[stored.base["dtype"] or "float32"])
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
         words = str(error).splitlines()[0].removeprefix(f"{name}: ")
         raise ValueError(f"base {name}: {words}; name its folder with --base") from error
+    tokenizer = load_tokenizer(name, revision)
     sha256 = _check_base(patch, stored, model, name)
     attach(model, _patch_of(patch, stored, model))
     return model, tokenizer, sha256

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import BarColumn, Progress, TextColumn
 
 from revpatch.monitoring.terminal import console, say
+
+if TYPE_CHECKING:
+    from revpatch.stream.manifest import Manifest
 
 app = typer.Typer(help="Build token shards, and look into them.", no_args_is_help=True)
 
@@ -41,6 +44,9 @@ def build(
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes that tokenise; default: the CPUs there are. 1: none but this.")
     ] = None,
+    max_lost: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Fraction of the characters that the tokenizer may fail to spell.")
+    ] = 0.01,
     licence: Annotated[str | None, typer.Option(help="Rights in the text, kept in the manifest.")] = None,
     note: Annotated[str | None, typer.Option(help="What the text is, kept in the manifest.")] = None,
 ) -> None:
@@ -63,6 +69,7 @@ def build(
                 max_tokens=max_tokens,
                 shard_bytes=shard_mb * 2**20,
                 workers=workers or _cores(),
+                max_lost=max_lost,
                 progress=show,
             )
     except KeyboardInterrupt:
@@ -112,7 +119,8 @@ def show(
 ) -> None:
     """Say what is in a folder of shards, and decode a few blocks of it."""
     from revpatch.stream.inspection import sample_blocks
-    from revpatch.stream.manifest import Manifest, tokenizer_fingerprint
+    from revpatch.stream.manifest import Manifest
+    from revpatch.stream.tokenizer import tokenizer_fingerprint
 
     manifest = Manifest.read(folder)
     lengths = f"{manifest.blocks:,} blocks of {manifest.block_size} tokens ({manifest.dtype})"
@@ -128,6 +136,8 @@ def show(
         "max tokens": manifest.max_tokens,
         "licence": manifest.licence,
         "note": manifest.note,
+        "lost": _lost_of(manifest),
+        "special": manifest.special_tokens or None,
         "digest": manifest.digest,
     }
     for name, value in facts.items():
@@ -146,10 +156,15 @@ def show(
         say(f"--- block {block} ---\n{loaded.decode(tokens.tolist())}")
 
 
+def _lost_of(manifest: Manifest) -> str | None:
+    lost, characters = manifest.lost_characters, manifest.characters
+    return f"{lost:,} of {characters:,} characters, which the tokenizer can't spell" if lost else None
+
+
 def _load_tokenizer(name: str) -> Any:
-    from transformers import AutoTokenizer
+    from revpatch.stream.tokenizer import load_tokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name)
-    except OSError as error:
-        raise ValueError(f"--tokenizer {name}: {str(error).splitlines()[0]}") from error
+        return load_tokenizer(name)
+    except ValueError as error:
+        raise ValueError(f"--tokenizer {error}") from error

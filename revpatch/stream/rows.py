@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from revpatch.stream.encode import Encoded
+from revpatch.stream.encode import COUNTED, Encoded
 from revpatch.stream.manifest import Shard
 from revpatch.stream.tars import ShardWriter
 
@@ -24,6 +24,8 @@ class Row:
         self.documents = 0
         self.empty_documents = 0
         self.tokens = 0
+        self.highest_id = 0
+        self.counts = np.zeros(len(COUNTED), dtype=np.int64)
         self.rest = np.empty(0, dtype=dtype)
 
     def append(self, ids: np.ndarray[Any, Any]) -> None:
@@ -31,6 +33,8 @@ class Row:
         self.tokens += len(ids)
         row = np.concatenate([self.rest, ids])
         whole = len(row) // self.block_size * self.block_size
+        if whole:
+            self.highest_id = max(self.highest_id, int(row[:whole].max()))
         self.writer.write(row[:whole].reshape(-1, self.block_size))
         self.rest = row[whole:].copy()
 
@@ -41,6 +45,8 @@ class Row:
             "documents": self.documents,
             "empty_documents": self.empty_documents,
             "tokens": self.tokens,
+            "highest_id": self.highest_id,
+            "counts": self.counts.tolist(),
             "rest": self.rest.tolist(),
             "shards": [asdict(shard) for shard in self.writer.shards],
             "open_blocks": self.writer.open_blocks,
@@ -53,6 +59,9 @@ class Row:
         """
         self.documents, self.empty_documents = state["documents"], state["empty_documents"]
         self.tokens = state["tokens"]
+        # Not in what an older revpatch left: then nothing is known of the ids.
+        self.highest_id = state.get("highest_id", np.iinfo(self.rest.dtype).max)
+        self.counts = np.array(state.get("counts", [0] * len(COUNTED)), dtype=np.int64)
         self.rest = np.array(state["rest"], dtype=self.rest.dtype)
         shards = [Shard(**shard) for shard in state["shards"]]
         if is_whole:
@@ -69,11 +78,12 @@ class Rows:
         probe: takes the others.
     """
 
-    def __init__(self, train: Row, probe: Row | None, limit: int | None, eos: int) -> None:
+    def __init__(self, train: Row, probe: Row | None, limit: int | None, eos: int, bos: tuple[int, ...] = ()) -> None:
         self.train = train
         self.probe = probe
         self.limit = limit
         self._eos = np.array([eos], dtype=train.rest.dtype)
+        self._bos = np.array(bos, dtype=train.rest.dtype)
         self._open_tokens = 0
 
     @property
@@ -102,24 +112,32 @@ class Rows:
         )
         return sum(documents), sum(tokens), sum(blocks)
 
+    def text_counts(self) -> tuple[int, int, int]:
+        """Return the columns of `COUNTED`, of both sides together."""
+        characters, lost, special = sum(row.counts for row in self.sides).tolist()
+        return characters, lost, special
+
     def add_documents(self, encoded: Encoded) -> None:
         """Take whole documents, in order, until the training side is full."""
-        ids, lengths, held_out = encoded.ids, encoded.lengths, encoded.held_out
+        ids, lengths, held_out, counts = encoded.ids, encoded.lengths, encoded.held_out, encoded.counts
         if self.limit is not None:
             after = self.train.tokens + np.cumsum(np.where(held_out, 0, lengths))
             if after[-1] >= self.limit:
                 last = int(np.argmax(after >= self.limit))
-                lengths, held_out = lengths[: last + 1].copy(), held_out[: last + 1]
+                lengths, held_out, counts = lengths[: last + 1].copy(), held_out[: last + 1], counts[: last + 1]
                 lengths[last] -= after[last] - self.limit
                 ids = ids[: lengths.sum()]
         held_ids = np.repeat(held_out, lengths)
-        self._add(self.train, ids[~held_ids], lengths[~held_out])
+        self._add(self.train, ids[~held_ids], lengths[~held_out], counts[~held_out])
         if self.probe is not None:
-            self._add(self.probe, ids[held_ids], lengths[held_out])
+            self._add(self.probe, ids[held_ids], lengths[held_out], counts[held_out])
 
-    def add_piece(self, ids: np.ndarray[Any, Any], held_out: bool, last: bool) -> None:
+    def add_piece(self, encoded: Encoded, held_out: bool, last: bool) -> None:
         """Take the next piece of a long document; all of its pieces go to one side."""
-        row = self.probe if held_out and self.probe is not None else self.train
+        row, ids = self.probe if held_out and self.probe is not None else self.train, encoded.ids
+        row.counts += encoded.counts.sum(axis=0)
+        if len(ids) and not self._open_tokens and not np.array_equal(ids[: len(self._bos)], self._bos):
+            ids = np.concatenate([self._bos, ids])
         self._open_tokens += len(ids)
         if last and self._open_tokens:
             ids = np.concatenate([ids, self._eos])
@@ -144,7 +162,8 @@ class Rows:
         self._open_tokens = state["open_tokens"]
 
     @staticmethod
-    def _add(row: Row, ids: np.ndarray[Any, Any], lengths: np.ndarray[Any, Any]) -> None:
+    def _add(row: Row, ids: np.ndarray[Any, Any], lengths: np.ndarray[Any, Any], counts: np.ndarray[Any, Any]) -> None:
+        row.counts += counts.sum(axis=0)
         row.documents += int(np.count_nonzero(lengths))
         row.empty_documents += int(np.count_nonzero(lengths == 0))
         row.append(ids)

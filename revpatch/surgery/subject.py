@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
 from revpatch.config import SidecarConfig
 from revpatch.durable import sha256_of_file
@@ -18,6 +17,7 @@ from revpatch.ledger.references import Located, locate
 from revpatch.loading import DTYPES, load_base, load_hashed, whose
 from revpatch.patch.families import blocks_of, width_of
 from revpatch.patch.patched_model import Patch, attach, base_sha256, check_fits, load_tensors
+from revpatch.stream.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Subject:
         except ValueError as error:
             raise ValueError(f"base {error}; name its folder with --base") from error
         attach(model, SidecarConfig(bottleneck=1))
-        return cls(model, AutoTokenizer.from_pretrained(name, revision=revision), None, device)
+        return cls(model, load_tokenizer(name, revision), None, device)
 
     def patch_of(self, entry: Entry) -> Patch:
         """The entry's patch on this base's device, to be put on with `active_patch`.
