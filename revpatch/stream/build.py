@@ -306,6 +306,7 @@ class LostText:
 
 def _manifest(split: str, row: Row, recipe: dict[str, Any], last_added: int) -> Manifest:
     is_last_held = row.highest_id + 1 >= recipe["tokenizer"].vocab_size
+    counted: dict[str, Any] = dict(zip(COUNTED, row.counts.tolist(), strict=True))
     manifest = Manifest(
         version=MANIFEST_VERSION,
         split=split,
@@ -317,7 +318,7 @@ def _manifest(split: str, row: Row, recipe: dict[str, Any], last_added: int) -> 
         shards=tuple(row.writer.shards),
         # Of use where a base has fewer embeddings than its tokenizer ids; else the vocabulary's size says it.
         highest_id=None if is_last_held or last_added + 1 < recipe["tokenizer"].vocab_size else row.highest_id,
-        **dict(zip(COUNTED, row.counts.tolist(), strict=True)),
+        **counted,
         **recipe,
     )
     if manifest.blocks:

@@ -117,6 +117,12 @@ def read_tokenizer(name: str, revision: str | None = None) -> tuple[Any, list[st
     dropout = _settle(own)
     used, notices = _as_the_file_says(name, revision, path, own, loaded, refusal)
     used.clean_up_tokenization_spaces = False
+    asked = _config_beside(path).get("add_bos_token")
+    if asked is not None and bool(asked) != bool(_before_a_text(used.backend_tokenizer)):
+        has = "no BOS" if asked else "BOS"
+        notices.append(
+            f"{path}: its template puts {has} before a text, and that counts, not add_bos_token in {_CONFIG}"
+        )
     if dropout:
         notices.append(f"{path}: BPE dropout is off here, so that a text always has the same ids")
     unknown = Spelling(own).unknown
@@ -259,7 +265,8 @@ def _backend_of(tokenizer: Any) -> Tokenizer:
         raise ValueError(
             f"{type(tokenizer).__name__} is not a fast tokenizer, which building needs: convert it to a tokenizer.json"
         )
-    return backend
+    found: Tokenizer = backend
+    return found
 
 
 def _knows_nothing(tokenizer: Any) -> bool:
@@ -324,8 +331,14 @@ def _without_file(name: str, loaded: Any, refusal: Exception | None) -> Any:
     """Return what transformers made of other files than a tokenizer.json, settled."""
     if refusal is not None:
         if Path(name).is_dir():
+            there = [file for file in _WITHOUT_FILE if (Path(name) / file).is_file()]
+            if not there:
+                raise ValueError(
+                    f"{name}: no tokenizer in it: put its files ({_FILE}) there, or name another"
+                ) from refusal
             raise ValueError(
-                f"{name}: its tokenizer can't be loaded without a {_FILE} ({_first_line(refusal)}): put the file there"
+                f"{name}: its tokenizer can't be loaded of {', '.join(there)} without a {_FILE} "
+                f"({_first_line(refusal)}): put that file there"
             ) from refusal
         raise ValueError(
             f"{name}: no such local folder, and its tokenizer is not to be had from the hub: {_first_line(refusal)}"
@@ -356,7 +369,8 @@ def _as_the_file_says(
     try:
         used = PreTrainedTokenizerFast.from_pretrained(name, revision=revision)
         missing = {key: getattr(loaded, key, None) for key in _SPECIAL if getattr(used, key, None) is None}
-        if missing := {key: str(token) for key, token in missing.items() if token and own.token_to_id(str(token))}:
+        missing = {key: str(token) for key, token in missing.items() if token and own.token_to_id(token) is not None}
+        if missing:
             used = PreTrainedTokenizerFast.from_pretrained(name, revision=revision, **missing)
     except Exception as error:
         raise ValueError(f"{path.parent}: its tokenizer can't be loaded: {_first_line(error)}") from error
@@ -369,7 +383,7 @@ def _as_the_file_says(
         ]
     if refusal is not None or not fast:
         why = "" if refusal is None else f" ({_first_line(refusal)})"
-        if _names_code(path.with_name(_CONFIG)):
+        if "auto_map" in _config_beside(path):
             why = " (auto_map names code in the folder, which is never run)"
         return used, [f"{path}: used without {kind}{why}"]
     if dropped := _differing(loaded.backend_tokenizer, own):
@@ -380,8 +394,10 @@ def _as_the_file_says(
     return used, []
 
 
-def _names_code(config: Path) -> bool:
-    return config.is_file() and "auto_map" in json.loads(config.read_bytes())
+def _config_beside(path: Path) -> dict[str, Any]:
+    config = path.with_name(_CONFIG)
+    found: dict[str, Any] = json.loads(config.read_bytes()) if config.is_file() else {}
+    return found
 
 
 def _settle(backend: Tokenizer) -> bool:
