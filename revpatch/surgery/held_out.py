@@ -81,7 +81,7 @@ class HeldOut:
 
 
 def _check(place: str, manifest: Manifest, subject: Subject) -> None:
-    tokenizer, embeddings = subject.tokenizer, subject.model.get_input_embeddings().num_embeddings
+    tokenizer, embeddings = subject.tokenizer, subject.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     fingerprint = tokenizer_fingerprint(tokenizer)
     if line := check_made_for(place, manifest, tokenizer, fingerprint, str(tokenizer.name_or_path), embeddings):
         log_notices([line])

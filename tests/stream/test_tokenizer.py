@@ -88,8 +88,8 @@ def build(revpatch: Call, folder: Path, out: Path, *texts: str, options: tuple[o
 # --- damaged, missing, foreign -------------------------------------------------------------------------------------
 
 
-def write(name: str, text: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).write_text(text, encoding="utf-8") and None
+def write(name: str, text: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_text(text, encoding="utf-8")
 
 
 def cut(folder: Path) -> None:
@@ -115,7 +115,7 @@ def a_link_to_nothing(folder: Path) -> None:
 
 
 CODE = {"AutoTokenizer": ["code.Mine", None]}
-DAMAGED: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
+DAMAGED: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "cut off": (cut, ("tokenizer.json", "cut off", "copy it again")),
     "empty": (write("tokenizer.json", ""), ("tokenizer.json", "empty", "copy it again")),
     "a git-LFS pointer": (write("tokenizer.json", POINTER), ("tokenizer.json", "git lfs pull")),
@@ -128,7 +128,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "a slow one": (without_file(tokenizer_class="CanineTokenizer"), ("not a fast tokenizer", "tokenizer.json")),
     "code of its own": (without_file(tokenizer_class="Mine", auto_map=CODE), ("tokenizer.json",)),
     "another LFS file": (
-        lambda folder: (without_file()(folder), write("tokenizer.model", POINTER)(folder)) and None,
+        lambda folder: (without_file()(folder), write("tokenizer.model", POINTER)(folder)),
         ("tokenizer.model", "git lfs pull"),
     ),
     "no EOS": (write("tokenizer_config.json", "{}"), ("no end-of-text token",)),
@@ -337,7 +337,7 @@ def test_sets_of_another_frame_are_never_mixed_in_silence(toy: Toy, tmp_path: Pa
     older = json.loads(path.read_text())
     del older["tokenizer"]["bos_token_ids"]
     path.write_text(json.dumps(older))
-    with pytest.raises(ConfigError, match="begin with no special token.*'<s>'.*build the shards anew"):
+    with pytest.raises(ConfigError, match=r"begin with no special token.*'<s>'.*build the shards anew"):
         check(config, 1)
     (notice,) = check(config, 1, begun=True).notices
     assert "phases.0.shards" in notice
