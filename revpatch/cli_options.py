@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -36,7 +35,9 @@ def load_config_once(path: Path, overrides: list[str] | None = None) -> Config:
     try:
         return load_config(path, overrides)
     except (ValueError, OSError):
-        if os.environ.get("LOCAL_RANK", "0") != "0":
+        from revpatch.training.launcher_variables import rank_and_local_rank
+
+        if rank_and_local_rank()[1] != 0:
             sys.exit(2)
         raise
 

@@ -12,6 +12,9 @@ from pydantic import ValidationError
 
 from revpatch.config import Config, ConfigError
 
+_PATHS = ("output_dir", "model", "shards", "base", "deepspeed")
+"""Keys that name files and folders."""
+
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Reads a YAML or JSON config and applies `section.key=value` overrides, whose values are read as YAML.
@@ -38,7 +41,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     for override in overrides or []:
         _apply_override(data, override)
     try:
-        return Config.model_validate(data)
+        return Config.model_validate(_with_home(data))
     except ValidationError as error:
         raise ConfigError(_explain(path, error)) from None
 
@@ -72,6 +75,23 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if keys.count(key) > 1:
             raise ValueError(f"key {key!r} is given twice")
     return dict(pairs)
+
+
+def _with_home(value: Any, key: str = "") -> Any:
+    """Return the config with `~/` at the beginning of a path spelled out, as no shell does it inside a file: a folder
+    named `~` is what nobody asked for. (The caches of `stream` and `teacher` are spelled out where they are used.)"""
+    if isinstance(value, dict):
+        return {key: _with_home(each, key) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_with_home(each) for each in value]
+    if isinstance(value, str) and value.startswith("~/") and key in _PATHS:
+        try:
+            return str(Path(value).expanduser())
+        except RuntimeError:
+            raise ConfigError(
+                f"{value}: there is no home folder for ~ (HOME is not set): give the whole path"
+            ) from None
+    return value
 
 
 def _apply_override(data: dict[str, Any], override: str) -> None:

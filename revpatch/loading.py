@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
-import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
+from revpatch.base import DTYPES, BaseNotFoundError, load_base
 from revpatch.config import SidecarConfig
 from revpatch.ledger.entry import EntryError
 from revpatch.ledger.folder import is_patch_folder, read_folder
@@ -18,9 +16,6 @@ from revpatch.patch.families import blocks_of, width_of
 from revpatch.patch.named import DEFAULT_NAME, add_patch, set_patch
 from revpatch.patch.patched_model import Patch, attach, base_sha256, free_switchboard, is_patched, load_tensors
 from revpatch.stream.tokenizer import load_tokenizer
-
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16, "float64": torch.float64}
-"""In which a base may be held, by name. Training and surgery take the first two."""
 
 
 class Stored(NamedTuple):
@@ -68,19 +63,6 @@ def whose(source: str | Path, metadata: dict[str, Any]) -> tuple[dict[str, Any],
     return base, sidecar
 
 
-def load_base(name: str, revision: str | None, dtype: torch.dtype) -> nn.Module:
-    """A base in eval mode, on the CPU.
-
-    Raises:
-        ValueError: it is not there, or its weights are broken.
-    """
-    try:
-        base = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"{name}: can't be loaded: {str(error).strip().splitlines()[0]}") from error
-    return cast(nn.Module, base.eval())
-
-
 def load_patched(patch: str | Path, base: str | None = None) -> tuple[nn.Module, Any]:
     """The base with a patch attached, in eval mode, and the tokenizer.
 
@@ -117,9 +99,10 @@ def load_hashed(patch: str | Path, base: str | None = None) -> tuple[nn.Module, 
     revision = stored.base.get("revision") if base is None else None
     try:
         model = load_base(name, revision, DTYPES[stored.base["dtype"] or "float32"])
+    except BaseNotFoundError as error:
+        raise ValueError(f"base {name}: {error}; name its folder with --base") from error
     except (OSError, ValueError) as error:
-        words = str(error).splitlines()[0].removeprefix(f"{name}: ")
-        raise ValueError(f"base {name}: {words}; name its folder with --base") from error
+        raise ValueError(f"base {name}: {str(error).splitlines()[0]}") from error
     tokenizer = load_tokenizer(name, revision)
     sha256 = _check_base(patch, stored, model, name)
     attach(model, _patch_of(patch, stored, model))

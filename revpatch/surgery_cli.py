@@ -46,7 +46,8 @@ def probe(
     from revpatch.surgery.losses import SetLoss
     from revpatch.surgery.losses import probe as measure
     from revpatch.surgery.show import print_losses
-    from revpatch.training.launch import Launch, process_group
+    from revpatch.training.launch import process_group
+    from revpatch.training.launcher_variables import Launch
 
     launch = Launch.from_environment()
     device = launch.device()
@@ -183,5 +184,7 @@ def _numbers(text: str, option: str, kind: Any) -> list[Any]:
 
 
 def _alone() -> None:
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    from revpatch.training.launcher_variables import read_launch
+
+    if read_launch(os.environ).world != 1:
         raise ValueError("this command runs in one process: start it without a launcher (probe takes any number)")

@@ -112,6 +112,16 @@ def test_set_changes_nested_keys_list_items_and_keys_of_absent_sections(tmp_path
     assert config.output_dir == "runs/a=b", "only the first = parts key and value"
 
 
+def test_a_path_that_begins_with_the_home_folder_is_spelled_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    data = merged(monitoring={"samples": {"prompts": ["~/ is home"]}})
+    config = load_config(write(tmp_path, data), ["output_dir=~/runs/x", "base.model=~/models/b"])
+    assert (config.output_dir, config.base.model) == ("/home/somebody/runs/x", "/home/somebody/models/b")
+    assert config.monitoring.samples.prompts == ["~/ is home"]
+
+
 def test_set_reaches_into_a_section_that_is_there_but_empty(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(MINIMAL) + "optimizer:\n", encoding="utf-8")

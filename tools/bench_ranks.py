@@ -36,7 +36,8 @@ from wire import bytes_sent
 from revpatch.config import Config
 from revpatch.patch.patched_model import attach
 from revpatch.training.engine import MicroBatch, make_engine
-from revpatch.training.launch import Launch, process_group
+from revpatch.training.launch import process_group
+from revpatch.training.launcher_variables import Launch
 from revpatch.training.lean import make_lean
 from revpatch.training.objective import PatchObjective
 from revpatch.training.teacher import Teacher

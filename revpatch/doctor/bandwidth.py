@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 
 from revpatch.doctor.finding import Finding
-from revpatch.training.launch import Launch, process_group
+from revpatch.training.launch import process_group
+from revpatch.training.launcher_variables import Launch
 
 BYTES = 16 * 2**20
 ROUNDS = 5

@@ -18,7 +18,8 @@ from revpatch.doctor.finding import Finding
 from revpatch.doctor.launcher import launcher, under_launcher
 from revpatch.doctor.packages import versions
 from revpatch.training.first_use import needs_building
-from revpatch.training.launch import Launch, bfloat16_is_slow, process_group
+from revpatch.training.launch import bfloat16_is_slow, process_group
+from revpatch.training.launcher_variables import Launch, rank_and_local_rank
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def examine(places: Places) -> Examined:
         if ranks > 1:
             findings.append(bandwidth.between_local_ranks(ranks, command))
         return Examined({socket.gethostname(): findings})
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if rank_and_local_rank()[1] == 0:
         findings += this_machine(places)
     if variables.colour == "red":
         return Examined({socket.gethostname(): findings})
@@ -81,7 +82,7 @@ def examine(places: Places) -> Examined:
         return Examined({socket.gethostname(): [*findings, Finding("ranks", "red", str(error), advice)]})
     try:
         return Examined(_with_the_others(launch, device, findings), told=launch.rank == 0)
-    except (RuntimeError, ConnectionError) as error:
+    except (RuntimeError, ConnectionError, ValueError) as error:
         findings.append(bandwidth.failed(str(error).strip().splitlines()[0][:300]))
         return Examined({socket.gethostname(): findings}, told=launch.local_rank == 0)
 

@@ -8,50 +8,48 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from revpatch.doctor.finding import Finding
-from revpatch.training.launch import Launch
+from revpatch.training.launcher_variables import NAMES, Launch, read_launch
 
-NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _RANKS_HERE = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")
 """Where launchers say how many ranks they start on a machine: torchrun, deepspeed, Slurm."""
 
 
 def under_launcher(environment: Mapping[str, str]) -> bool:
-    """Whether a launcher started this process."""
-    return bool({"RANK", "WORLD_SIZE"} & environment.keys())
+    """Return whether a launcher started this process, and its ranks are to be looked at together."""
+    try:
+        return read_launch(environment).launcher != "none"
+    except ValueError:
+        return True
 
 
 def launcher(environment: Mapping[str, str], resolve: Callable[..., Any] = socket.getaddrinfo) -> Finding:
-    """Judges the variables of this process; `os.environ` is what `Launch` reads, so pass that."""
+    """Judges the variables of a process, as `read_launch` reads them."""
     set_ = {name: environment[name] for name in NAMES if name in environment}
     found = ", ".join(f"{name}={value}" for name, value in set_.items())
-    if not under_launcher(environment):
-        if "SLURM_PROCID" in environment and (started := environment.get("SLURM_NTASKS", "1")) != "1":
-            words = f"SLURM_PROCID={environment['SLURM_PROCID']}, SLURM_NTASKS={started}, but no RANK"
-            advice = "each task would train by itself: start with launch/slurm.sbatch"
-            return Finding("launcher", "yellow", words, advice)
+    try:
+        launch = read_launch(environment)
+    except ValueError as error:
+        return Finding("launcher", "red", found or "no RANK", str(error))
+    if launch.launcher == "none":
+        if launch.warning is not None:
+            return Finding("launcher", "yellow", "none; one process", launch.warning)
         if set_:
             advice = "no launcher is meant by them, and one process is started: unset them"
             return Finding("launcher", "yellow", f"{found}, left by something else", advice)
         return Finding("launcher", "green", "none; one process")
-    try:
-        launch = Launch.from_environment()
-    except ValueError as error:
-        return Finding("launcher", "red", found, str(error))
-    port = environment["MASTER_PORT"]
-    if not port.isdigit() or not 0 < int(port) < 2**16:
-        return Finding("launcher", "red", found, f"MASTER_PORT={port} is no port: choose one from 1024 to 65535")
-    if wrong := _unreachable(environment, launch.world, resolve):
-        return Finding("launcher", "red", found, wrong)
-    tasks = environment.get("SLURM_NTASKS")
-    if "SLURM_PROCID" in environment and tasks not in (None, str(launch.world)):
-        advice = "one task a rank: start with launch/slurm.sbatch"
-        return Finding("launcher", "yellow", f"{found}, SLURM_NTASKS={tasks}", advice)
+    found = f"{launch.launcher}: rank {launch.rank} of {launch.world}, local {launch.local_rank}"
+    if launch.world > 1:
+        found += f", {launch.address}:{launch.port}"
+        if wrong := _unreachable(environment, launch, resolve):
+            return Finding("launcher", "red", found, wrong)
+    if launch.warning is not None:
+        return Finding("launcher", "yellow", found, launch.warning)
     return Finding("launcher", "green", found)
 
 
-def _unreachable(environment: Mapping[str, str], world: int, resolve: Callable[..., Any]) -> str | None:
+def _unreachable(environment: Mapping[str, str], launch: Launch, resolve: Callable[..., Any]) -> str | None:
     """What to do about a name that other machines can't be reached by, or can't reach this one by."""
-    address = environment["MASTER_ADDR"]
+    address, world = launch.address, launch.world
     try:
         found = _addresses(address, resolve)
     except OSError as error:

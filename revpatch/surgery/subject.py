@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from revpatch.base import DTYPES, BaseNotFoundError, load_base
 from revpatch.config import SidecarConfig
 from revpatch.durable import sha256_of_file
 from revpatch.ledger.entry import EntryError
 from revpatch.ledger.history import Ledger, Recorded
 from revpatch.ledger.layers import check_comparable
 from revpatch.ledger.references import Located, locate
-from revpatch.loading import DTYPES, load_base, load_hashed, whose
+from revpatch.loading import load_hashed, whose
 from revpatch.patch.families import blocks_of, width_of
 from revpatch.patch.patched_model import Patch, attach, base_sha256, check_fits, load_tensors
 from revpatch.stream.tokenizer import load_tokenizer
@@ -100,8 +101,10 @@ class Subject:
         """A base that no patch has been named for. Raises ValueError if it can't be had or is of an unknown family."""
         try:
             model = load_base(name, revision, DTYPES[dtype])
+        except BaseNotFoundError as error:
+            raise ValueError(f"base {name}: {error}; name its folder with --base") from error
         except ValueError as error:
-            raise ValueError(f"base {error}; name its folder with --base") from error
+            raise ValueError(f"base {name}: {error}") from error
         attach(model, SidecarConfig(bottleneck=1))
         return cls(model, load_tokenizer(name, revision), None, device)
 

@@ -19,14 +19,14 @@ from revpatch.patch.patched_model import base_parameters, base_sha256
 _ROWS, _TOKENS = 2, 16
 
 
-def bare_base(model: nn.Module) -> dict[str, Any]:
+def bare_base(model: nn.Module, weights: str | None = None) -> dict[str, Any]:
     """As the journal keeps it: `dtype`, exact sha256 of `weights` and `logits`, and `where` they were computed.
 
-    The model is bare, or its patch is disabled, and in eval mode.
+    The model is bare, or its patch is disabled, and in eval mode. `weights` is the sha256 if it is known already.
     """
     return {
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "weights": base_sha256(model),
+        "weights": weights or base_sha256(model),
         "logits": logits_sha256(logits_of(model)),
         "where": _where(model),
     }

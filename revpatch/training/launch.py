@@ -1,80 +1,29 @@
-"""Where this process stands among its peers, and how it talks to them.
+"""How a rank talks to the others, once they have met.
 
-Every launcher (deepspeed, torchrun, accelerate launch) sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT;
-plain python sets none, and is one process. Tensors go over nccl on GPUs and gloo on CPUs; verdicts and states go over a
+Tensors go over nccl on GPUs and gloo on CPUs; verdicts and states go over a
 gloo group beside it, so that no rank needs its GPU to hear what rank 0 decided.
 """
 
 from __future__ import annotations
 
 import os
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+
+from revpatch.training.launcher_variables import Launch
+from revpatch.training.meeting import meet, said_if_slow
 
 T = TypeVar("T")
 _LOST = ("gloo/transport", "Connection closed by peer", "Timed out waiting")
 """What torch's errors say when a peer is gone, where they have no type of their own."""
-
-
-@dataclass(frozen=True)
-class Launch:
-    """What the launcher said."""
-
-    rank: int
-    world: int
-    local_rank: int
-
-    @classmethod
-    def from_environment(cls) -> Launch:
-        """Reads the launcher's variables, and sets those of a single process where there was no launcher.
-
-        Raises:
-            ValueError: some of the variables are set and others missing, or they contradict one another.
-        """
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-        found = {name: os.environ[name] for name in names if name in os.environ}
-        if not {"RANK", "WORLD_SIZE"} & found.keys():
-            single = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-            os.environ.update(single, MASTER_PORT=str(_free_port()))
-            return cls(0, 1, 0)
-        missing = [name for name in names if name not in found]
-        if missing:
-            raise ValueError(
-                f"the launcher set {', '.join(sorted(found))} but not {', '.join(missing)}: start with torchrun, "
-                "deepspeed or accelerate launch, or set all of them"
-            )
-        try:
-            rank, world, local_rank = (int(found[name]) for name in names[:3])
-        except ValueError:
-            raise ValueError(f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers, found {found}") from None
-        if not 0 <= rank < world or not 0 <= local_rank < world:
-            raise ValueError(f"RANK={rank} and LOCAL_RANK={local_rank} must lie in 0 to WORLD_SIZE-1={world - 1}")
-        return cls(rank, world, local_rank)
-
-    def device(self) -> torch.device:
-        """This rank's GPU, or the CPU where there is none.
-
-        Raises:
-            ValueError: there are GPUs, but fewer than ranks on this machine.
-        """
-        if not torch.cuda.is_available():
-            return torch.device("cpu")
-        if self.local_rank >= torch.cuda.device_count():
-            raise ValueError(
-                f"LOCAL_RANK={self.local_rank}, but this machine shows {torch.cuda.device_count()} GPUs: start at most "
-                "one rank a GPU"
-            )
-        return torch.device("cuda", self.local_rank)
 
 
 class Peers:
@@ -94,7 +43,7 @@ class Peers:
         control: dist.ProcessGroup | None,
         reading: dist.ProcessGroup | None = None,
     ) -> None:
-        self.rank, self.world, self.device = launch.rank, launch.world, device
+        self.launch, self.rank, self.world, self.device = launch, launch.rank, launch.world, device
         self.control, self.reading = control, reading
 
     def from_rank0(self, value: Any) -> Any:
@@ -137,14 +86,34 @@ def process_group(launch: Launch, device: torch.device, timeout_minutes: float) 
     """Joins the process group, and leaves it.
 
     Raises:
-        ConnectionError: another rank has ended, or does not answer in time.
+        ValueError: see `meet`.
+        ConnectionError: a rank does not come, has ended, or does not answer in time.
     """
     timeout = timedelta(minutes=timeout_minutes)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    store = meet(launch, device, timeout)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", timeout=timeout, device_id=device)
-    else:
-        dist.init_process_group("gloo", timeout=timeout)
+        os.environ["LOCAL_RANK"] = str(device.index)  # by which deepspeed and accelerate choose the GPU
+    try:
+        with said_if_slow(launch, f"the ranks have met; {backend} is connecting them"):
+            dist.init_process_group(
+                backend,
+                store=PrefixStore("group", store),
+                rank=launch.rank,
+                world_size=launch.world,
+                timeout=timeout,
+                device_id=device if device.type == "cuda" else None,
+            )
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        found = " … ".join(dict.fromkeys((lines[0][:200], lines[-1][:200])))
+        name = backend.upper()
+        raise ConnectionError(
+            f"{launch.world} ranks met at {launch.address}, but {backend} could not connect them ({found}): "
+            f"{name}_SOCKET_IFNAME names the network card, a firewall may be between them, and `revpatch doctor` under "
+            "the launcher looks at it"
+        ) from error
     try:
         control = dist.new_group(backend="gloo", timeout=timeout) if device.type == "cuda" else None
         reading = dist.new_group(backend="gloo", timeout=timeout) if launch.world > 1 else None
@@ -171,17 +140,6 @@ def _is_lost_peer(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or any(word in str(error) for word in _LOST)
 
 
-def launch_id() -> str | None:
-    """What is the same whenever one launcher starts one command again: of Slurm the job and its step, of torchrun its
-    own process on this machine; None under launchers that start nothing again, or don't say so."""
-    if job := os.environ.get("SLURM_JOB_ID"):
-        return f"slurm {job}.{os.environ.get('SLURM_STEP_ID', '')}"
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        started = Path(f"/proc/{os.getppid()}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
-        return f"torchrun {socket.gethostname()} {os.getppid()} {started}"
-    return None
-
-
 def bfloat16_is_slow() -> bool:
     """Whether this CPU multiplies bfloat16 matrices more slowly than float32 ones, as those without instructions for
     it do: by up to 70 times."""
@@ -201,9 +159,3 @@ def bfloat16_is_slow() -> bool:
         return seconds(torch.bfloat16) > seconds(torch.float32)
     finally:
         torch.set_num_threads(threads)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -8,11 +8,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from transformers import AutoConfig
-
+from revpatch.base import Base
 from revpatch.config import BaseConfig, Config, ConfigError, PhaseConfig, StreamConfig
 from revpatch.monitoring.trackers import check_trackers
-from revpatch.patch.families import FAMILIES
 from revpatch.stream.corpus import Corpus
 from revpatch.stream.manifest import Manifest
 from revpatch.stream.mixture import Mixture
@@ -192,16 +190,11 @@ def _mixture(config: Config, index: int, corpus: Corpus) -> Mixture:
 
 def _architecture(base: BaseConfig) -> Any:
     try:
-        architecture = AutoConfig.from_pretrained(base.model, revision=base.revision)
+        found = Base.find(base.model, base.revision)
+        found.check()
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"base.model = {base.model}: no such local folder, and not to be had from the hub: {_first_line(error)}"
-        ) from error
-    if architecture.model_type not in FAMILIES:
-        raise ConfigError(
-            f"base.model = {base.model}: models of type {architecture.model_type!r} have no row in FAMILIES "
-            f"(revpatch/patch/families.py); known are {', '.join(sorted(FAMILIES))}"
-        )
+        raise ConfigError(f"base.model = {base.model}: {error}") from error
+    architecture = found.config
     if architecture.hidden_size % 2:
         raise ConfigError(
             f"base.model = {base.model}: its width {architecture.hidden_size} is odd, and the coupling splits it in "

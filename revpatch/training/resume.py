@@ -21,7 +21,7 @@ from revpatch.monitoring.terminal import log_to
 from revpatch.monitoring.trackers import IDS_NAME
 from revpatch.training.config_changes import compare_configs
 from revpatch.training.going_on import check_history, check_nothing_made, how_anew
-from revpatch.training.launch import launch_id
+from revpatch.training.launcher_variables import launch_id
 from revpatch.training.snapshot import Snapshot, newest_snapshot
 
 log = logging.getLogger("revpatch")

@@ -11,7 +11,8 @@ from revpatch.training import startup
 from revpatch.training.config_changes import check_same_config
 from revpatch.training.first_use import build_on_first_use, needs_building
 from revpatch.training.interrupt import Interruption
-from revpatch.training.launch import Launch, process_group
+from revpatch.training.launch import process_group
+from revpatch.training.launcher_variables import Launch
 from revpatch.training.preflight import check, check_base
 from revpatch.training.record import Record
 from revpatch.training.resume import begins_anew, has_begun
@@ -59,7 +60,7 @@ def train(config: Config, fresh: bool = False, overwrite: bool = False) -> Outco
             built, not_built = build_on_first_use(config, peers, begun)
             plan = check(built, launch.world, begun, not_built)
         startup.check_same_data(config, plan, peers)
-        base = startup.load_base(config.base, device)  # first, so that a base that fails leaves no folder behind
+        base, weights = startup.load_same_base(config.base, peers)  # first: a base that fails leaves no folder behind
         standing = startup.prepare_run(config, peers, fresh, overwrite)
         if standing.over:
             if peers.rank == 0:
@@ -69,7 +70,7 @@ def train(config: Config, fresh: bool = False, overwrite: bool = False) -> Outco
         watched = config.monitoring
         record = Record(standing.directory, peers.rank == 0, watched.tensorboard, standing.again, watched.trackers)
         try:
-            trainer = Trainer(config, plan, base, peers, record, standing.directory, interruption)
+            trainer = Trainer(config, plan, base, peers, record, standing.directory, interruption, weights)
             trainer.take_up(standing)
             interruption.training = True
             return Outcome(standing.directory, interrupted=not trainer.run())

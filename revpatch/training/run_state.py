@@ -55,6 +55,7 @@ class RunState:
         record: what rank 0 writes; does nothing elsewhere.
         directory: the run's folder.
         interrupted: asks whether this process was told to stop.
+        weights: the base's sha256; None hashes it.
     """
 
     def __init__(
@@ -66,12 +67,14 @@ class RunState:
         record: Record,
         directory: Path,
         interrupted: Callable[[], bool] = lambda: False,
+        weights: startup.Weights | None = None,
     ) -> None:
         self.config, self.plan, self.peers, self.record, self.directory = config, plan, peers, record, directory
         self.base, self.interrupted = base, interrupted
         startup.choose_matmul_precision(config, peers.device)
-        self.identity = startup.identity(config, self.base, plan.tokenizer)
-        self.bare_base = bare_base(base) if peers.rank == 0 else None
+        weights = weights or startup.Weights.of(base)
+        self.identity = startup.identity(config, self.base, weights, plan.tokenizer)
+        self.bare_base = bare_base(base, weights.exact) if peers.rank == 0 else None
         """As it came, before anything is put on it."""
         torch.manual_seed(config.seed)
         self.patch = attach(self.base, config.sidecar)
@@ -112,6 +115,8 @@ class RunState:
             if peak is None and self.peers.device.type == "cuda":
                 words = "the peak of %s in %s isn't known, so its share is not shown: monitoring.peak_tflops sets it"
                 log.info(words, facts["device"], self.config.base.dtype)
+            if self.peers.launch.warning is not None:
+                log.warning(self.peers.launch.warning)
             self.record.introduce(self.config, facts, peak)
             self.record.costs = self._costs(peak)
             if self.config.base.dtype == "bfloat16" and self.peers.device.type == "cpu" and bfloat16_is_slow():

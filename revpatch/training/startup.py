@@ -7,7 +7,7 @@ import platform
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -15,9 +15,9 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from revpatch.base import DTYPES
+from revpatch.base import load_base as load
 from revpatch.config import BaseConfig, Config, ConfigError, TeacherConfig
-from revpatch.loading import DTYPES
-from revpatch.loading import load_base as load
 from revpatch.monitoring.terminal import console
 from revpatch.patch.families import blocks_of, check_head
 from revpatch.patch.patched_model import Patch, base_sha256
@@ -71,6 +71,51 @@ def check_same_data(config: Config, plan: Plan, peers: Peers) -> None:
             )
 
 
+class Weights(NamedTuple):
+    """The sha256 of a base's weights: `exact`, and `rounded` to bfloat16 as patches name their base."""
+
+    exact: str
+    rounded: str
+
+    @classmethod
+    def of(cls, base: nn.Module) -> Weights:
+        """Hash the base as it is held; once where both are the same."""
+        exact = base_sha256(base)
+        held = {parameter.dtype for parameter in base.parameters()}
+        return cls(exact, exact if held == {torch.bfloat16} else base_sha256(base, rounded=True))
+
+
+def load_same_base(config: BaseConfig, peers: Peers) -> tuple[nn.Module, Weights]:
+    """Return the base on this rank's device, and the sha256 of what all ranks hold.
+
+    Raises:
+        ConfigError: on every rank: two ranks hold other weights, as on nodes with copies of their own; or on one of
+            them it can't be loaded (see `load_base`).
+    """
+    base, weights, refusal = None, None, None
+    try:
+        base = load_base(config, peers.device)
+        weights = Weights.of(base)
+    except ConfigError as error:
+        refusal = error
+    found = peers.gather((weights, None if refusal is None else str(refusal)))
+    if refusal is not None:
+        raise refusal
+    held: dict[str, list[str]] = {}
+    for rank, (other, words) in enumerate(found):
+        if other is None:
+            raise ConfigError(f"rank {rank} can't load the base: {words}")
+        held.setdefault(other.exact, []).append(str(rank))
+    if len(held) > 1:
+        by = "; ".join(f"{sha256} on rank {', '.join(ranks)}" for sha256, ranks in held.items())
+        raise ConfigError(
+            f"base.model = {config.model}: the ranks hold different weights, of sha256 {by}: give every node the same "
+            "files"
+        )
+    assert base is not None and weights is not None
+    return base, weights
+
+
 def load_base(config: BaseConfig, device: torch.device) -> nn.Module:
     """The frozen base on its device, in eval mode: dropout belongs neither in a teacher nor in a base.
 
@@ -79,12 +124,8 @@ def load_base(config: BaseConfig, device: torch.device) -> nn.Module:
     """
     try:
         base = load(config.model, config.revision, DTYPES[config.dtype])
-    except ValueError as error:
-        words = str(error).removeprefix(f"{config.model}: ")
-        raise ConfigError(
-            f"base.model = {config.model}: {words}; check the folder's weights, or take the model from where it came "
-            "again"
-        ) from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"base.model = {config.model}: {error}") from error
     base = base.to(device).requires_grad_(False)
     try:
         check_head(base)
@@ -115,7 +156,8 @@ def teacher_cache(config: TeacherConfig) -> TeacherCache | None:
 
 
 def facts(config: Config, base: nn.Module, patch: Patch, engine: Engine, peers: Peers) -> dict[str, Any]:
-    """What the start-up table shows and the journal keeps."""
+    """What the start-up table shows and the journal keeps; all ranks take part."""
+    threads = sorted(peers.gather(torch.get_num_threads()))  # on CPUs the last bits depend on their number
     trainable = sum(p.numel() for p in patch.parameters())
     frozen = sum(p.numel() for p in base.parameters())
     accumulation = config.batch.accumulation(peers.world)
@@ -123,6 +165,8 @@ def facts(config: Config, base: nn.Module, patch: Patch, engine: Engine, peers: 
     zero = f", ZeRO {engine.zero_stage}" if engine.kind == "deepspeed" else ""
     return {
         "ranks": peers.world,
+        "threads a rank": threads[0] if threads[0] == threads[-1] else f"{threads[0]} to {threads[-1]}",
+        "launcher": peers.launch.launcher,
         "device": device,
         "backend": "nccl" if peers.device.type == "cuda" else "gloo",
         "engine": engine.kind + zero,
@@ -160,7 +204,7 @@ def show(table_of: dict[str, Any]) -> None:
     console.print(table)
 
 
-def identity(config: Config, base: nn.Module, tokenizer: str) -> dict[str, Any]:
+def identity(config: Config, base: nn.Module, weights: Weights, tokenizer: str) -> dict[str, Any]:
     """What an entry says of where it belongs; free of times, output paths and the number of ranks."""
     family: str = base.config.model_type  # type: ignore[assignment, union-attr]
     return {
@@ -168,7 +212,7 @@ def identity(config: Config, base: nn.Module, tokenizer: str) -> dict[str, Any]:
             "model": config.base.model,
             "family": family,
             "revision": config.base.revision,
-            "sha256": base_sha256(base, rounded=True),
+            "sha256": weights.rounded,
             "dtype": config.base.dtype,
         },
         "tokenizer": tokenizer,

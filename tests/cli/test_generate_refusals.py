@@ -53,7 +53,7 @@ def test_mistakes_in_generating_are_told_in_words(run: Run, toy: Toy, tmp_path: 
         refused(wrong, f"base.{key}", repr(value), patch=wrong)
     torn = Path(shutil.copytree(toy.base, tmp_path / "torn"))
     (torn / "model.safetensors").write_bytes((toy.base / "model.safetensors").read_bytes()[:-1000])
-    refused(torn, "can't be loaded", "--base", more=("--base", torn))
+    refused(torn / "model.safetensors", "truncated", more=("--base", torn))
     empty = tmp_path / "empty.pt"
     empty.touch()
     refused(empty, "not a revpatch entry", patch=empty)

@@ -220,8 +220,11 @@ def test_no_launcher(environment: pytest.MonkeyPatch) -> None:
     assert "left by something else" in launcher(os.environ).found, "one task is one process"
     environment.setenv("SLURM_NTASKS", "2")
     found = launcher(os.environ)
-    assert (found.colour, "no RANK" in found.found) == ("yellow", True)
-    assert "launch/slurm.sbatch" in found.advice
+    assert (found.colour, "put srun before the command" in found.advice) == ("yellow", True)
+    for name, value in {"SLURM_STEP_ID": "0", "SLURM_JOB_ID": "7", "SLURM_NNODES": "1"}.items():
+        environment.setenv(name, value)
+    found = launcher(os.environ, resolves)
+    assert (found.colour, found.found) == ("green", "srun: rank 0 of 2, local 0, node0:20007")
 
 
 @pytest.mark.parametrize(
@@ -235,7 +238,7 @@ def test_no_launcher(environment: pytest.MonkeyPatch) -> None:
         ({"MASTER_ADDR": "debian", "SLURM_NTASKS_PER_NODE": "2"}, "red", "debian, which is 127.0.1.1 here"),
         ({"MASTER_ADDR": "node0", "LOCAL_WORLD_SIZE": "2"}, "green", ""),
         ({"MASTER_ADDR": "127.0.0.1", "LOCAL_WORLD_SIZE": "4"}, "green", ""),
-        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, "yellow", "one task a rank"),
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, "yellow", "srun started 2 tasks, but WORLD_SIZE=4"),
     ],
 )
 def test_a_launcher(environment: pytest.MonkeyPatch, changed: dict[str, str], colour: str, words: str) -> None:

@@ -19,8 +19,8 @@ HERE = ("--nodes=1", "--ntasks-per-node=2", "--gpus-per-node=0", "--cpus-per-tas
 
 def test_the_job_looks_with_doctor_where_it_is_told_to(tmp_path: Path) -> None:
     """With stubs for what Slurm and its ranks would be: doctor under the real one needs nothing more of it."""
-    stubs = {"scontrol": "echo node0", "srun": 'shift; SLURM_PROCID=1 SLURM_LOCALID=1 exec "$@"'}
-    stubs["python"] = 'echo "rank $RANK of $WORLD_SIZE, local $LOCAL_RANK, $MASTER_ADDR:" "$@"; printf "[%s]" "$@"'
+    stubs = {"srun": 'shift; SLURM_PROCID=1 SLURM_LOCALID=1 exec "$@"'}
+    stubs["python"] = 'echo "rank $SLURM_PROCID of $SLURM_NTASKS:" "$@"; printf "[%s]" "$@"'
     stubs["python"] += '; echo "$SRUN_CPUS_PER_TASK CPUs"'
     for name, body in stubs.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
@@ -36,7 +36,7 @@ def test_the_job_looks_with_doctor_where_it_is_told_to(tmp_path: Path) -> None:
     variables["PATH"] = f"{tmp_path}{os.pathsep}{variables['PATH']}"
     command = ["bash", str(SBATCH), "c.yaml", "--json", "a b"]
     done = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
-    assert "rank 1 of 2, local 1, node0: -m revpatch doctor c.yaml --json a b" in done.stdout
+    assert "rank 1 of 2: -m revpatch doctor c.yaml --json a b" in done.stdout
     assert "[a b]3 CPUs" in done.stdout
 
 

@@ -307,8 +307,8 @@ def test_a_long_document_begins_once(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     tokenizer = load_tokenizer(str(folder_of(tmp_path / "base", with_template(BOS, "$"), bos_token=BOS)))
     source = source_of(tmp_path, make_text(1), " ".join(make_text(i) for i in range(90)), make_text(2))
     build_shards(source, tokenizer, 4, tmp_path / "whole")
-    monkeypatch.setattr("revpatch.stream.long_text.PIECE_CHARACTERS", 400)
-    monkeypatch.setattr("revpatch.stream.long_text.LONG_BYTES", 1000)
+    monkeypatch.setattr("revpatch.stream.chunks.PIECE_CHARACTERS", 400)
+    monkeypatch.setattr("revpatch.stream.chunks.LONG_CHARACTERS", 1000)
     build_shards(source, tokenizer, 4, tmp_path / "pieces")
     assert tokens_of(tmp_path / "pieces") == tokens_of(tmp_path / "whole")
     assert tokens_of(tmp_path / "pieces").count(300) == 3

@@ -133,7 +133,7 @@ def test_what_cannot_be_measured_is_refused(
     mine.write_text('{"text": "x"}\n')
     for args, words in (
         ([*shards], "--patch none needs --base"),
-        (["--base", tmp_path / "nowhere", *shards], "can't be loaded"),
+        (["--base", tmp_path / "nowhere", *shards], "no such local folder"),
         (["--base", toy.base], "--shards is missing"),
         (["--base", toy.base, "--dtype", "float16", *shards], "--dtype float16: choose float32 or bfloat16"),
         (["--base", toy.base, "--shards", tmp_path / "nowhere"], "there is no manifest"),

@@ -19,7 +19,8 @@ from revpatch.config_file import load_config
 from revpatch.patch.patched_model import base_sha256, patch_state
 from revpatch.training import startup
 from revpatch.training.engine import MicroBatch, make_engine
-from revpatch.training.launch import Launch, process_group
+from revpatch.training.launch import process_group
+from revpatch.training.launcher_variables import Launch
 from revpatch.training.objective import PatchObjective
 from revpatch.training.phase import Phase
 from revpatch.training.preflight import check

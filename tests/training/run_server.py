@@ -8,7 +8,8 @@ a moment at which it sends itself SIGKILL: the n-th call of "module:function", b
 has written half of what it was to write. `wait_at` names a call before which it makes a file OUTPUT.waiting, and waits
 until that is removed. `harm` names probes, by phase and step, that find every loss worse by 1 nat. `swap` has one rank
 find another folder, `also` gives one more options. `limit` is the most bytes that a file may get, as on a disk that is
-full. `cwd` is where they run. `environ` are further variables of theirs.
+full. `cwd` is where they run. `environ` are further variables of theirs, `environs` those of each rank; null takes one
+away, and FREE_PORT in one is a port that is free.
 """
 
 from __future__ import annotations
@@ -111,7 +112,12 @@ def swap_folders(path: str, other: str) -> None:
 def child(rank: int, port: int, request: dict[str, Any]) -> None:
     world = request["world"]
     places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({key: str(value) for key, value in {**places, **request.get("environ", {})}.items()})
+    own = request["environs"][rank] if "environs" in request else {}
+    for key, value in {**places, **request.get("environ", {}), **own}.items():
+        if value is None:
+            os.environ.pop(key, None)
+        else:
+            os.environ[key] = str(value).replace("FREE_PORT", str(port))
     output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for descriptor in (1, 2):
         os.dup2(output, descriptor)

@@ -30,7 +30,8 @@ from revpatch.stream.quarantine import Quarantine
 from revpatch.stream.shard_set import ShardSet
 from revpatch.stream.tars import stride_of
 from revpatch.training.batches import Batches
-from revpatch.training.launch import Launch, Peers
+from revpatch.training.launch import Peers
+from revpatch.training.launcher_variables import Launch
 
 BLOCKS_PER_SHARD = 20
 STRIDE = stride_of(2 * BLOCK_SIZE)

@@ -20,7 +20,8 @@ from revpatch.stream.replay import ReplayMixture
 from revpatch.stream.shard_cache import ShardCache
 from revpatch.stream.shard_set import ShardSet
 from revpatch.training.batches import Batches
-from revpatch.training.launch import Launch, Peers
+from revpatch.training.launch import Peers
+from revpatch.training.launcher_variables import Launch
 
 BLOCKS_PER_SHARD = 20
 AHEAD = 8

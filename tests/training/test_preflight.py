@@ -147,8 +147,8 @@ def test_a_base_of_odd_width(toy: Toy, refused: Refused, tmp_path: Path) -> None
 
 def test_a_base_that_is_not_there(refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     holds(refused(base={"model": str(tmp_path / "none")}), "base.model", tmp_path / "none", "local folder")
-    monkeypatch.setattr("revpatch.training.preflight.AutoConfig.from_pretrained", Mock(side_effect=TimeoutError()))
-    holds(refused(), "base.model", "not to be had from the hub: TimeoutError")
+    monkeypatch.setattr("revpatch.base.cached_file", Mock(side_effect=TimeoutError()))
+    holds(refused(base={"model": "some/base"}), "base.model", "not to be had from the hub: TimeoutError")
 
 
 def test_a_base_of_an_unknown_family(toy: Toy, refused: Refused, tmp_path: Path) -> None:

@@ -7,11 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from ranks import Runs
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from toy import BLOCK_SIZE, Toy
 from waiting import until
 
+from revpatch.base import load_base
 from revpatch.config_file import load_config
+from revpatch.patch.patched_model import base_sha256
 from revpatch.stream.build import build_shards
 from revpatch.training import resume
 from revpatch.training.resume import ConfigError, stand
@@ -48,6 +53,40 @@ def test_two_ranks_with_other_configs_are_stopped(runs: Runs, option: str, told:
     words = " ".join(runs.log("run").read_text().split())
     assert "two ranks were started with different configs" in words and told in words
     assert not runs.path("run").exists()
+
+
+def rounded(held: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.bfloat16() for name, tensor in held.items()}
+
+
+def poisoned(held: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor * float("nan") if name.endswith("ln_f.bias") else tensor for name, tensor in held.items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda held: {name: tensor * 1.5 for name, tensor in held.items()}, "the ranks hold different weights"),
+        (rounded, "the ranks hold different weights"),  # which its name in patches, rounded too, does not show
+        (poisoned, "rank 1 can't load the base: base.model = "),
+    ],
+    ids=["another base", "a copy that was rounded", "a broken copy"],
+)
+def test_two_ranks_with_other_bases_under_one_name_are_stopped(
+    runs: Runs, toy: Toy, tmp_path: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]], told: str
+) -> None:
+    """As on two nodes, each with a copy of its own; before the first step, and before the run's folder is made."""
+    other = Path(shutil.copytree(toy.base, tmp_path / "other"))
+    save_file(change(load_file(other / "model.safetensors")), other / "model.safetensors", {"format": "pt"})
+    name = change.__name__.strip("<>")
+    assert runs.run(name, also={"rank": 1, "options": ["--set", f"base.model={other}"]}) == [2, 2]
+    words = runs.log(name).read_text()
+    assert told in words and not runs.path(name).exists()
+    if "different" in told:
+        held = [base_sha256(load_base(str(folder), None, torch.float32)) for folder in (toy.base, other)]
+        assert f"{held[0]} on rank 0; {held[1]} on rank 1" in words
+    else:
+        assert f"base.model = {other}: {other}/model.safetensors: transformer.ln_f.bias holds numbers" in words
 
 
 def test_a_place_may_be_another_on_another_node(runs: Runs, tmp_path: Path) -> None:
