@@ -114,7 +114,7 @@ class Rows:
 
     def text_counts(self) -> tuple[int, int, int]:
         """Return the columns of `COUNTED`, of both sides together."""
-        characters, lost, special = sum(row.counts for row in self.sides).tolist()
+        characters, lost, special = np.sum([row.counts for row in self.sides], axis=0).tolist()
         return characters, lost, special
 
     def add_documents(self, encoded: Encoded) -> None:

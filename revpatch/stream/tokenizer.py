@@ -19,7 +19,7 @@ from typing import Any
 
 import tokenizers
 from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
+from tokenizers.models import Unigram, WordLevel
 
 from revpatch.durable import is_lfs_pointer
 from revpatch.stream.manifest import Manifest, TokenizerInfo, canonical_json
@@ -148,8 +148,10 @@ def tokenizer_info(tokenizer: Any) -> TokenizerInfo:
             "set it: tokenizer.eos_token = '<|endoftext|>' (a token of its vocabulary)"
         )
     eos = int(tokenizer.eos_token_id)
-    spelling = Spelling(tokenizer.backend_tokenizer)
-    if spelling.can_lose and spelling.unknown is not None and spelling.unknown[0] == eos:
+    model = tokenizer.backend_tokenizer.model
+    has_unknown = getattr(model, "unk_token", None) is not None or isinstance(model, Unigram)
+    spelling = Spelling(tokenizer.backend_tokenizer) if has_unknown else None  # takes a while for a large vocabulary
+    if spelling is not None and spelling.can_lose and spelling.unknown is not None and spelling.unknown[0] == eos:
         raise ValueError(
             f"tokenizer {name!r}: its end-of-text token {spelling.unknown[1]!r} is also what stands for text that it "
             "can't spell, so each such character would end the document: give it an eos_token of its own "
