@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from revpatch.loading import load_patched
 from revpatch.patch.patched_model import GateMode, set_gate, switchboard
+from revpatch.stream.tokenizer import prompt_ids
 
 DEFAULT_NEW_TOKENS = 80
 
@@ -70,7 +71,8 @@ class Writer:
         Raises:
             ValueError: the prompt is empty, or leaves no room to write.
         """
-        ids: Tensor = self.tokenizer(prompt, return_tensors="pt").input_ids
+        embeddings = self.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        ids = torch.tensor([prompt_ids(self.tokenizer, prompt, embeddings, "--prompt")], dtype=torch.int64)
         if ids.shape[1] == 0:
             raise ValueError("--prompt is empty: give the model at least one token to go on from")
         wanted, positions = self.sampling.max_new_tokens, int(self.model.config.max_position_embeddings)  # type: ignore[union-attr, arg-type]

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
 from revpatch.base import DTYPES, BaseNotFoundError, load_base
 from revpatch.config import SidecarConfig
@@ -17,6 +16,7 @@ from revpatch.ledger.references import locate
 from revpatch.patch.families import blocks_of, width_of
 from revpatch.patch.named import DEFAULT_NAME, add_patch, set_patch
 from revpatch.patch.patched_model import Patch, attach, base_sha256, free_switchboard, is_patched, load_tensors
+from revpatch.stream.tokenizer import load_tokenizer
 
 
 class Stored(NamedTuple):
@@ -102,11 +102,11 @@ def load_hashed(patch: str | Path, base: str | None = None) -> tuple[nn.Module, 
         name = base_place(locate(patch), name)
     try:
         model = load_base(name, revision, DTYPES[stored.base["dtype"] or "float32"])
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     except BaseNotFoundError as error:
         raise ValueError(f"base {name}: {error}; name its folder with --base") from error
     except (OSError, ValueError) as error:
         raise ValueError(f"base {name}: {str(error).splitlines()[0]}") from error
+    tokenizer = load_tokenizer(name, revision)
     sha256 = _check_base(patch, stored, model, name)
     attach(model, _patch_of(patch, stored, model))
     return model, tokenizer, sha256

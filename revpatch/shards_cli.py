@@ -57,6 +57,9 @@ def build(
         int | None,
         typer.Option(min=1, help="Processes that tokenise; default: the CPUs it may use. 1: none but this."),
     ] = None,
+    max_lost: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Fraction of the characters that the tokenizer may fail to spell.")
+    ] = 0.01,
     licence: Annotated[str | None, typer.Option(help="Rights in the text, kept in the manifest.")] = None,
     note: Annotated[str | None, typer.Option(help="What the text is, kept in the manifest.")] = None,
 ) -> None:
@@ -80,6 +83,7 @@ def build(
                 shard_bytes=shard_mb * 2**20,
                 workers=workers or cores(),
                 on_bad=on_bad.value,
+                max_lost=max_lost,
                 progress=show,
             )
     except KeyboardInterrupt:
@@ -140,7 +144,8 @@ def show(
 ) -> None:
     """Say what is in a folder of shards, and decode a few blocks of it."""
     from revpatch.stream.inspection import sample_blocks
-    from revpatch.stream.manifest import Manifest, tokenizer_fingerprint
+    from revpatch.stream.manifest import Manifest
+    from revpatch.stream.tokenizer import tokenizer_fingerprint
 
     manifest = Manifest.read(folder)
     lengths = f"{manifest.blocks:,} blocks of {manifest.block_size} tokens ({manifest.dtype})"
@@ -156,6 +161,8 @@ def show(
         "max tokens": manifest.max_tokens,
         "licence": manifest.licence,
         "note": manifest.note,
+        "lost": _lost_of(manifest),
+        "special": manifest.special_tokens or None,
         "digest": manifest.digest,
     }
     for name, value in facts.items():
@@ -185,10 +192,15 @@ def _say_what_was_left_out(manifest: Manifest) -> None:
         say(f"  and {manifest.bad_documents - len(manifest.bad):,} more")
 
 
+def _lost_of(manifest: Manifest) -> str | None:
+    lost, characters = manifest.lost_characters, manifest.characters
+    return f"{lost:,} of {characters:,} characters, which the tokenizer can't spell" if lost else None
+
+
 def _load_tokenizer(name: str) -> Any:
-    from transformers import AutoTokenizer
+    from revpatch.stream.tokenizer import load_tokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except OSError as error:
-        raise ValueError(f"--tokenizer {name}: {str(error).splitlines()[0]}") from error
+        return load_tokenizer(name)
+    except ValueError as error:
+        raise ValueError(f"--tokenizer {error}") from error

@@ -18,9 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from revpatch.config_file import load_config
 from revpatch.stream.checksums import checksums_name
 from revpatch.stream.holdout import is_held_out
-from revpatch.stream.manifest import Manifest, tokenizer_fingerprint
+from revpatch.stream.manifest import Manifest
 from revpatch.stream.shard_set import ShardSet
 from revpatch.stream.sources import read_documents
+from revpatch.stream.tokenizer import tokenizer_fingerprint
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "shards/demo"

@@ -1,6 +1,6 @@
 """Documents → token shards.
 
-    documents -> (holdout: train or probe, by a hash of the text) -> token ids, each document ended by EOS
+    documents -> (holdout: train or probe, by a hash of the text) -> token ids, each document framed (tokenizer.py)
               -> one long row of tokens -> blocks of block_size -> tars -> manifest, last
 
 This process reads and writes, in order; worker processes tokenise. All is written into a folder beside `out` and
@@ -12,6 +12,7 @@ and however often they were killed.
 from __future__ import annotations
 
 import errno
+import logging
 import math
 import time
 from collections import deque
@@ -36,16 +37,21 @@ from revpatch.stream.chunks import (
     read_chunks,
 )
 from revpatch.stream.documents import Document, Input, Reading
-from revpatch.stream.encode import Encoder, EncoderRecipe, Work, encode_in_order
+from revpatch.stream.encode import COUNTED, Encoder, EncoderRecipe, Work, encode_in_order
 from revpatch.stream.holdout import share_of
-from revpatch.stream.manifest import MANIFEST_NAME, MANIFEST_VERSION, Manifest, TokenizerInfo
+from revpatch.stream.manifest import MANIFEST_NAME, MANIFEST_VERSION, Manifest, plain
 from revpatch.stream.pieces import CONTEXT_CHARACTERS, PIECE_CHARACTERS
 from revpatch.stream.rows import Row, Rows
 from revpatch.stream.sources import find_inputs, name_of_source
 from revpatch.stream.tars import DEFAULT_SHARD_BYTES, blocks_in, check_installable, install_folder, refuse_foreign
+from revpatch.stream.tokenizer import tokenizer_info
 from revpatch.stream.unfinished import UnfinishedBuild
 
 CHECKPOINT_SECONDS = 5.0
+MAX_LOST = 0.01
+"""Of the characters, where the tokenizer can't spell them all."""
+_MANY_LOST, _ENOUGH_CHARACTERS = 0.001, 2**24
+_log = logging.getLogger(__name__)
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SEPARATOR = "<|endoftext|>"
 _FEW_DOCUMENTS = 100
@@ -83,6 +89,7 @@ def build_shards(
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     workers: int = 1,
     on_bad: OnBad = "stop",
+    max_lost: float = MAX_LOST,
     progress: Callable[[Progress], None] | None = None,
 ) -> Manifest:
     """Tokenise `sources` (sources.py says what they may be) into the folder `out` and return its manifest.
@@ -95,24 +102,26 @@ def build_shards(
     A shard holds `blocks_per_shard` blocks, or as many as fit `shard_bytes`.
     One worker is this process. More of them are processes of their own; a script that asks for them must do so under
     `if __name__ == "__main__":`, as they import it.
-    Text that spells a special token becomes that token, as it does when the tokenizer is called.
+    Text that spells a special token becomes that token, as it does when the tokenizer is called; the manifest counts
+    them. `max_lost` is the fraction of the characters that may vanish or become the unknown token, where the tokenizer
+    can't spell them; it is no part of what is built.
     With `on_bad` "skip", documents that can't be read are left out, and counted and listed in the manifest.
 
     A folder that is there already is left alone if it is this very build and refused otherwise.
     Raises what `find_inputs` and the readers do; BadDocumentError for a document that can't be read;
-    ValueError for impossible numbers, too little text, a file that is written to meanwhile, an `out` within a source,
-    or a tokenizer that is not fast or has no EOS; FileExistsError for an `out` that holds
+    ValueError for impossible numbers, too little text, too many lost characters, a file that is written to meanwhile,
+    an `out` within a source, or a tokenizer that is not fast or has no EOS; FileExistsError for an `out` that holds
     something else (what was built by then is kept) or an unfinished build of another recipe; BlockingIOError when
     another build into `out` is at work; FileNotFoundError when a side that was installed before a kill is gone; OSError
     when the disk is full or a worker dies. The same call resumes a build that ended so, or was killed, once the cause
     is gone: what a source holds behind what was read of it may be another then.
     """
-    _check_numbers(block_size, holdout, max_tokens, workers)
+    _check_numbers(block_size, holdout, max_tokens, workers, max_lost)
     if on_bad not in ("stop", "skip"):
         raise ValueError(f"on_bad is {on_bad!r}; it must be 'stop' or 'skip'")
     sources = [sources] if isinstance(sources, (str, Path)) else list(sources)
     inputs = find_inputs(sources)
-    info = TokenizerInfo.of(tokenizer)
+    info = tokenizer_info(tokenizer)
     dtype = "uint16" if info.vocab_size <= 2**16 else "uint32"
     if blocks_per_shard is None:
         blocks_per_shard = blocks_in(shard_bytes, block_size * np.dtype(dtype).itemsize)
@@ -134,12 +143,13 @@ def build_shards(
     }
     for folder in folders.values():
         _refuse_other_recipe(folder, recipe)
-    encoder = EncoderRecipe.of(tokenizer, info.eos_token_id, dtype, holdout)
+    encoder = EncoderRecipe.of(tokenizer, info, dtype, holdout)
     eos = tokenizer.backend_tokenizer.id_to_token(info.eos_token_id) or ""
     separators = tuple(dict.fromkeys([_SEPARATOR, *([eos] if eos.strip() else [])]))
     with _opened(out, recipe, blocks_per_shard, inputs, separators) as unfinished:
         rows = [Row(unfinished.folder / split, dtype, block_size, blocks_per_shard) for split in folders]
-        sides = Rows(rows[0], rows[1] if holdout else None, max_tokens, info.eos_token_id)
+        sides = Rows(rows[0], rows[1] if holdout else None, max_tokens, info.eos_token_id, info.bos_token_ids)
+        lost = LostText(out, info.name, max_lost, unfinished.folder)
         try:
             reading = ChunkReading(
                 text_column,
@@ -149,16 +159,20 @@ def build_shards(
                 verify=unfinished.changed,
                 encode=_lazily(encoder),
             )
-            end = _fill(sides, inputs, reading, encoder, workers, unfinished, progress)
+            end = _fill(sides, inputs, reading, encoder, workers, unfinished, lost, progress)
         finally:
             for row in rows:
                 row.writer.abandon()
+        lost.check(sides)
+        last_added = max(tokenizer.backend_tokenizer.get_added_tokens_decoder(), default=-1)
         found = {
             "holdout_rule": "tail" if end.lone else "hash",
             "bad_documents": sides.bad_documents,
             "bad": tuple(sides.bad),
         }
-        manifests = {split: _manifest(split, row, recipe | found) for split, row in zip(folders, rows, strict=True)}
+        manifests = {
+            split: _manifest(split, row, recipe | found, last_added) for split, row in zip(folders, rows, strict=True)
+        }
         for manifest in manifests.values():
             if not manifest.blocks:
                 raise CorpusError(_nothing_built(manifest, sides.counts()[0], inputs, reading))
@@ -194,7 +208,7 @@ def _lazily(recipe: EncoderRecipe) -> Callable[[str], list[int]]:
     return lambda text: encoder().ids(text)
 
 
-def _check_numbers(block_size: int, holdout: float, max_tokens: int | None, workers: int) -> None:
+def _check_numbers(block_size: int, holdout: float, max_tokens: int | None, workers: int, max_lost: float) -> None:
     if block_size < 2:
         raise ValueError(f"block_size is {block_size}; a block needs at least 2 tokens to predict one from another")
     if not 0.0 <= holdout < 1.0:
@@ -203,6 +217,8 @@ def _check_numbers(block_size: int, holdout: float, max_tokens: int | None, work
         raise ValueError(f"max_tokens is {max_tokens}, less than one block of {block_size}; raise it, or leave it out")
     if workers < 1:
         raise ValueError(f"workers is {workers}; it must be at least 1, which is this process alone")
+    if not 0.0 <= max_lost <= 1.0:
+        raise ValueError(f"max_lost is {max_lost}; it is a fraction of the characters, 0 to 1")
 
 
 @contextmanager
@@ -210,15 +226,15 @@ def _opened(
     out: Path, recipe: dict[str, Any], blocks_per_shard: int, inputs: Sequence[Input], separators: Sequence[str]
 ) -> Iterator[UnfinishedBuild]:
     """The unfinished build's folder. It is kept for a later call when this one fails after a checkpoint."""
-    plain = {
+    recorded = {
         **recipe,
-        "tokenizer": asdict(recipe["tokenizer"]),
+        "tokenizer": plain(recipe["tokenizer"]),
         "sources": list(recipe["sources"]),
         "blocks_per_shard": blocks_per_shard,
         "separators": list(separators),
         "long_documents": [LONG_CHARACTERS, PIECE_CHARACTERS, CONTEXT_CHARACTERS],
     }
-    unfinished = UnfinishedBuild(out, plain, [{"name": found.name, **found.identity} for found in inputs])
+    unfinished = UnfinishedBuild(out, recorded, [{"name": found.name, **found.identity} for found in inputs])
     keep = False
     try:
         yield unfinished
@@ -251,6 +267,7 @@ def _fill(
     encoder: EncoderRecipe,
     workers: int,
     unfinished: UnfinishedBuild,
+    lost: LostText,
     progress: Callable[[Progress], None] | None,
 ) -> Position:
     """Write all shards, from the last checkpoint on. Return where it ended."""
@@ -288,9 +305,11 @@ def _fill(
         chunk = waiting.popleft()
         end = chunk.end
         if chunk.work.is_piece:
-            rows.add_piece(encoded.ids, chunk.held_out, chunk.is_last_piece)
+            rows.add_piece(encoded, chunk.held_out, chunk.is_last_piece)
         else:
             rows.add_documents(encoded, chunk.bad)
+        if rows.text_counts()[0] >= _ENOUGH_CHARACTERS:
+            lost.refuse(rows)
         if progress is not None:
             progress(Progress(*rows.counts(), chunk.bytes_read, in_all, tokens_in_all))
         if rows.full:
@@ -322,7 +341,51 @@ def _with_remedy(error: ValueError, unfinished: UnfinishedBuild) -> str:
     return text
 
 
-def _manifest(split: str, row: Row, recipe: dict[str, Any]) -> Manifest:
+@dataclass(frozen=True)
+class LostText:
+    """How much of the text a build may lose, because its tokenizer can't spell it; `kept` is the unfinished folder."""
+
+    out: Path
+    tokenizer: str
+    max_lost: float
+    kept: Path
+
+    def refuse(self, rows: Rows) -> None:
+        """Raise ValueError where it is more."""
+        characters, lost, _ = rows.text_counts()
+        if lost <= self.max_lost * characters:
+            return
+        refusal = (
+            f"{self._words(characters, lost)}, and at most {self.max_lost:.2%} may be lost: choose a tokenizer that "
+            "knows these characters, or accept it by `revpatch shards build ... --max-lost "
+            f"{min(1.0, 1.1 * lost / characters):.2g}`"
+        )
+        if characters < _ENOUGH_CHARACTERS:
+            raise CorpusError(refusal)
+        raise ValueError(
+            f"{refusal}. What was built by now is kept in {self.kept}, and the same build with a higher bound resumes "
+            "it; delete it to build otherwise"
+        )
+
+    def check(self, rows: Rows) -> None:
+        """Refuse a whole build that lost too much, and log what is worth knowing of its text."""
+        self.refuse(rows)
+        characters, lost, special = rows.text_counts()
+        if lost > _MANY_LOST * characters:
+            _log.warning("%s", self._words(characters, lost))
+        if special:
+            _log.warning("%s: the text spells special tokens %d times, and they became these tokens", self.out, special)
+
+    def _words(self, characters: int, lost: int) -> str:
+        return (
+            f"{self.out}: tokenizer {self.tokenizer!r} can't spell {lost:,} of {characters:,} characters "
+            f"({lost / characters:.2%}): they vanish or become its unknown token"
+        )
+
+
+def _manifest(split: str, row: Row, recipe: dict[str, Any], last_added: int) -> Manifest:
+    is_last_held = row.highest_id + 1 >= recipe["tokenizer"].vocab_size
+    counted: dict[str, Any] = dict(zip(COUNTED, row.counts.tolist(), strict=True))
     return Manifest(
         version=MANIFEST_VERSION,
         split=split,
@@ -332,6 +395,9 @@ def _manifest(split: str, row: Row, recipe: dict[str, Any]) -> Manifest:
         dropped_tokens=len(row.rest),
         blocks=row.writer.blocks,
         shards=tuple(row.writer.shards),
+        # Of use where a base has fewer embeddings than its tokenizer ids; else the vocabulary's size says it.
+        highest_id=None if is_last_held or last_added + 1 < recipe["tokenizer"].vocab_size else row.highest_id,
+        **counted,
         **recipe,
     )
 

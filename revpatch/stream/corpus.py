@@ -66,10 +66,12 @@ class Corpus:
 
 def check_alike(one: ShardSet, other: ShardSet) -> None:
     """Raises ValueError if two sets can't be mixed: their blocks differ in size, or another tokenizer made them."""
-    for what in ("block_size", "tokenizer"):
-        expected, found = getattr(one.manifest, what), getattr(other.manifest, what)
-        if what == "tokenizer":
-            expected, found = expected.fingerprint, found.fingerprint
+    mine, theirs = one.manifest, other.manifest
+    for what, expected, found in (
+        ("block_size", mine.block_size, theirs.block_size),
+        ("tokenizer", mine.tokenizer.fingerprint, theirs.tokenizer.fingerprint),
+        ("what documents begin with", list(mine.tokenizer.bos_token_ids), list(theirs.tokenizer.bos_token_ids)),
+    ):
         if found != expected:
             raise ValueError(
                 f"sets of shards differ in {what}: {expected} in {one.location}, {found} in {other.location}; build "

@@ -23,23 +23,28 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from revpatch.stream.holdout import is_held_out
+from revpatch.stream.manifest import TokenizerInfo
+from revpatch.stream.spelling import Spelling
 
 
 @dataclass(frozen=True)
 class EncoderRecipe:
-    """What a process must know to encode: `tokenizer` is its JSON, `dtype` that of the ids."""
+    """What a process must know to encode: `tokenizer` is its JSON, `bos` and `eos` frame a document, `dtype` is that
+    of the ids."""
 
     tokenizer: str
     encode_special_tokens: bool
+    bos: tuple[int, ...]
     eos: int
     dtype: str
     holdout: float
 
     @classmethod
-    def of(cls, tokenizer: Any, eos: int, dtype: str, holdout: float) -> EncoderRecipe:
+    def of(cls, tokenizer: Any, info: TokenizerInfo, dtype: str, holdout: float) -> EncoderRecipe:
         """The recipe of a fast tokenizer of transformers."""
         backend = tokenizer.backend_tokenizer
-        return cls(backend.to_str(), backend.encode_special_tokens, eos, dtype, holdout)
+        special = backend.encode_special_tokens
+        return cls(backend.to_str(), special, info.bos_token_ids, info.eos_token_id, dtype, holdout)
 
 
 @dataclass(frozen=True)
@@ -53,44 +58,74 @@ class Work:
 
 @dataclass(frozen=True)
 class Encoded:
-    """What `Work` became: all ids, one document after another, each with EOS at its end unless it is empty.
+    """What `Work` became: all ids, one document after another, each framed by BOS and EOS unless it is empty.
 
-    `lengths` counts them by document, EOS included; `held_out` says which documents are. Both are (documents,).
-    A piece has no EOS and is not said to be held out.
+    `lengths` counts them by document, BOS and EOS included; `held_out` says which documents are. Both are (documents,).
+    `counts` is (documents, 3) int64, the columns of `COUNTED`.
+    A piece has no BOS and no EOS and is not said to be held out.
     """
 
     ids: np.ndarray[Any, Any]
     lengths: np.ndarray[Any, np.dtype[np.int64]]
     held_out: np.ndarray[Any, np.dtype[np.bool_]]
+    counts: np.ndarray[Any, np.dtype[np.int64]]
+
+
+COUNTED = ("characters", "lost_characters", "special_tokens")
+"""Characters, and those that are lost (both 0 where the tokenizer can spell everything); special tokens in the text."""
 
 
 class Encoder:
-    """Encodes with one thread, and without truncation and padding, whatever the tokenizer was set to."""
+    """Encodes with one thread, and without truncation, padding and BPE dropout, whatever the tokenizer was set to."""
 
     def __init__(self, recipe: EncoderRecipe) -> None:
         self._recipe = recipe
+        self._bos = list(recipe.bos)
         self._tokenizer = Tokenizer.from_str(recipe.tokenizer)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = recipe.encode_special_tokens
+        if getattr(self._tokenizer.model, "dropout", None) is not None:
+            self._tokenizer.model.dropout = None
+        self._spelling = Spelling(self._tokenizer)
+        special = [id_ for id_, token in self._tokenizer.get_added_tokens_decoder().items() if token.special]
+        self._is_special = np.zeros(max(self._tokenizer.get_vocab().values(), default=0) + 2, dtype=np.bool_)
+        self._is_special[special] = True
+        self._special_bos, self._special_eos = int(self._is_special[self._bos].sum()), int(self._is_special[recipe.eos])
 
     def encode(self, work: Work) -> Encoded:
-        with _one_thread():
-            encodings = self._tokenizer.encode_batch_fast(
-                [work.context + text for text in work.texts], add_special_tokens=False
-            )
+        """Encode texts. Raises ValueError where the tokenizer fails on one."""
+        try:
+            with _one_thread():
+                encodings = self._tokenizer.encode_batch_fast(
+                    [work.context + text for text in work.texts], add_special_tokens=False
+                )
+        except Exception as error:  # `tokenizers` raises plain ones, of an unknown token that is missing, say
+            raise ValueError(f"the tokenizer can't encode the text: {error}: choose another tokenizer") from None
         row = array("I")
         lengths = np.zeros(len(encodings), dtype=np.int64)
+        counts = np.zeros((len(encodings), len(COUNTED)), dtype=np.int64)
+        bos, eos = self._bos, self._recipe.eos
         for i, encoding in enumerate(encodings):
-            before = len(row)
-            row.fromlist(self._without_context(encoding.ids, work.context))
-            if len(row) > before and not work.is_piece:
-                row.append(self._recipe.eos)
+            before, ids = len(row), self._without_context(encoding.ids, work.context)
+            if ids and not work.is_piece and ids[: len(bos)] != bos:
+                row.fromlist(bos)
+                counts[i, 2] -= self._special_bos
+            row.fromlist(ids)
+            if ids and not work.is_piece:
+                row.append(eos)
+                counts[i, 2] -= self._special_eos
             lengths[i] = len(row) - before
+            if self._spelling.can_lose:
+                counts[i, :2] = len(work.texts[i]), self._spelling.lost(work.texts[i], ids)
+        ids_of_all = np.frombuffer(row, dtype=np.uint32)
+        so_far = np.concatenate([[0], np.cumsum(self._is_special[ids_of_all])])
+        ends = np.cumsum(lengths)
+        counts[:, 2] += so_far[ends] - so_far[ends - lengths]
         held_out = np.zeros(len(encodings), dtype=np.bool_)
         if self._recipe.holdout and not work.is_piece:
             held_out[:] = [is_held_out(text, self._recipe.holdout) for text in work.texts]
-        return Encoded(np.frombuffer(row, dtype=np.uint32).astype(self._recipe.dtype), lengths, held_out)
+        return Encoded(ids_of_all.astype(self._recipe.dtype), lengths, held_out, counts)
 
     def ids(self, text: str) -> list[int]:
         """Return the ids of a text alone, without EOS."""

@@ -20,7 +20,7 @@ from revpatch.durable import write_atomically
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_VERSION = 1
-_COUNTED = ("bad_documents", "bad")
+_COUNTED = ("bad_documents", "bad", "highest_id", "characters", "lost_characters", "special_tokens")
 
 Int64s = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -43,24 +43,9 @@ class TokenizerInfo:
     fingerprint: str
     vocab_size: int
     eos_token_id: int
-
-    @classmethod
-    def of(cls, tokenizer: Any) -> TokenizerInfo:
-        """Describe a fast tokenizer.
-
-        Raises ValueError when it is not a fast one or has no end-of-text token.
-        """
-        fingerprint = tokenizer_fingerprint(tokenizer)
-        name = str(tokenizer.name_or_path or "unnamed")
-        if Path(name).is_dir():
-            name = Path(name).resolve().name  # where it lay on this machine says nothing on another
-        if tokenizer.eos_token_id is None:
-            raise ValueError(
-                f"tokenizer {name!r} has no end-of-text token, and every document is ended by one; "
-                "set it: tokenizer.eos_token = '<|endoftext|>' (a token of its vocabulary)"
-            )
-        highest_id = max(tokenizer.get_vocab().values())  # ids may have holes, so the count alone is not enough
-        return cls(name, fingerprint, max(len(tokenizer), highest_id + 1), int(tokenizer.eos_token_id))
+    bos_token_ids: tuple[int, ...] = ()
+    """What a document begins with: what the tokenizer's template puts before a text, most often one BOS; see
+    `stream.tokenizer`."""
 
 
 @dataclass(frozen=True)
@@ -94,15 +79,28 @@ class Manifest:
     """Documents that could not be read and were left out, of both sides together."""
     bad: tuple[str, ...] = ()
     """The first of them, each with the reason."""
+    highest_id: int | None = None
+    """The highest id in any block, where the vocabulary ends with added tokens that no block holds."""
+    characters: int = 0
+    """Of the text, where the tokenizer can't spell every character; 0 where it can."""
+    lost_characters: int = 0
+    """Of these, those that vanished or became the unknown token."""
+    special_tokens: int = 0
+    """Special tokens that the text itself spelled."""
+
+    @property
+    def last_id(self) -> int:
+        """No block holds an id above this one."""
+        return self.tokenizer.vocab_size - 1 if self.highest_id is None else self.highest_id
 
     @property
     def digest(self) -> str:
         """sha256 (hex) of the canonical JSON: two sets of one digest hold the same blocks in the same order.
 
-        What was only counted is left out of it.
+        What was counted is left out: sets that were built before it was counted have the same digest.
         """
-        facts = {key: value for key, value in _plain(self).items() if key not in _COUNTED}
-        return hashlib.sha256(_canonical_json(facts).encode()).hexdigest()
+        facts = {key: value for key, value in plain(self).items() if key not in _COUNTED}
+        return hashlib.sha256(canonical_json(facts).encode()).hexdigest()
 
     @property
     def block_bytes(self) -> int:
@@ -148,7 +146,7 @@ class Manifest:
 
     def write(self, directory: str | Path) -> None:
         """Write `directory/manifest.json` atomically: there is either the old one or all of the new one."""
-        text = json.dumps(_plain(self), indent=2, ensure_ascii=False) + "\n"
+        text = json.dumps(plain(self), indent=2, ensure_ascii=False) + "\n"
         write_atomically(Path(directory) / MANIFEST_NAME, text.encode())
 
     def _check(self, where: str) -> None:
@@ -165,6 +163,10 @@ class Manifest:
             _fail(where, "tokens", f"{expected} (blocks × block_size + dropped_tokens)", self.tokens)
         if self.holdout_rule not in ("hash", "tail"):
             _fail(where, "holdout_rule", "'hash' or 'tail'", self.holdout_rule)
+        if self.highest_id is not None and self.highest_id >= self.tokenizer.vocab_size:
+            _fail(where, "highest_id", f"less than {self.tokenizer.vocab_size} (vocab_size)", self.highest_id)
+        if self.lost_characters > self.characters:
+            _fail(where, "lost_characters", f"at most {self.characters} (characters)", self.lost_characters)
         if len({shard.name for shard in self.shards}) != len(self.shards):
             _fail(where, "shards", "names that differ", [shard.name for shard in self.shards])
         for i, shard in enumerate(self.shards):
@@ -176,53 +178,23 @@ class Manifest:
                 _fail(where, f"shards[{i}].blocks", "at least 1", shard.blocks)
 
 
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """sha256 (hex) of everything that decides which ids a text becomes: vocabulary, merges, normaliser, ...
+def plain(record: Any) -> dict[str, Any]:
+    """Return the fields of a manifest or of a part of it as JSON.
 
-    Truncation, padding and the post-processor (which only adds special tokens) are left out: they are states that
-    people set and reset, and building uses none of them. Neither the tokenizer's path nor its name counts.
-    Raises ValueError when the tokenizer is not a fast one, or knows nothing but special tokens: that is what
-    transformers makes of a folder without a tokenizer's files, without a word.
+    Those that a later version of revpatch added have defaults, and are left out where they hold them: manifests written
+    before keep their digests.
     """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None or not hasattr(backend, "to_str"):
-        raise ValueError(
-            f"{type(tokenizer).__name__} is not a fast tokenizer, which building needs; "
-            "load it with AutoTokenizer.from_pretrained(name, use_fast=True)"
-        )
-    special = set(tokenizer.all_special_tokens)
-    # Listing a large vocabulary takes a while, and its size mostly tells.
-    if backend.get_vocab_size() <= len(special) and tokenizer.get_vocab().keys() <= special:
-        raise ValueError(
-            f"tokenizer {str(tokenizer.name_or_path or 'unnamed')!r} knows no token but "
-            f"{tokenizer.all_special_tokens}: the folder has no tokenizer in it; put its files (tokenizer.json) "
-            "there, or name another"
-        )
-    state = json.loads(backend.to_str())
-    for key in ("truncation", "padding", "post_processor"):
-        state.pop(key, None)
-    merges = state["model"].get("merges")
-    if merges:  # written as "a b" by older versions of tokenizers and as ["a", "b"] by newer ones
-        state["model"]["merges"] = [m.split(" ", 1) if isinstance(m, str) else m for m in merges]
-    # Options that are off: a newer version of tokenizers has more of them to list.
-    state["model"] = {key: value for key, value in state["model"].items() if value is not None and value is not False}
-    return hashlib.sha256(_canonical_json(state).encode()).hexdigest()
-
-
-def _plain(record: Any) -> dict[str, Any]:
-    """The fields as JSON. Those that a later version of revpatch added have defaults, and are left out where they hold
-    them: manifests written before keep their digests."""
     found = {}
     for item in fields(record):
         value = getattr(record, item.name)
         if item.default is MISSING or value != item.default:
-            found[item.name] = _plain(value) if isinstance(value, TokenizerInfo) else value
+            found[item.name] = plain(value) if isinstance(value, TokenizerInfo) else value
             if isinstance(value, tuple):
                 found[item.name] = [asdict(each) if isinstance(each, Shard) else each for each in value]
     return found
 
 
-def _canonical_json(value: Any) -> str:
+def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
 

@@ -74,6 +74,7 @@ def write_replay(corpus: Corpus, block_ids: np.ndarray[Any, Any], directory: str
     try:
         for start in range(0, len(block_ids), _COPY_BLOCKS):
             writer.write(corpus.read(block_ids[start : start + _COPY_BLOCKS]))
+        last_id = max(shards.manifest.last_id for shards in corpus.sets)
         manifest = Manifest(
             version=MANIFEST_VERSION,
             split="replay",
@@ -91,6 +92,7 @@ def write_replay(corpus: Corpus, block_ids: np.ndarray[Any, Any], directory: str
             holdout=0.0,
             max_tokens=None,
             licence=source.licence,
+            highest_id=last_id if last_id + 1 < source.tokenizer.vocab_size else None,
             note=f"{len(block_ids)} of the {len(corpus)} blocks of {', '.join(corpus.digests)}",
         )
         manifest.write(temporary)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from revpatch.stream.encode import Encoded
+from revpatch.stream.encode import COUNTED, Encoded
 from revpatch.stream.manifest import Shard
 from revpatch.stream.tars import ShardWriter
 
@@ -28,6 +28,8 @@ class Row:
         self.documents = 0
         self.empty_documents = 0
         self.tokens = 0
+        self.highest_id = 0
+        self.counts = np.zeros(len(COUNTED), dtype=np.int64)
         self.rest = np.empty(0, dtype=dtype)
 
     def append(self, ids: np.ndarray[Any, Any]) -> None:
@@ -35,6 +37,8 @@ class Row:
         self.tokens += len(ids)
         row = np.concatenate([self.rest, ids])
         whole = len(row) // self.block_size * self.block_size
+        if whole:
+            self.highest_id = max(self.highest_id, int(row[:whole].max()))
         self.writer.write(row[:whole].reshape(-1, self.block_size))
         self.rest = row[whole:].copy()
 
@@ -45,6 +49,8 @@ class Row:
             "documents": self.documents,
             "empty_documents": self.empty_documents,
             "tokens": self.tokens,
+            "highest_id": self.highest_id,
+            "counts": self.counts.tolist(),
             "rest": self.rest.tolist(),
             "shards": [asdict(shard) for shard in self.writer.shards],
             "open_blocks": self.writer.open_blocks,
@@ -57,6 +63,9 @@ class Row:
         """
         self.documents, self.empty_documents = state["documents"], state["empty_documents"]
         self.tokens = state["tokens"]
+        # Not in what an older revpatch left: then nothing is known of the ids.
+        self.highest_id = state.get("highest_id", np.iinfo(self.rest.dtype).max)
+        self.counts = np.array(state.get("counts", [0] * len(COUNTED)), dtype=np.int64)
         self.rest = np.array(state["rest"], dtype=self.rest.dtype)
         shards = [Shard(**shard) for shard in state["shards"]]
         if is_whole:
@@ -75,13 +84,14 @@ class Rows:
     Documents that were left out are on neither side: `bad_documents` counts them, and `bad` lists the first.
     """
 
-    def __init__(self, train: Row, probe: Row | None, limit: int | None, eos: int) -> None:
+    def __init__(self, train: Row, probe: Row | None, limit: int | None, eos: int, bos: tuple[int, ...] = ()) -> None:
         self.train = train
         self.probe = probe
         self.limit = limit
         self.bad_documents = 0
         self.bad: list[str] = []
         self._eos = np.array([eos], dtype=train.rest.dtype)
+        self._bos = np.array(bos, dtype=train.rest.dtype)
         self._open_tokens = 0
 
     @property
@@ -110,31 +120,39 @@ class Rows:
         )
         return sum(documents), sum(tokens), sum(blocks)
 
+    def text_counts(self) -> tuple[int, int, int]:
+        """Return the columns of `COUNTED`, of both sides together."""
+        characters, lost, special = np.sum([row.counts for row in self.sides], axis=0).tolist()
+        return characters, lost, special
+
     def add_documents(self, encoded: Encoded, bad: Sequence[tuple[int, str]] = ()) -> None:
         """Take whole documents, in order, until the training side is full.
 
         `bad` are those left out between them: the number of documents before each, and what is told of it.
         """
-        ids, lengths, held_out = encoded.ids, encoded.lengths, encoded.held_out
+        ids, lengths, held_out, counts = encoded.ids, encoded.lengths, encoded.held_out, encoded.counts
         if self.limit is not None and len(lengths):
             after = self.train.tokens + np.cumsum(np.where(held_out, 0, lengths))
             if after[-1] >= self.limit:
                 last = int(np.argmax(after >= self.limit))
-                lengths, held_out = lengths[: last + 1].copy(), held_out[: last + 1]
+                lengths, held_out, counts = lengths[: last + 1].copy(), held_out[: last + 1], counts[: last + 1]
                 lengths[last] -= after[last] - self.limit
                 ids = ids[: lengths.sum()]
         held_ids = np.repeat(held_out, lengths)
-        self._add(self.train, ids[~held_ids], lengths[~held_out])
+        self._add(self.train, ids[~held_ids], lengths[~held_out], counts[~held_out])
         if self.probe is not None:
-            self._add(self.probe, ids[held_ids], lengths[held_out])
+            self._add(self.probe, ids[held_ids], lengths[held_out], counts[held_out])
         # Not those behind the document that made it full, as another number of documents a chunk would not reach them.
         told = [reason for place, reason in bad if not self.full or place < len(lengths)]
         self.bad_documents += len(told)
         self.bad = [*self.bad, *told][:BAD_LISTED]
 
-    def add_piece(self, ids: np.ndarray[Any, Any], held_out: bool, last: bool) -> None:
+    def add_piece(self, encoded: Encoded, held_out: bool, last: bool) -> None:
         """Take the next piece of a long document; all of its pieces go to one side."""
-        row = self.probe if held_out and self.probe is not None else self.train
+        row, ids = self.probe if held_out and self.probe is not None else self.train, encoded.ids
+        row.counts += encoded.counts.sum(axis=0)
+        if len(ids) and not self._open_tokens and not np.array_equal(ids[: len(self._bos)], self._bos):
+            ids = np.concatenate([self._bos, ids])
         self._open_tokens += len(ids)
         if last and self._open_tokens:
             ids = np.concatenate([ids, self._eos])
@@ -161,7 +179,8 @@ class Rows:
         self.bad_documents, self.bad = state["bad_documents"], state["bad"]
 
     @staticmethod
-    def _add(row: Row, ids: np.ndarray[Any, Any], lengths: np.ndarray[Any, Any]) -> None:
+    def _add(row: Row, ids: np.ndarray[Any, Any], lengths: np.ndarray[Any, Any], counts: np.ndarray[Any, Any]) -> None:
+        row.counts += counts.sum(axis=0)
         row.documents += int(np.count_nonzero(lengths))
         row.empty_documents += int(np.count_nonzero(lengths == 0))
         row.append(ids)

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from revpatch.config import ProbeSetConfig, StreamConfig
 from revpatch.monitoring.doing import doing
 from revpatch.patch.patched_model import Patch, active_patch
-from revpatch.stream.manifest import Manifest, tokenizer_fingerprint
+from revpatch.stream.manifest import Manifest
 from revpatch.stream.shard_set import ShardSet
 from revpatch.stream.sources import is_raw_source
+from revpatch.stream.tokenizer import check_made_for, log_notices, tokenizer_fingerprint
 from revpatch.surgery.subject import Subject
 from revpatch.training.preflight import shard_cache
 from revpatch.training.probe import Measurement, Prober
@@ -85,14 +86,11 @@ class HeldOut:
 
 
 def _check(place: str, manifest: Manifest, subject: Subject) -> None:
-    expected, config = tokenizer_fingerprint(subject.tokenizer), subject.model.config
-    if manifest.tokenizer.fingerprint != expected:
-        raise ValueError(
-            f"{place}: built with tokenizer {manifest.tokenizer.name!r} of fingerprint "
-            f"{manifest.tokenizer.fingerprint[:16]}…, and the base's has {expected[:16]}…: build the shards anew with "
-            "the base's tokenizer"
-        )
-    positions = int(config.max_position_embeddings)  # type: ignore[union-attr, arg-type]
+    tokenizer, embeddings = subject.tokenizer, subject.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    if line := check_made_for(place, manifest, tokenizer, fingerprint, str(tokenizer.name_or_path), embeddings):
+        log_notices([line])
+    positions = int(subject.model.config.max_position_embeddings)  # type: ignore[union-attr, arg-type]
     if manifest.block_size > positions:
         raise ValueError(
             f"{place}: its blocks have {manifest.block_size} tokens, and the base reads at most {positions}: build the "

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
 from revpatch.base import DTYPES, BaseNotFoundError, load_base
 from revpatch.config import SidecarConfig
@@ -22,6 +21,7 @@ from revpatch.loading import load_hashed, whose
 from revpatch.monitoring.doing import doing
 from revpatch.patch.families import blocks_of, width_of
 from revpatch.patch.patched_model import Patch, attach, base_sha256, check_fits, load_tensors
+from revpatch.stream.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,7 @@ class Subject:
         except ValueError as error:
             raise ValueError(f"base {name}: {error}") from error
         attach(model, SidecarConfig(bottleneck=1))
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
-        return cls(model, tokenizer, None, device)
+        return cls(model, load_tokenizer(name, revision), None, device)
 
     def patch_of(self, entry: Entry) -> Patch:
         """The entry's patch on this base's device, to be put on with `active_patch`.

@@ -15,16 +15,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from revpatch.config import Config, ConfigError
 from revpatch.cores import cores
 from revpatch.monitoring.building import shown_progress
 from revpatch.monitoring.terminal import say
 from revpatch.stream.build import build_shards
 from revpatch.stream.chunks import BadDocumentError
-from revpatch.stream.manifest import MANIFEST_NAME, tokenizer_fingerprint
+from revpatch.stream.manifest import MANIFEST_NAME
 from revpatch.stream.sources import find_inputs, is_raw_source, name_of_source
+from revpatch.stream.tokenizer import document_bos, load_tokenizer, tokenizer_fingerprint
 from revpatch.training.launch import Peers
 from revpatch.training.preflight import locations, phase_of
 
@@ -79,7 +78,7 @@ def build_on_first_use(config: Config, peers: Peers, begun: bool = False) -> tup
 def _build_all(config: Config, world: int, begun: bool = False) -> dict[str, str | ConfigError]:
     """The folder of each key that names a raw source; or what went wrong, where phases of a run that has `begun` alone
     name it."""
-    tokenizer = AutoTokenizer.from_pretrained(config.base.model, revision=config.base.revision, trust_remote_code=False)
+    tokenizer = load_tokenizer(config.base.model, config.base.revision)
     keys: dict[str, list[str]] = {}
     for key, place in locations(config):
         if is_raw_source(place):
@@ -113,7 +112,9 @@ def _build_all(config: Config, world: int, begun: bool = False) -> dict[str, str
 def _build(config: Config, place: str, tokenizer: Any, holdout: float, world: int) -> Path:
     build = config.build
     inputs = [{"name": found.name, **found.identity} for found in find_inputs([place], warn=False)]
-    made = [tokenizer_fingerprint(tokenizer), config.base.block_size, build.text_column, holdout]
+    made: list[Any] = [tokenizer_fingerprint(tokenizer), config.base.block_size, build.text_column, holdout]
+    if bos := document_bos(tokenizer):
+        made.append(bos)
     digest = hashlib.sha256(json.dumps([place, inputs, made]).encode()).hexdigest()
     slug = re.sub(r"[^A-Za-z0-9]+", "-", name_of_source(place)).strip("-")[:40] or "source"
     folder = Path(build.folder).absolute() / f"{slug}-{digest[:12]}"

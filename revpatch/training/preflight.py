@@ -8,17 +8,16 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from revpatch.base import Base
 from revpatch.config import BaseConfig, Config, ConfigError, PhaseConfig, StreamConfig
 from revpatch.monitoring.trackers import check_trackers
 from revpatch.stream.corpus import Corpus
-from revpatch.stream.manifest import Manifest, tokenizer_fingerprint
+from revpatch.stream.manifest import Manifest
 from revpatch.stream.mixture import Mixture
 from revpatch.stream.remote import is_remote
 from revpatch.stream.shard_cache import ShardCache
 from revpatch.stream.shard_set import ShardSet
+from revpatch.stream.tokenizer import check_made_for, prompt_ids, read_tokenizer, tokenizer_fingerprint
 from revpatch.training.zero_config import read_deepspeed_config
 
 
@@ -37,6 +36,8 @@ class Plan:
     """In the order of the config's probe sets."""
     tokenizer: str
     """Fingerprint of the tokenizer of base and shards."""
+    notices: list[str]
+    """Lines about tokenizer and shards that a person should see."""
 
     def digests(self, config: Config, phase: int | None) -> dict[str, list[str]]:
         """Digests of the sets that are in use in a phase, or between phases, by the config's key."""
@@ -68,7 +69,7 @@ def check(
             size; the message names key, value, and what to do.
         FileNotFoundError: DeepSpeed's file is missing.
     """
-    architecture, fingerprint = check_base(config, world)
+    checked = check_base(config, world)
     cache = shard_cache(config.stream, [place for _, place in locations(config)])
     opened: dict[str, ShardSet] = {}
     missing = dict(not_built)
@@ -86,7 +87,10 @@ def check(
                 raise refusal from None
             missing.setdefault(phase_of(key), refusal)
             continue
-        _check_shards(key, place, shards.manifest, config, fingerprint, architecture)
+        if other_frame := _check_shards(key, place, shards.manifest, config, checked):
+            if not begun:
+                raise ConfigError(other_frame)
+            checked.notices.append(other_frame)
     there = {index: phase for index, phase in enumerate(config.phases) if index not in missing}
     corpora = {index: Corpus([opened[key] for key in _part_keys(index, phase)]) for index, phase in there.items()}
     mixtures = {index: _mixture(config, index, corpus) for index, corpus in corpora.items()}
@@ -97,12 +101,23 @@ def check(
         missing=missing,
         replay_base=opened.get("replay.base"),
         probes=[opened[f"probes.sets.{index}.shards"] for index in range(len(config.probes.sets))],
-        tokenizer=fingerprint,
+        tokenizer=checked.fingerprint,
+        notices=checked.notices,
     )
 
 
-def check_base(config: Config, world: int) -> tuple[Any, str]:
-    """What needs no shards: ranks, engine and base. Returns the base's configuration and its tokenizer's fingerprint.
+@dataclass(frozen=True)
+class CheckedBase:
+    """A base's configuration, its tokenizer and the fingerprint of that, and lines about it for a person."""
+
+    architecture: Any
+    tokenizer: Any
+    fingerprint: str
+    notices: list[str]
+
+
+def check_base(config: Config, world: int) -> CheckedBase:
+    """What needs no shards: ranks, engine and base.
 
     Raises:
         ConfigError, FileNotFoundError: as `check`.
@@ -112,7 +127,14 @@ def check_base(config: Config, world: int) -> tuple[Any, str]:
     read_deepspeed_config(config.engine.deepspeed)
     architecture = _architecture(config.base)
     _check_layers(config, architecture)
-    return architecture, _fingerprint(config.base)
+    checked = _checked_base(config.base, architecture)
+    samples = config.monitoring.samples
+    for index, prompt in enumerate(samples.prompts if samples.max_new_tokens else []):
+        try:
+            prompt_ids(checked.tokenizer, prompt, architecture.vocab_size, f"monitoring.samples.prompts.{index}")
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+    return checked
 
 
 def locations(config: Config) -> Iterator[tuple[str, str]]:
@@ -195,34 +217,27 @@ def _check_layers(config: Config, architecture: Any) -> None:
         )
 
 
-def _fingerprint(base: BaseConfig) -> str:
+def _checked_base(base: BaseConfig, architecture: Any) -> CheckedBase:
     try:
-        return tokenizer_fingerprint(
-            AutoTokenizer.from_pretrained(base.model, revision=base.revision, trust_remote_code=False)
-        )
+        tokenizer, notices = read_tokenizer(base.model, base.revision)
+        return CheckedBase(architecture, tokenizer, tokenizer_fingerprint(tokenizer), notices)
     except (OSError, ValueError) as error:
         raise ConfigError(f"base.model = {base.model}: its tokenizer can't be used: {_first_line(error)}") from error
 
 
-def _check_shards(
-    key: str, folder: str, manifest: Manifest, config: Config, fingerprint: str, architecture: Any
-) -> None:
+def _check_shards(key: str, folder: str, manifest: Manifest, config: Config, base: CheckedBase) -> str | None:
+    """Returns as `check_made_for`."""
     if manifest.block_size != config.base.block_size:
         raise ConfigError(
             f"{key} = {folder}: its blocks have {manifest.block_size} tokens, base.block_size is "
             f"{config.base.block_size}: set one to the other, or build the shards anew"
         )
-    if manifest.tokenizer.fingerprint != fingerprint:
-        raise ConfigError(
-            f"{key} = {folder}: built with tokenizer {manifest.tokenizer.name!r} of fingerprint "
-            f"{manifest.tokenizer.fingerprint[:16]}…, {config.base.model} has {fingerprint[:16]}…: build the shards "
-            f"anew with --tokenizer {config.base.model}"
-        )
-    if manifest.tokenizer.vocab_size > architecture.vocab_size:
-        raise ConfigError(
-            f"{key} = {folder}: token ids up to {manifest.tokenizer.vocab_size - 1}, but {config.base.model} has only "
-            f"{architecture.vocab_size} embeddings"
-        )
+    embeddings = base.architecture.vocab_size
+    place = f"{key} = {folder}"
+    try:
+        return check_made_for(place, manifest, base.tokenizer, base.fingerprint, config.base.model, embeddings)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _check_held_out(config: Config, opened: dict[str, ShardSet]) -> None:

@@ -110,6 +110,8 @@ class RunState:
             facts["inverse error, weights ± 0.02"] = str(self.invertibility(self.plan.phases[0], noise=0.02))
         if self.peers.rank == 0:
             startup.show(facts)
+            for notice in self.plan.notices:
+                log.warning("%s", notice)
             peak = startup.peak_of(self.config, self.peers.device)
             if peak is None and self.peers.device.type == "cuda":
                 words = "the peak of %s in %s isn't known, so its share is not shown: monitoring.peak_tflops sets it"

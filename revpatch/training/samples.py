@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from transformers import AutoTokenizer
 
 from revpatch.config import BaseConfig, SamplesConfig
 from revpatch.patch.patched_model import switchboard
+from revpatch.stream.tokenizer import prompt_ids, read_tokenizer
 
 PROMPT_TOKENS = 16
 """Of a held-out block, where the config names no prompts."""
@@ -32,8 +32,8 @@ class Sampler:
         self, base: nn.Module, of: BaseConfig, config: SamplesConfig, blocks: dict[str, NDArray[np.int64]]
     ) -> None:
         self.base, self.max_new_tokens = base, config.max_new_tokens
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(of.model, revision=of.revision, trust_remote_code=False)
-        given = [self.tokenizer(prompt).input_ids for prompt in config.prompts]
+        self.tokenizer: Any = read_tokenizer(of.model, of.revision)[0]  # the run's plan has the notices
+        given = [prompt_ids(self.tokenizer, prompt) for prompt in config.prompts]
         # The second half of a block, where a document is under way.
         held_out = [rows[0, rows.shape[1] // 2 :][:PROMPT_TOKENS].tolist() for rows in blocks.values()]
         self.prompts: list[list[int]] = [ids for ids in given or held_out if ids][:MAX_PROMPTS]

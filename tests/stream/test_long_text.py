@@ -86,7 +86,7 @@ TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
 def test_pieces_have_the_tokens_of_the_whole(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pieces, "CONTEXT_CHARACTERS", 60)
     tokenizer = TOKENIZERS[kind]()
-    encoder = Encoder(EncoderRecipe(tokenizer.to_str(), False, 0, "uint32", 0.0))
+    encoder = Encoder(EncoderRecipe(tokenizer.to_str(), False, (), 0, "uint32", 0.0))
     cut = 0
     for seed in range(12):
         generator = random.Random(seed)
@@ -114,7 +114,7 @@ def test_a_text_is_cut_between_words_or_lines_or_not_at_all(
     text: str, lengths: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pieces, "PIECE_CHARACTERS", 10)
-    ids = Encoder(EncoderRecipe(Tokenizer.from_file(str(BYTE_LEVEL)).to_str(), False, 0, "uint32", 0.0)).ids
+    ids = Encoder(EncoderRecipe(Tokenizer.from_file(str(BYTE_LEVEL)).to_str(), False, (), 0, "uint32", 0.0)).ids
     assert [len(work.texts[0]) for work, _ in works_of(text, 0, ids)] == lengths
 
 

@@ -13,7 +13,8 @@ from toy import make_tokenizer
 from toy_shards import make_manifest
 from transformers import AutoTokenizer
 
-from revpatch.stream.manifest import Manifest, TokenizerInfo, tokenizer_fingerprint
+from revpatch.stream.manifest import Manifest, TokenizerInfo
+from revpatch.stream.tokenizer import tokenizer_fingerprint, tokenizer_info
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
@@ -117,19 +118,19 @@ def test_the_fingerprint_sees_the_order_of_merges_and_the_normaliser() -> None:
 def test_tokenizer_info(tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     tokenizer.save_pretrained(tmp_path / "tiny")
-    info = TokenizerInfo.of(AutoTokenizer.from_pretrained(tmp_path / "tiny"))
+    info = tokenizer_info(AutoTokenizer.from_pretrained(tmp_path / "tiny"))
     assert info == TokenizerInfo("tiny", tokenizer_fingerprint(tokenizer), 300, 0)
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="no end-of-text token"):
-        TokenizerInfo.of(tokenizer)
+        tokenizer_info(tokenizer)
     with pytest.raises(ValueError, match="not a fast tokenizer"):
-        TokenizerInfo.of(object())
+        tokenizer_info(object())
 
 
 def test_a_folder_without_a_tokenizer_is_not_taken_for_one(tmp_path: Path) -> None:
     """transformers makes an empty tokenizer of a model's folder that has none; it would turn any text into nothing."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}), encoding="utf-8")
     empty = AutoTokenizer.from_pretrained(tmp_path)
-    for describe in (tokenizer_fingerprint, TokenizerInfo.of):
+    for describe in (tokenizer_fingerprint, tokenizer_info):
         with pytest.raises(ValueError, match="no token but"):
             describe(empty)

@@ -17,7 +17,7 @@ import pytest
 from flaky_server import FlakyServer, drop, other, status
 
 from revpatch.stream import remote
-from revpatch.stream.chunks import Position, read_chunks
+from revpatch.stream.chunks import ChunkReading, Position, read_chunks
 from revpatch.stream.documents import Reading
 from revpatch.stream.sources import find_inputs, is_raw_source, read_documents
 
@@ -141,6 +141,8 @@ def test_the_bytes_read_grow_with_each_piece_of_a_long_text(tmp_path: Path) -> N
     (tmp_path / "a.txt").write_text("short")
     (tmp_path / "b.txt").write_text("one word after another " * 100_000)
     inputs = find_inputs([tmp_path / "a.txt", tmp_path / "b.txt"])
-    read = [chunk.bytes_read for chunk in read_chunks(inputs, "text", 0.0, Position())]
+    # A tokenizer that may be cut anywhere.
+    reading = ChunkReading("text", (), 0.0, skip_bad=False, verify=False, encode=lambda text: list(text.encode()))
+    read = [chunk.bytes_read for chunk in read_chunks(inputs, reading, Position())]
     assert read == sorted(read) and len(set(read)) > 6
     assert read[0] == 5 and read[-1] == sum(path.stat().st_size for path in tmp_path.glob("*.txt"))

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from revpatch.config import SidecarConfig
 from revpatch.patch.patched_model import base_sha256
-from revpatch.stream.manifest import tokenizer_fingerprint
+from revpatch.stream.tokenizer import tokenizer_fingerprint
 
 
 @pytest.fixture(scope="session")

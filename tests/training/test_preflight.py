@@ -12,7 +12,6 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch.distributed as dist
-from tokenizers import AddedToken
 from toy import BLOCK_SIZE, POSITIONS, Toy, make_base, make_text, make_tokenizer, save_base
 
 from revpatch.config import ConfigError
@@ -139,25 +138,6 @@ def test_shards_of_another_tokenizer(refused: Refused, tmp_path: Path) -> None:
     build_shards([source], other, BLOCK_SIZE, tmp_path / "other")
     message = refused(phases=one_phase(tmp_path / "other"), probes=NO_PROBES)
     holds(message, "phases.0.shards", tmp_path / "other", "tokenizer", "fingerprint", "--tokenizer")
-
-
-def test_a_tokenizer_with_more_tokens_than_the_base_has_embeddings(toy: Toy, refused: Refused, tmp_path: Path) -> None:
-    tokenizer = make_tokenizer()
-    tokenizer.add_tokens([AddedToken("<extra>")])
-    base = tmp_path / "small"
-    make_base(len(tokenizer) - 1).save_pretrained(base)
-    tokenizer.save_pretrained(base)
-    source = tmp_path / "text.txt"
-    source.write_text("\n".join(make_text(i) for i in range(100)), encoding="utf-8")
-    build_shards([source], tokenizer, BLOCK_SIZE, tmp_path / "more")
-    message = refused(
-        base={"model": str(base)},
-        phases=one_phase(tmp_path / "more"),
-        probes=NO_PROBES,
-        batch={"replay_blocks": 0},
-        replay={"base": None},
-    )
-    holds(message, "phases.0.shards", len(tokenizer) - 1, "embeddings", base)
 
 
 def test_a_base_of_odd_width(toy: Toy, refused: Refused, tmp_path: Path) -> None:

@@ -1,0 +1,499 @@
+"""Tokenizers as people have them: what is used is what tokenizer.json says, or a line says otherwise."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from command import Call, one_line
+from tokenizers import Tokenizer
+from toy import BLOCK_SIZE, Toy, make_base, make_text, make_tokenizer
+from transformers import AutoTokenizer
+
+from revpatch.config import ConfigError
+from revpatch.stream.build import build_shards
+from revpatch.stream.manifest import Manifest
+from revpatch.stream.shard_set import ShardSet
+from revpatch.stream.tokenizer import load_tokenizer, prompt_ids, read_tokenizer, tokenizer_fingerprint
+from revpatch.training.preflight import check
+
+Edit = Callable[[dict[str, Any]], object]
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+BOS, EOS, PAD = "<s>", "<|endoftext|>", "<pad>"
+
+
+def folder_of(folder: Path, edit: Edit = lambda _: None, **config: Any) -> Path:
+    """A folder with the toy's tokenizer.json, edited, and a tokenizer_config.json."""
+    state = json.loads(make_tokenizer().backend_tokenizer.to_str())
+    edit(state)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(state), encoding="utf-8")
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS, **config}
+    config = {key: value for key, value in config.items() if value is not None}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+def added(id_: int, content: str) -> dict[str, Any]:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": id_, "content": content, "special": True, **flags}
+
+
+def template(*tokens: str, ids: dict[str, int]) -> dict[str, Any]:
+    """A post-processor; `$` is the text."""
+    single = [
+        {"Sequence": {"id": "A", "type_id": 0}} if token == "$" else {"SpecialToken": {"id": token, "type_id": 0}}
+        for token in tokens
+    ]
+    special = {token: {"id": token, "ids": [ids[token]], "tokens": [token]} for token in ids}
+    pair = [*single, {"Sequence": {"id": "B", "type_id": 1}}]
+    return {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": special}
+
+
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    """The lines that are logged by `revpatch.stream`."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    log = logging.getLogger("revpatch.stream")
+    log.addHandler(handler)
+    yield lines
+    log.removeHandler(handler)
+
+
+def tokens_of(directory: Path) -> list[int]:
+    with ShardSet(directory) as shards:
+        found: list[int] = shards.read(np.arange(len(shards))).ravel().tolist()
+        return found
+
+
+def source_of(folder: Path, *texts: str) -> Path:
+    source = folder / "text.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return source
+
+
+def build(revpatch: Call, folder: Path, out: Path, *texts: str, options: tuple[object, ...] = ()) -> Any:
+    source = source_of(out.parent, *(texts or [make_text(i) for i in range(9)]))
+    command = ("shards", "build", source, "--tokenizer", folder, "--out", out, "--block-size", 4, "--workers", 1)
+    return revpatch(*command, *options)
+
+
+# --- damaged, missing, foreign -------------------------------------------------------------------------------------
+
+
+def write(name: str, text: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_text(text, encoding="utf-8")
+
+
+def cut(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    path.write_bytes(path.read_bytes()[:500])
+
+
+def of_a_newer_version(folder: Path) -> None:
+    folder_of(folder, lambda state: state["model"].update(type="Hologram"))
+
+
+def without_file(**config: str | dict[str, Any]) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        (folder / "tokenizer.json").unlink()
+        (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+
+    return spoil
+
+
+def a_link_to_nothing(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.json").symlink_to("../blobs/4d7a")
+
+
+CODE = {"AutoTokenizer": ["code.Mine", None]}
+DAMAGED: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
+    "cut off": (cut, ("tokenizer.json", "cut off", "copy it again")),
+    "empty": (write("tokenizer.json", ""), ("tokenizer.json", "empty", "copy it again")),
+    "a git-LFS pointer": (write("tokenizer.json", POINTER), ("tokenizer.json", "git lfs pull")),
+    "a config that is a git-LFS pointer": (write("tokenizer_config.json", POINTER), ("_config.json", "git lfs pull")),
+    "a list": (write("tokenizer.json", "[]"), ("tokenizer.json", "object", "list")),
+    "of a newer version": (of_a_newer_version, ("tokenizer.json", "tokenizers 0.", "newer")),
+    "a config that is cut off": (write("tokenizer_config.json", '{"eos'), ("tokenizer_config.json", "cut off")),
+    "missing": (without_file(), ("no tokenizer in it", "tokenizer.json")),
+    "a link to nothing": (a_link_to_nothing, ("tokenizer.json", "leads nowhere")),
+    "a slow one": (without_file(tokenizer_class="CanineTokenizer"), ("not a fast tokenizer", "tokenizer.json")),
+    "code of its own": (without_file(tokenizer_class="Mine", auto_map=CODE), ("tokenizer.json",)),
+    "another LFS file": (
+        lambda folder: (without_file()(folder), write("tokenizer.model", POINTER)(folder)),
+        ("tokenizer.model", "git lfs pull"),
+    ),
+    "no EOS": (write("tokenizer_config.json", "{}"), ("no end-of-text token",)),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_tokenizer_that_cant_be_used_is_named_in_one_line(case: str, revpatch: Call, tmp_path: Path) -> None:
+    spoil, words = DAMAGED[case]
+    folder = folder_of(tmp_path / "base")
+    (folder / "code.py").write_text("open('ran', 'w')\nclass Mine: pass\n")
+    spoil(folder)
+    one_line(build(revpatch, folder, tmp_path / "out"), "base", *words)
+    assert not Path("ran").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_name_of_nothing_and_of_a_file(revpatch: Call, tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "base")
+    one_line(build(revpatch, tmp_path / "gone", tmp_path / "out"), "gone", "no such local folder")
+    one_line(build(revpatch, folder / "tokenizer.json", tmp_path / "out"), "tokenizer.json is a file", "folder")
+
+
+@pytest.mark.parametrize("case", ["cut off", "a git-LFS pointer", "of a newer version"])
+def test_preflight_and_the_base_of_a_patch_say_the_same(case: str, toy: Toy, revpatch: Call, tmp_path: Path) -> None:
+    spoil, words = DAMAGED[case]
+    base = tmp_path / "base"
+    make_base(len(toy.tokenizer)).save_pretrained(base)
+    spoil(folder_of(base))
+    one_line(revpatch("train", toy.config_file(tmp_path, base={"model": str(base)})), "base.model", *words)
+
+
+# --- what the file says --------------------------------------------------------------------------------------------
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+DIGITS = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTES]}
+
+
+def digits_apart(state: dict[str, Any]) -> None:
+    """As SmolLM2's, and with a token of two digits that is never to be used."""
+    state["pre_tokenizer"] = DIGITS
+    state["model"]["vocab"]["19"] = 300
+    state["model"]["merges"].append(["1", "9"])
+
+
+LOWER = {"type": "Lowercase"}
+TEXTS = ["In 1984, 2024 and 30,500 of THEM", "it's DON'T\n\n  x = 10", "the patch learns 77"]
+FILES: dict[str, tuple[Edit, dict[str, Any], tuple[str, ...]]] = {
+    # what the file holds, its config, and what is said
+    "plain": (lambda _: None, {}, ()),
+    "GPT-2's": (lambda _: None, {"tokenizer_class": "GPT2Tokenizer"}, ()),
+    "SmolLM2's, digits apart": (
+        digits_apart,
+        {"tokenizer_class": "GPT2Tokenizer"},
+        ("GPT2Tokenizer", "other ids", "1984"),
+    ),
+    "a normalizer that Qwen2Tokenizer drops": (
+        lambda state: state.update(normalizer=LOWER),
+        {"tokenizer_class": "Qwen2Tokenizer"},
+        ("Qwen2Tokenizer", "other ids"),
+    ),
+    "a byte-level file of LlamaTokenizer": (lambda _: None, {"tokenizer_class": "LlamaTokenizerFast"}, ()),
+    "no EOS but the class's": (
+        digits_apart,
+        {"tokenizer_class": "GPT2Tokenizer", "eos_token": None},
+        ("GPT2Tokenizer",),
+    ),
+    "code of its own": (
+        lambda _: None,
+        {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["code.Mine", None]}},
+        ("auto_map", "never run"),
+    ),
+    "truncation and padding": (
+        lambda state: state.update(
+            truncation={"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0},
+            padding={
+                "strategy": {"Fixed": 64},
+                "direction": "Right",
+                "pad_to_multiple_of": None,
+                "pad_id": 0,
+                "pad_type_id": 0,
+                "pad_token": EOS,
+            },
+        ),
+        {"model_max_length": 2},
+        (),
+    ),
+    "BOS in the config alone": (
+        lambda _: None,
+        {"add_bos_token": True, "bos_token": EOS},
+        ("no BOS before a text", "add_bos_token"),
+    ),
+    "tokens in the config alone": (lambda _: None, {"additional_special_tokens": ["<|im_start|>"]}, ()),
+    "dropout": (lambda state: state["model"].update(dropout=0.5), {}, ("dropout is off",)),
+    "upper case is dropped": (lambda state: state.update(normalizer=LOWER), {}, ("no upper case",)),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_the_ids_are_those_of_the_file(case: str, revpatch: Call, said: list[str], tmp_path: Path) -> None:
+    edit, config, words = FILES[case]
+    folder = folder_of(tmp_path / "base", edit, **config)
+    (folder / "code.py").write_text("open('ran', 'w')\n")
+    for out in ("one", "two"):
+        result = build(revpatch, folder, tmp_path / out, *TEXTS)
+        assert result.code == 0, result
+    own = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    own.no_truncation()
+    own.no_padding()
+    own.model.dropout = None
+    expected = [id_ for text in TEXTS for id_ in (*own.encode(text, add_special_tokens=False).ids, 0)]
+    found = tokens_of(tmp_path / "one")
+    assert found == tokens_of(tmp_path / "two") == expected[: len(found)]
+    lines = [line for line in said if str(folder) in line]
+    assert len(lines) <= 2
+    assert [word for word in words if word not in " ".join(lines)] == []
+    assert bool(lines) == bool(words), lines
+    loaded = load_tokenizer(str(folder))
+    assert prompt_ids(loaded, TEXTS[0]) == own.encode(TEXTS[0], add_special_tokens=False).ids
+    assert Manifest.read(tmp_path / "one").tokenizer.fingerprint == tokenizer_fingerprint(loaded)
+    if not words:  # what was built before this was checked is still good
+        assert tokenizer_fingerprint(loaded) == tokenizer_fingerprint(AutoTokenizer.from_pretrained(folder))
+    loaded.save_pretrained(tmp_path / "saved")
+    again, notices = read_tokenizer(str(tmp_path / "saved"))
+    assert tokenizer_fingerprint(again) == tokenizer_fingerprint(loaded)
+    assert not [line for line in notices if "other ids" in line]
+    assert not Path("ran").exists()
+
+
+# --- framing -------------------------------------------------------------------------------------------------------
+
+IDS = {BOS: 300, EOS: 0, PAD: 301}
+
+
+def with_template(*tokens: str) -> Edit:
+    def edit(state: dict[str, Any]) -> None:
+        state["added_tokens"] += [added(300, BOS), added(301, PAD)]
+        state["post_processor"] = template(*tokens, ids={t: IDS[t] for t in tokens if t != "$"})
+
+    return edit
+
+
+FRAMES: dict[str, tuple[Edit, dict[str, Any], list[int], list[int]]] = {
+    # what comes before a document, and what before a prompt
+    "no template": (with_template("$"), {}, [], []),
+    "BOS": (with_template(BOS, "$"), {"bos_token": BOS}, [300], [300]),
+    "BOS and EOS": (with_template(BOS, "$", EOS), {"bos_token": BOS}, [300], [300]),
+    "EOS alone": (with_template("$", EOS), {}, [], []),
+    "two tokens": (with_template(PAD, BOS, "$"), {}, [301, 300], [301, 300]),
+    "BOS is EOS": (with_template(EOS, "$"), {"bos_token": EOS}, [], [0]),
+    "its config asks for it in vain": (with_template("$"), {"bos_token": BOS, "add_bos_token": True}, [], []),
+    "BOS of no template": (with_template("$"), {"bos_token": BOS}, [], []),
+}
+
+
+@pytest.mark.parametrize("case", FRAMES)
+def test_documents_and_prompts_are_framed_alike(case: str, revpatch: Call, tmp_path: Path) -> None:
+    edit, config, document, prompt = FRAMES[case]
+    folder = folder_of(tmp_path / "base", edit, **config)
+    plain = make_tokenizer().backend_tokenizer
+    texts = ["the patch", "", "learns it", "what a stream brings"]
+    assert build(revpatch, folder, tmp_path / "out", *texts).code == 0
+    expected = [id_ for text in texts if text for id_ in (*document, *plain.encode(text).ids, 0)]
+    found = tokens_of(tmp_path / "out")
+    assert found == expected[: len(found)]
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert manifest["tokenizer"].get("bos_token_ids", []) == document
+    loaded = load_tokenizer(str(folder))
+    assert prompt_ids(loaded, "the patch") == [*prompt, *plain.encode("the patch").ids]
+    if document:
+        spelled = loaded.decode(document)
+        assert prompt_ids(loaded, f"{spelled}the patch") == prompt_ids(loaded, "the patch"), "never twice"
+
+
+def test_a_long_document_begins_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(folder_of(tmp_path / "base", with_template(BOS, "$"), bos_token=BOS)))
+    source = source_of(tmp_path, make_text(1), " ".join(make_text(i) for i in range(90)), make_text(2))
+    build_shards(source, tokenizer, 4, tmp_path / "whole")
+    monkeypatch.setattr("revpatch.stream.pieces.PIECE_CHARACTERS", 400)
+    monkeypatch.setattr("revpatch.stream.chunks.LONG_CHARACTERS", 1000)
+    build_shards(source, tokenizer, 4, tmp_path / "pieces")
+    assert tokens_of(tmp_path / "pieces") == tokens_of(tmp_path / "whole")
+    assert tokens_of(tmp_path / "pieces").count(300) == 3
+
+
+def of_one_set(base: Path, folder: Path) -> dict[str, Any]:
+    """Settings of a run on one set of shards and its held-out side."""
+    probe = {"name": "base", "shards": f"{folder}_probe", "tolerance": 0.5}
+    return {
+        "base": {"model": str(base)},
+        "phases": [{"name": "first", "steps": 6, "shards": str(folder)}],
+        "replay": {"base": None},
+        "batch": {"replay_blocks": 0},
+        "probes": {"sets": [probe]},
+    }
+
+
+def test_sets_of_another_frame_are_never_mixed_in_silence(toy: Toy, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    make_base(302).save_pretrained(base)
+    tokenizer = load_tokenizer(str(folder_of(base, with_template(BOS, "$"), bos_token=BOS)))
+    build_shards(toy.folder / "first.jsonl", tokenizer, BLOCK_SIZE, tmp_path / "first", holdout=0.2)
+    config = toy.config(tmp_path, **of_one_set(base, tmp_path / "first"))
+    assert check(config, 1).notices == []
+    path = tmp_path / "first/manifest.json"
+    older = json.loads(path.read_text())
+    del older["tokenizer"]["bos_token_ids"]
+    path.write_text(json.dumps(older))
+    with pytest.raises(ConfigError, match=r"begin with no special token.*'<s>'.*build the shards anew"):
+        check(config, 1)
+    (notice,) = check(config, 1, begun=True).notices
+    assert "phases.0.shards" in notice
+
+
+# --- characters ----------------------------------------------------------------------------------------------------
+
+CYRILLIC = "Мама мыла раму, а папа спал. " * 4
+LATIN = "the cat sat on the mat, and it was low. " * 4
+LETTERS = "abcdefghijklmnopqrstuvwxyz,. "
+
+
+def model(kind: str, vocabulary: Any, pre_tokenizer: Any = None, **options: Any) -> Edit:
+    def edit(state: dict[str, Any]) -> None:
+        state["model"] = {"type": kind, "vocab": vocabulary, **options}
+        state["pre_tokenizer"] = pre_tokenizer
+        state["decoder"] = None
+
+    return edit
+
+
+def numbered(*tokens: str) -> dict[str, int]:
+    return {token: id_ for id_, token in enumerate([EOS, "<unk>", *tokens])}
+
+
+CHARACTERS = numbered(*LETTERS)
+FALLBACK = numbered(*LETTERS, *(f"<0x{value:02X}>" for value in range(256)))
+PIECES = [[EOS, 0.0], ["<unk>", -9.0], *([token, -2.0] for token in LETTERS)]
+SPLIT = {"type": "Whitespace"}
+WORDPIECE = {"unk_token": "<unk>", "continuing_subword_prefix": "##", "max_input_chars_per_word": 100}
+REMOVED = {"type": "Split", "pattern": {"Regex": "[А-я]"}, "behavior": "Removed", "invert": False}
+LETTER_COUNT = sum(character.isalpha() for character in CYRILLIC)
+LOSSY: dict[str, tuple[Edit, int]] = {
+    # characters that are lost of CYRILLIC
+    "byte-level": (lambda _: None, 0),
+    "falls back to bytes": (model("BPE", FALLBACK, merges=[], byte_fallback=True, unk_token="<unk>"), 0),
+    "vanish": (model("BPE", CHARACTERS, merges=[]), LETTER_COUNT),
+    "unknown": (model("BPE", CHARACTERS, merges=[], unk_token="<unk>"), LETTER_COUNT),
+    "unknown, fused": (model("BPE", CHARACTERS, merges=[], unk_token="<unk>", fuse_unk=True), LETTER_COUNT),
+    "Unigram": (model("Unigram", PIECES, unk_id=1), LETTER_COUNT),
+    "WordLevel": (model("WordLevel", numbered("the", "cat", ",", "."), SPLIT, unk_token="<unk>"), LETTER_COUNT),
+    "WordPiece": (
+        model("WordPiece", numbered(*LETTERS, *(f"##{letter}" for letter in LETTERS)), SPLIT, **WORDPIECE),
+        LETTER_COUNT,
+    ),
+    "half of the bytes": (
+        lambda state: state["model"].update(vocab=numbered(*"abcdefghijklmnopqrstuvwxyz,.Ġ"), merges=[]),
+        LETTER_COUNT,
+    ),
+    "removed": (
+        lambda state: state.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [REMOVED, BYTES]}),
+        LETTER_COUNT,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LOSSY)
+def test_characters_that_cant_be_spelled_are_counted(
+    case: str, revpatch: Call, said: list[str], tmp_path: Path
+) -> None:
+    edit, lost = LOSSY[case]
+    folder = folder_of(tmp_path / "base", edit)
+    result = build(revpatch, folder, tmp_path / "out", CYRILLIC, LATIN)
+    if not lost:
+        assert result.code == 0
+        assert "characters" not in (tmp_path / "out/manifest.json").read_text()
+        return
+    one_line(result, "out", "can't spell", "1.00%", "--max-lost")
+    assert not (tmp_path / "out").exists()
+    result = build(revpatch, folder, tmp_path / "out", CYRILLIC, LATIN, options=("--max-lost", 1))
+    assert result.code == 0, result
+    manifest = Manifest.read(tmp_path / "out")
+    if case != "WordLevel":  # it knows few words of LATIN either
+        assert manifest.lost_characters == lost
+    assert manifest.characters == len(CYRILLIC) + len(LATIN)
+    assert [line for line in said if "can't spell" in line]
+    shown = revpatch("shards", "show", tmp_path / "out", "--blocks", 0)
+    assert f"lost         {manifest.lost_characters:,} of" in shown.out
+
+
+@pytest.mark.parametrize(("stray", "warned", "code"), [(0, False, 0), (1, False, 0), (20, True, 0), (200, False, 2)])
+def test_few_lost_characters_are_recorded_some_warned_of_many_refused(
+    stray: int, warned: bool, code: int, revpatch: Call, said: list[str], tmp_path: Path
+) -> None:
+    folder = folder_of(tmp_path / "base", LOSSY["unknown"][0])
+    texts = [f"{LATIN} {i * 'a'}" for i in range(40)]
+    result = build(revpatch, folder, tmp_path / "out", *texts, "я" * stray, options=("--holdout", 0.3))
+    assert result.code == code, result
+    assert bool([line for line in said if "can't spell" in line]) == warned
+    if not code:
+        sides = [Manifest.read(tmp_path / name) for name in ("out", "out_probe")]
+        assert sum(side.lost_characters for side in sides) == stray
+
+
+def test_an_end_of_text_that_is_the_unknown_token(revpatch: Call, tmp_path: Path) -> None:
+    edit = model("BPE", CHARACTERS, merges=[], unk_token=EOS)
+    one_line(build(revpatch, folder_of(tmp_path / "base", edit), tmp_path / "out"), EOS, "can't spell", "eos_token")
+
+
+def test_special_tokens_that_the_text_spells_are_counted(revpatch: Call, said: list[str], tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "base", with_template(BOS, "$"), bos_token=BOS)
+    assert build(revpatch, folder, tmp_path / "out", f"one{EOS}two", "three", f"{PAD} four").code == 0
+    assert Manifest.read(tmp_path / "out").special_tokens == 2
+    assert [line for line in said if "special tokens 2 times" in line]
+
+
+def test_a_tokenizer_that_fails_on_text(revpatch: Call, tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "base", model("WordLevel", numbered("the"), SPLIT, unk_token="<none>"))
+    one_line(build(revpatch, folder, tmp_path / "out"), "tokenizer", "[UNK]")
+
+
+# --- more ids than embeddings --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def padded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base with an embedding less than its tokenizer has ids, as Llama 2 with a pad token."""
+    base = tmp_path_factory.mktemp("padded") / "base"
+    make_base(300).save_pretrained(base)
+    folder_of(base, lambda state: state["added_tokens"].append(added(300, PAD)), pad_token=PAD)
+    return base
+
+
+@pytest.mark.parametrize(("text", "is_held"), [("all of it", False), (f"a {PAD} b", True)])
+def test_an_id_without_embedding_is_refused_where_a_block_holds_it(
+    text: str, is_held: bool, padded: Path, toy: Toy, revpatch: Call, tmp_path: Path
+) -> None:
+    tokenizer = load_tokenizer(str(padded))
+    source = source_of(tmp_path, *(make_text(i) for i in range(60)), *[text] * 20)
+    build_shards(source, tokenizer, BLOCK_SIZE, tmp_path / "set", holdout=0.2)
+    config = toy.config(tmp_path, **of_one_set(padded, tmp_path / "set"))
+    if is_held:
+        with pytest.raises(ConfigError, match=r"token ids up to 300 \('<pad>'\).*300 embeddings"):
+            check(config, 1)
+    else:
+        assert Manifest.read(tmp_path / "set").last_id < 300
+        check(config, 1)
+    probed = revpatch("probe", "--patch", "none", "--base", padded, "--shards", tmp_path / "set")
+    if is_held:
+        one_line(probed, "<pad>", "300 embeddings")
+    else:
+        assert probed.code == 0, probed
+
+
+def test_a_prompt_without_embedding(padded: Path, toy: Toy, revpatch: Call, tmp_path: Path) -> None:
+    import torch
+
+    import revpatch as package
+    from revpatch.config import SidecarConfig
+
+    torch.manual_seed(0)
+    package.save_patch(package.Patch(32, 2, SidecarConfig(bottleneck=2)), tmp_path / "mine.safetensors")
+    command = ("generate", "--patch", tmp_path / "mine.safetensors", "--base", padded, "--max-new-tokens", 2)
+    one_line(revpatch(*command, "--prompt", f"a {PAD} b"), "--prompt", "'<pad>'", "300 embeddings")
+    assert revpatch(*command, "--prompt", "a b").code == 0
+    samples = {"prompts": [f"x{PAD}"], "max_new_tokens": 4}
+    config = toy.config(tmp_path, base={"model": str(padded)}, monitoring={"samples": samples})
+    with pytest.raises(ConfigError, match=r"monitoring\.samples\.prompts\.0 holds the token '<pad>'"):
+        check(config, 1)
