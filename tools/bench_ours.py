@@ -18,9 +18,12 @@ from torch import Tensor, nn
 from revpatch.config import TeacherConfig
 from revpatch.patch.families import blocks_of
 from revpatch.patch.patched_model import Patch, active_patch, attach, switchboard
+from revpatch.training.engine import Engine, MicroBatch, make_engine
 from revpatch.training.head_chunk import compiled, in_place
+from revpatch.training.launch import Peers
 from revpatch.training.lean import make_lean
 from revpatch.training.objective import PatchObjective
+from revpatch.training.record import Meter
 from revpatch.training.schedule import make_optimizer, set_learning_rate
 from revpatch.training.startup import compile_base
 from revpatch.training.teacher import Teacher
@@ -158,6 +161,31 @@ def _patched(base: nn.Module, patch: Patch, teacher: Teacher) -> Any:
 
     of_student.parameters = list(student.parameters())  # type: ignore[attr-defined]
     return of_student, lambda tokens: say(tokens, other)
+
+
+def trainers_step(ours: Ours, kind: str, peers: Peers) -> tuple[Engine, Callable[[], Tensor]]:
+    """Return the trainer's engine around the objective of `ours`, and one whole step with it, as the trainer makes it.
+
+    The step takes its tokens from CPU memory, pinned for a GPU, and adds what it gives to the sums of the log, which it
+    returns: on the device, so that nothing waits.
+    """
+    workload = ours.workload
+    engine, meter = make_engine(workload.run_config(kind, peers.world), ours.objective, peers), Meter()
+    count = workload.accumulation
+    each = workload.replay // count
+    rows = [ours.new.cpu(), ours.replay.cpu()]
+    new, replay = (tokens.pin_memory() if workload.device == "cuda" else tokens for tokens in rows)
+    parts = list(zip(new.chunk(count), replay.chunk(count), strict=True))
+    keys = [None if ours.keys is None else ours.keys[n * each : (n + 1) * each] for n in range(count)]
+
+    def step() -> Tensor:
+        there = [tuple(tokens.to(peers.device, non_blocking=True) for tokens in part) for part in parts]
+        batches = [MicroBatch(*tokens, own) for tokens, own in zip(there, keys, strict=True)]
+        meter.add(*engine.train_step(batches, LEARNING_RATE))
+        assert meter._sum is not None
+        return meter._sum
+
+    return engine, step
 
 
 def keys_of(replay: Tensor) -> Sequence[Key]:
