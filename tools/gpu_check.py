@@ -258,7 +258,7 @@ class Check:
 
 
 def packages(pyproject: Path) -> list[str]:
-    """Return a line for every package that the project asks for and that is not here, or is here in an older version."""
+    """Return a line for every package that the project asks for and that is not here, or is older here."""
     wrong = []
     text = pyproject.read_text(encoding="utf-8")
     for name, least in re.findall(r'"([A-Za-z0-9_-]+)>=([\d.]+)[^"]*"', text):

@@ -201,14 +201,38 @@ def sync(rows: Rows, device: str, backend: str | None) -> None:
                 ours = Ours(workload_of(device, 4, 2, backend, micro_blocks=4), cached=cached)
                 weights = {"stats_drift_weight": 0.1, "gate_l1_weight": 0.01, "patch_l2_weight": 0.01}
                 ours.objective.config = ours.objective.config.model_copy(update=weights)
-                _, one = trainers_step(ours, kind, peers)
+                engine, one = trainers_step(ours, kind, peers)
                 for _ in range(3):
                     one()
                 places = waits(one, device)
                 found += len(places)
                 name = f"{kind}{', with the teacher’s cache' if cached else ''}"
                 rows.add(Figure.plain(f"waits in a step, {name}", "; ".join(places) or "none", ""))
+            rows.add(*rolled_back(engine, one, ours.patch, peers, kind))
         rows.add(Figure.at_most("waits for the GPU in a step", 0, found, "waits"))
+
+
+def rolled_back(engine: Any, one: Callable[[], object], patch: Any, peers: Any, kind: str) -> list[Figure]:
+    """Whether a rollback gives back parameters, masters and moments to the bit; and whether steps after it repeat."""
+    import torch
+
+    from revpatch.training.rollback import restore, state_sha256
+
+    good, names = engine.state(), []
+    wanted = state_sha256(patch, good)
+    for _ in range(2):
+        for _ in range(3):
+            one()
+        names.append(state_sha256(patch, engine.state()))
+        found = restore(engine, patch, good, peers)
+    finite = all(bool(torch.isfinite(parameter).all()) for parameter in patch.parameters())
+    holds = found == wanted != names[0] and finite
+    words = "the same bits" if holds else "other bits"
+    again = "the same bits" if names[0] == names[1] else "other bits"
+    return [
+        Figure(f"after a rollback, {kind}", "the same bits", words, "", holds),
+        Figure.plain(f"three steps, made twice, {kind}", again, ""),
+    ]
 
 
 def waits(one: Callable[[], object], device: str) -> list[str]:
@@ -260,15 +284,16 @@ def memory(rows: Rows, device: str, backend: str | None) -> None:
     from bench_measure import peak_of
 
     new, replay = SIZES[device][0]
-    found = {}
-    for name in ("ours", "textbook-fp32", "textbook-bf16", "ours-checkpointing", "lora-lm", "full-lm"):
+    found, others = {}, ("textbook-bf16", "ours-checkpointing", "lora-lm", "full-lm")
+    for name in ("ours", "textbook-fp32", *(others if device == "cuda" else ())):
         found[name] = peak_of(name, workload_of(device, new, replay, backend, micro_blocks=4), 1)
         rows.add(Figure.plain(f"peak memory, {name}", found[name] / 2**20, "MiB"))
         if name == "textbook-fp32":
             share = found["ours"] / found[name]
             rows.add(Figure.at_most("peak memory, ours / textbook loop", 0.25, share, "of it"))
-    whole = peak_of("ours", workload_of(device, new, replay, backend), 1)
-    rows.add(Figure.plain("peak memory, ours in one micro-batch", whole / 2**20, "MiB"))
+    if device == "cuda":
+        whole = peak_of("ours", workload_of(device, new, replay, backend), 1)
+        rows.add(Figure.plain("peak memory, ours in one micro-batch", whole / 2**20, "MiB"))
 
 
 def nccl(rows: Rows, device: str, _: str | None) -> None:
