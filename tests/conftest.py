@@ -30,8 +30,9 @@ HERE = Path(__file__).resolve().parent
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what needs a GPU where there is none. A file's tests stay in one of the worker processes, as they share what is costly to make; so do all those of one
-    trained run (cli), and those that set up the machine itself (launch: network namespaces, sshd, Slurm)."""
+    """Leave out what needs a GPU where there is none. A file's tests stay in one of the worker processes, as they share
+    what is costly to make; so do all those of one trained run (cli), and those that set up the machine itself (launch:
+    network namespaces, sshd, Slurm)."""
     if not torch.cuda.is_available():
         needs_gpu = [item for item in items if item.get_closest_marker("gpu")]
         items[:] = [item for item in items if item not in needs_gpu]

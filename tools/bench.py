@@ -2,7 +2,8 @@
 
     python tools/bench.py [--rounds N] [--json FILE] [--threads N] [--shape gpt2|demo] [--peers a,b,...]
                           [--new 4] [--replay 2] [--block 256] [--micro-blocks 4] [--dtype auto|float32|bfloat16]
-                          [--checkpointing] [--compile] [--device auto|cpu|cuda] [--merge FILE...]
+                          [--checkpointing] [--compile [BACKEND]] [--device auto|cpu|cuda]
+                          [--without-memory] [--merge FILE...]
     python tools/bench.py --memory-of ours,textbook-fp32 --dtype bfloat16    # their peak memory, and nothing else
 
 One process, the same tokens for all, rounds interleaved: each round times one step of every peer (bench_peers.py).
@@ -72,6 +73,7 @@ def parse(words: list[str] | None = None) -> tuple[argparse.ArgumentParser, argp
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
     )
+    parser.add_argument("--without-memory", action="store_true", help="leaves out peak memory")
     parser.add_argument("--merge", type=Path, nargs="+", default=[], metavar="FILE")
     parser.add_argument("--memory-of", help="names, comma-separated: measures their memory alone", metavar="NAMES")
     arguments = parser.parse_args(words)
@@ -162,12 +164,16 @@ def measured(names: list[str], found: Found, arguments: argparse.Namespace, keep
     """Checks, counts, times and weighs the peers; `keep` is called whenever there is more."""
     peers, workload = {}, found.workload
     timed = [*names, *(f"loss: {name}" for name in LOSSES), "rate"]
+    weighed = [] if arguments.without_memory else names
     checks = [f"gradient of {name}, in float64" for name in names]
-    progress = Progress("bench.py", [*checks, LOSS_CHECK, *timed * (arguments.rounds + 1), *[PEAK] * len(names)])
+    progress = Progress("bench.py", [*checks, LOSS_CHECK, *timed * (arguments.rounds + 1), *[PEAK] * len(weighed)])
     for name, words in zip(names, checks, strict=True):
         with progress.step(words):
             peers[name] = PEERS[name](workload)
-            found.wrong[name] = check(name, peers[name])
+            # Of ours that are compiled the first is checked so; the others are the same code, and compiling takes long.
+            eager = workload.backend is not None and name != "ours"
+            with torch.compiler.set_stance("force_eager" if eager else "default"):
+                found.wrong[name] = check(name, peers[name])
             found.flops[name] = flops_of(peers[name])
     with progress.step(LOSS_CHECK):
         found.wrong |= {f"loss: {name}": value for name, value in check_losses(workload).items()}
@@ -178,7 +184,7 @@ def measured(names: list[str], found: Found, arguments: argparse.Namespace, keep
     measure(steps, arguments.rounds, workload, progress, found.seconds, keep)
     steps.clear()
     peers.clear()  # room for those whose memory is measured
-    for name in names:
+    for name in weighed:
         with progress.step(PEAK):
             found.memory[name] = peak_of(name, workload, arguments.threads)
         keep()

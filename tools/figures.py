@@ -80,7 +80,9 @@ def show(title: str, rows: list[Figure], file: Path | None) -> None:
 def write_figures(title: str, rows: list[Figure], file: Path) -> None:
     """Writes {"head": the title, "figures": [...]}."""
     content = {"head": title, "figures": [asdict(row) for row in rows]}
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    new = file.with_name(f"{file.name}.new")
+    new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    new.replace(file)  # a tool that is ended leaves a whole file
 
 
 def read_figures(file: Path) -> list[Figure]:

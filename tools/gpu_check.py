@@ -71,7 +71,7 @@ def own(name: str, *options: str) -> tuple[str, ...]:
 BENCH = ("bench.py", "--device=cuda", "--dtype=bfloat16", "--block=1024", "--new=8", "--replay=4", "--micro-blocks=12")
 PEERS = ("--rounds=5", "--peers=lora-lm,lora-kl,textbook-bf16,textbook-fp32,full-lm")
 TINY_BENCH = ("bench.py", "--device=cpu", "--dtype=float32", "--shape=tiny", "--block=32", "--rounds=1", "--threads=1")
-TINY_PEERS = ("--new=2", "--replay=1", "--peers=lora-lm,lora-kl")
+TINY_PEERS = ("--new=2", "--replay=1", "--peers=lora-lm,lora-kl", "--without-memory")
 TEXT = ("bench_generate.py", "--device=cuda", "--dtype=bfloat16", "--bases=gpt2,demo", "--rounds=3")
 TINY_TEXT = ("bench_generate.py", "--bases=demo", "--rounds=1", "--tokens=4", "--threads=1")
 LORA = (("lora-lm / ours", ">= 1.3", "times"), ("lora-kl / ours", ">= 2", "times"))
@@ -117,7 +117,7 @@ PARTS = (
     Part(
         "bench-compiled",
         "the alternatives beside a compiled step",
-        110,
+        180,
         (*BENCH, "--rounds=3", "--peers=lora-lm,lora-kl", "--compile"),
         (*TINY_BENCH, *TINY_PEERS, "--compile=aot_eager"),
     ),
@@ -210,9 +210,8 @@ class Check:
             reader.join(5)
             if figures.is_file():
                 outcome.figures = read_figures(figures)
-        # Tools exit with 1 too if a figure does not hold, once they have all of them.
-        if outcome.status.startswith("failed (exit code 1)") and outcome.figures and "Traceback" not in "".join(said):
-            outcome.status = "done"
+        if tool == "bench_generate.py" and outcome.status.startswith("failed (exit code 1)") and outcome.figures:
+            outcome.status = "done"  # so it exits when a figure does not hold
         outcome.seconds = round(time.monotonic() - began, 1)
         outcome.said = [] if outcome.status == "done" else list(said)
         return outcome
