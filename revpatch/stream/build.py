@@ -22,10 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from revpatch.stream.chunks import Chunk, Position, read_chunks
+from revpatch.stream.chunks import LONG_CHARACTERS, PIECE_CHARACTERS, Chunk, Position, read_chunks
 from revpatch.stream.documents import Input
 from revpatch.stream.encode import EncoderRecipe, Work, encode_in_order
-from revpatch.stream.long_text import LONG_BYTES, PIECE_CHARACTERS
 from revpatch.stream.manifest import MANIFEST_NAME, MANIFEST_VERSION, Manifest, TokenizerInfo
 from revpatch.stream.rows import Row, Rows
 from revpatch.stream.sources import find_inputs, name_of_source
@@ -161,7 +160,7 @@ def _opened(
         "tokenizer": asdict(recipe["tokenizer"]),
         "sources": list(recipe["sources"]),
         "blocks_per_shard": blocks_per_shard,
-        "long_documents": [LONG_BYTES, PIECE_CHARACTERS],
+        "long_documents": [LONG_CHARACTERS, PIECE_CHARACTERS],
     }
     unfinished = UnfinishedBuild(out, plain, [{"name": found.name, **found.identity} for found in inputs])
     keep = False
@@ -215,7 +214,7 @@ def _fill(
 
     def works() -> Iterator[Work]:
         try:
-            for chunk in read_chunks(inputs, text_column, unfinished.folder, encoder.holdout, position):
+            for chunk in read_chunks(inputs, text_column, encoder.holdout, position):
                 waiting.append(chunk)
                 yield chunk.work
         except ValueError as error:

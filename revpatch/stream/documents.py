@@ -1,4 +1,4 @@
-"""What readers and the builder speak of: a document, short or long, and an input that gives documents in order."""
+"""What readers and the builder speak of: a document, one that can't be read, and an input that gives both in order."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-from revpatch.stream.long_text import LongText
 
 
 @dataclass(frozen=True)
@@ -20,11 +18,14 @@ class Document:
 
 
 @dataclass(frozen=True)
-class LongDocument:
-    """A document that is too long for the memory; its text may be read until the next document is asked for."""
+class BadDocument:
+    """A document that can't be read, where those after it can: `reason` names file, place and remedy.
+
+    A reader that can't read any further raises ValueError instead.
+    """
 
     id: str
-    text: LongText
+    reason: str
 
 
 @dataclass
@@ -38,12 +39,13 @@ class Meter:
 class Reading:
     """What a reader is told.
 
-    `spool` is a folder for texts that are too long for the memory. The first `skip` documents are passed over.
+    `separators` are strings that stand between documents in plain text, such as `<|endoftext|>`. The first `skip`
+    documents, those that can't be read included, are passed over.
     """
 
     text_column: str
-    spool: Path
     skip: int = 0
+    separators: tuple[str, ...] = ()
     meter: Meter = field(default_factory=Meter)
 
 
@@ -57,7 +59,7 @@ class Input:
     name: str
     identity: dict[str, Any]
     bytes: int | None
-    read: Callable[[Reading], Iterator[Document | LongDocument]]
+    read: Callable[[Reading], Iterator[Document | BadDocument]]
 
 
 def excerpt(text: str) -> str:

@@ -1,7 +1,7 @@
 """Documents out of files: one a .txt file, one a line of .jsonl (either may be .gz or .zst), one a row of .parquet.
 
-A reader per ending, in one table; every complaint names the file, the line, and what to do. A text or a line of more
-than LONG_BYTES is never in the memory whole. A value of parquet is: pyarrow gives it so.
+A reader per ending, in one table; every complaint names the file, the line, and what to do. A document must fit the
+memory.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from typing import Any, BinaryIO, cast
 import pyarrow
 import pyarrow.parquet
 
-from revpatch.stream import long_text
 from revpatch.stream.documents import (
+    BadDocument,
     Document,
     Input,
-    LongDocument,
     Meter,
     Reading,
     check_text,
@@ -31,10 +30,8 @@ from revpatch.stream.documents import (
     file_identity,
     missing_column,
 )
-from revpatch.stream.json_scan import scan_object
-from revpatch.stream.long_text import LongText, not_utf8
 
-Documents = Iterator[Document | LongDocument]
+Documents = Iterator[Document | BadDocument]
 _BUFFER_BYTES = 2**18
 _PARQUET_ROWS = 128
 _PARQUET_BUFFER = 2**20  # without one a whole column of a row group is held, compressed
@@ -55,29 +52,14 @@ def read_txt(path: Path, reading: Reading) -> Documents:
     if reading.skip:
         return
     with _opened(path, reading.meter) as file:
-        data = file.read(long_text.LONG_BYTES + 1)
-    if len(data) <= long_text.LONG_BYTES:
-        yield Document(path.name, decoded(data, str(path)).removeprefix("\ufeff"))
-    else:
-        text = LongText(partial(_opened, path, reading.meter), str(path), byte_order_mark=True)
-        yield LongDocument(path.name, text)
+        yield Document(path.name, decoded(file.read(), str(path)).removeprefix("\ufeff"))
 
 
 def read_jsonl(path: Path, reading: Reading) -> Documents:
     skip = reading.skip
     with _opened(path, reading.meter) as file:
-        number = 0
-        while line := file.readline(long_text.LONG_BYTES + 1):
-            number += 1
+        for number, line in enumerate(file, 1):
             where = f"{path}:{number}"
-            if len(line) > long_text.LONG_BYTES and not line.endswith(b"\n"):
-                long = _RestOfLine(line, file).read
-                for document in scanned_documents(long, where, f"{path.name}:{number}", reading, first=number == 1):
-                    if skip:
-                        skip -= 1
-                    else:
-                        yield document
-                continue
             text = decoded(line, where).removeprefix("\ufeff" if number == 1 else "")
             if not text.strip():
                 continue
@@ -116,26 +98,6 @@ def _parquet_values(file: Any, group: int, text_column: str) -> Iterator[Any]:
         yield from batch.column(0).to_pylist()
 
 
-def scanned_documents(
-    read: Callable[[int], bytes], where: str, name: str, reading: Reading, *, first: bool = False
-) -> Documents:
-    """The document of one long JSON object, by way of a file in the spool's folder; none where it is blank."""
-    path = reading.spool / "long_text"
-    with path.open("w+b") as spool:
-        fields = scan_object(read, spool, where, reading.text_column, first)
-        size = spool.tell()
-    if fields is not None:
-        yield spooled_document(path, size, fields.get("id", name), where)
-    path.unlink()
-
-
-def spooled_document(path: Path, size: int, name: str, where: str) -> Document | LongDocument:
-    """The document whose text lies in a file, of `size` bytes."""
-    if size <= long_text.LONG_BYTES:
-        return Document(name, path.read_bytes().decode())
-    return LongDocument(name, LongText(partial(io.FileIO, path), where))
-
-
 def json_document(text: str, where: str, name: str, text_column: str) -> Document:
     """The document of a JSON object. Raises ValueError where it is none, or has no such text."""
     try:
@@ -161,7 +123,10 @@ def decoded(data: bytes, where: str) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise not_utf8(error, where) from None
+        raise ValueError(
+            f"{where}: expected UTF-8, found the byte 0x{data[error.start]:02x} at offset {error.start}; "
+            "convert it, for example: iconv -f latin1 -t utf-8"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -193,6 +158,11 @@ class _Metered(io.FileIO):
         self._meter.bytes = self.tell()
         return count
 
+    def readall(self) -> bytes:  # what a buffered reader calls for the rest of a file
+        data = super().readall()
+        self._meter.bytes = self.tell()
+        return data
+
 
 class _BrokenZstd(Exception):
     """What pyarrow found wrong."""
@@ -214,22 +184,6 @@ class _Zstd(io.RawIOBase):
             raise _BrokenZstd(str(error)) from error
         buffer[: len(data)] = data
         return len(data)
-
-
-class _RestOfLine:
-    """Reads one line of a file, whose beginning has been read already."""
-
-    def __init__(self, beginning: bytes, file: BinaryIO) -> None:
-        self._beginning = io.BytesIO(beginning)
-        self._file = file
-        self._ended = False
-
-    def read(self, size: int) -> bytes:
-        data = self._beginning.read(size)
-        if not data and not self._ended:
-            data = self._file.readline(size)
-            self._ended = not data or data.endswith(b"\n")
-        return data
 
 
 READERS: dict[str, Callable[[Path, Reading], Documents]] = {

@@ -6,17 +6,9 @@ The same text is always on the same side, whatever else is in the corpus, so the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
 
 
 def is_held_out(text: str, holdout: float) -> bool:
     """Whether a document is on the probe's side when about the fraction `holdout` of all documents is."""
-    return is_held_out_in_parts([text], holdout)
-
-
-def is_held_out_in_parts(parts: Iterable[str], holdout: float) -> bool:
-    """The same of a text that comes in parts."""
-    digest = hashlib.blake2b(digest_size=8, person=b"holdout")
-    for part in parts:
-        digest.update(part.encode("utf-8"))
+    digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8, person=b"holdout")
     return int.from_bytes(digest.digest(), "big") < holdout * 2**64

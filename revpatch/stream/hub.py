@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from revpatch.stream.documents import (
+    BadDocument,
     Document,
     Input,
-    LongDocument,
     Reading,
     check_text,
     file_identity,
@@ -67,7 +67,7 @@ def parse_hub_spec(spec: str) -> HubSpec:
     return HubSpec(spec, candidates, split, column or None)
 
 
-def _read(parsed: HubSpec, reading: Reading) -> Iterator[Document | LongDocument]:
+def _read(parsed: HubSpec, reading: Reading) -> Iterator[Document | BadDocument]:
     column = parsed.column or reading.text_column
     rows = iter(_open(parsed).skip(reading.skip))
     number = reading.skip

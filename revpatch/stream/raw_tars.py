@@ -20,9 +20,9 @@ from typing import IO, Any, BinaryIO, cast
 
 import braceexpand
 
-from revpatch.stream import long_text, remote
-from revpatch.stream.documents import Document, Input, LongDocument, Meter, Reading, file_identity
-from revpatch.stream.files import decoded, json_document, scanned_documents, spooled_document
+from revpatch.stream import remote
+from revpatch.stream.documents import BadDocument, Document, Input, Meter, Reading, file_identity
+from revpatch.stream.files import decoded, json_document
 
 _log = logging.getLogger(__name__)
 RETRIES = 5
@@ -50,7 +50,7 @@ def _tar_input(url: str) -> Input:
     return Input(f"wds:{url}", file_identity(path), path.stat().st_size, partial(_read, url))
 
 
-def _read(url: str, reading: Reading) -> Iterator[Document | LongDocument]:
+def _read(url: str, reading: Reading) -> Iterator[Document | BadDocument]:
     others: Counter[str] = Counter()
     matched = False
     try:
@@ -84,29 +84,16 @@ def _read(url: str, reading: Reading) -> Iterator[Document | LongDocument]:
 
 def _documents_of_member(
     url: str, member: tarfile.TarInfo, file: IO[bytes], reading: Reading
-) -> Iterator[Document | LongDocument]:
+) -> Iterator[Document | BadDocument]:
     where, name = f"wds:{url}, member {member.name}", member.name
-    if member.size <= long_text.LONG_BYTES:
-        data = file.read()
-        if len(data) != member.size:
-            raise _BadTar(f"member {member.name} has {len(data)} bytes of {member.size}")
-        text = decoded(data, where).removeprefix("\ufeff")
-        if member.name.lower().endswith(".json"):
-            yield json_document(text, where, name, reading.text_column)
-        else:
-            yield Document(name, text)
-    elif member.name.lower().endswith(".json"):
-        yield from scanned_documents(file.read, where, name, reading, first=True)
+    data = file.read()
+    if len(data) != member.size:
+        raise _BadTar(f"member {member.name} has {len(data)} bytes of {member.size}")
+    text = decoded(data, where).removeprefix("\ufeff")
+    if member.name.lower().endswith(".json"):
+        yield json_document(text, where, name, reading.text_column)
     else:
-        path = reading.spool / "long_text"
-        with path.open("wb") as spool:
-            data = file.read(_CHUNK).removeprefix(b"\xef\xbb\xbf")
-            while data:
-                spool.write(data)
-                data = file.read(_CHUNK)
-            size = spool.tell()
-        yield spooled_document(path, size, name, where)
-        path.unlink()
+        yield Document(name, text)
 
 
 class _BadTar(Exception):

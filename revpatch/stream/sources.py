@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import glob
 import os
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from revpatch.stream.documents import Document, Input, Reading
+from revpatch.stream.documents import BadDocument, Document, Input, Reading
 from revpatch.stream.files import READERS, file_input, known_ending
 from revpatch.stream.hub import hub_input
 from revpatch.stream.manifest import MANIFEST_NAME
@@ -35,13 +34,13 @@ def find_inputs(sources: Iterable[str | Path]) -> list[Input]:
 
 
 def read_documents(sources: Iterable[str | Path], text_column: str = "text") -> Iterator[Document]:
-    """The documents of all sources, in order, each of them whole.
+    """The documents of all sources, in order.
 
     All paths are checked before the first document is read. Raises what `find_inputs` does, and ValueError for text
     that is not UTF-8, broken JSON, or a line whose `text_column` is missing or no text.
     """
     inputs = find_inputs(sources)
-    return (document for found in inputs for document in _whole_documents(found, text_column))
+    return (document for found in inputs for document in _readable_documents(found, text_column))
 
 
 def is_raw_source(spec: str) -> bool:
@@ -135,10 +134,8 @@ def _refuse(error: OSError) -> None:
     raise error
 
 
-def _whole_documents(found: Input, text_column: str) -> Iterator[Document]:
-    with tempfile.TemporaryDirectory() as spool:
-        for document in found.read(Reading(text_column, Path(spool))):
-            if isinstance(document, Document):
-                yield document
-            else:
-                yield Document(document.id, "".join(document.text.parts()))
+def _readable_documents(found: Input, text_column: str) -> Iterator[Document]:
+    for document in found.read(Reading(text_column)):
+        if isinstance(document, BadDocument):
+            raise ValueError(document.reason)
+        yield document

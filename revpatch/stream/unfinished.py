@@ -4,7 +4,6 @@
     recipe.json        what is built, of what; another recipe is refused
     checkpoint.json    where the build is, written every few seconds, after what it counts on is on the disk
     all, train, probe  the shards so far
-    long_text          a text that is too long for the memory
 
 A killed build leaves it, and the same command goes on from the last checkpoint.
 """

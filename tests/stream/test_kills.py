@@ -22,15 +22,15 @@ from revpatch.stream.manifest import Manifest
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = """
 import json, sys
-import revpatch.stream.build, revpatch.stream.chunks, revpatch.stream.long_text
+import revpatch.stream.build, revpatch.stream.chunks
 from light_tokenizer import LightTokenizer
 
 if __name__ == "__main__":
     arguments = json.loads(sys.argv[1])
     revpatch.stream.build.CHECKPOINT_SECONDS = 0.0
     revpatch.stream.chunks.CHUNK_DOCUMENTS = arguments.pop("chunk", 20)
-    revpatch.stream.long_text.LONG_BYTES = 20_000
-    revpatch.stream.long_text.PIECE_CHARACTERS = 3_000
+    revpatch.stream.chunks.LONG_CHARACTERS = 20_000
+    revpatch.stream.chunks.PIECE_CHARACTERS = 3_000
     tokenizer = LightTokenizer(arguments.pop("tokenizer"))
     def progress(p):
         print(p.tokens, flush=True)

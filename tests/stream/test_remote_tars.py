@@ -51,7 +51,7 @@ def test_the_same_texts_come_from_anywhere(server: FlakyServer, name: str, monke
         spec = f"wds:{url}"
         assert is_raw_source(spec)
         (found,) = find_inputs([spec])
-        reading = Reading("text", server.folder)
+        reading = Reading("text")
         assert [document.text for document in found.read(reading)] == TEXTS  # type: ignore[union-attr]
         assert reading.meter.bytes == path.stat().st_size
     monkeypatch.chdir(server.folder)
@@ -114,7 +114,7 @@ def test_the_members_of_a_tar_are_let_go_of(tmp_path: Path) -> None:
         (tmp_path / "a.tar").write_bytes(tar_of(["text"] * members))
         (found,) = find_inputs([f"wds:{tmp_path}/a.tar"])
         tracemalloc.start()
-        assert sum(1 for _ in found.read(Reading("text", tmp_path))) == members
+        assert sum(1 for _ in found.read(Reading("text"))) == members
         _, most = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         return most
@@ -132,7 +132,7 @@ def test_a_row_group_of_parquet_is_not_held_whole(tmp_path: Path) -> None:
         del texts, table
         (found,) = find_inputs([tmp_path / "a.parquet"])
         before = pyarrow.total_allocated_bytes()
-        return max(pyarrow.total_allocated_bytes() - before for _ in found.read(Reading("text", tmp_path)))
+        return max(pyarrow.total_allocated_bytes() - before for _ in found.read(Reading("text")))
 
     assert peak(3000) < 1.2 * peak(1500)
 
@@ -141,6 +141,6 @@ def test_the_bytes_read_grow_with_each_piece_of_a_long_text(tmp_path: Path) -> N
     (tmp_path / "a.txt").write_text("short")
     (tmp_path / "b.txt").write_text("one word after another " * 100_000)
     inputs = find_inputs([tmp_path / "a.txt", tmp_path / "b.txt"])
-    read = [chunk.bytes_read for chunk in read_chunks(inputs, "text", tmp_path, 0.0, Position())]
+    read = [chunk.bytes_read for chunk in read_chunks(inputs, "text", 0.0, Position())]
     assert read == sorted(read) and len(set(read)) > 6
     assert read[0] == 5 and read[-1] == sum(path.stat().st_size for path in tmp_path.glob("*.txt"))

@@ -15,7 +15,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from revpatch.stream import long_text, remote
+from revpatch.stream import remote
 from revpatch.stream.build import build_shards
 from revpatch.stream.documents import Document, Reading
 from revpatch.stream.hub import parse_hub_spec
@@ -122,29 +122,26 @@ def test_every_kind_gives_its_texts_from_any_place_on(kind: str, tmp_path: Path)
     spec = KINDS[kind](tmp_path)
     assert texts_of(spec) == TEXTS
     inputs = find_inputs([spec])
-    counts = [len(list(found.read(Reading("text", tmp_path)))) for found in inputs]
+    counts = [len(list(found.read(Reading("text")))) for found in inputs]
     assert sum(counts) == len(TEXTS)
     for skip in (0, 1, 57, counts[-1] - 1, counts[-1]):
-        read = [d.text for d in inputs[-1].read(Reading("text", tmp_path, skip)) if isinstance(d, Document)]
+        read = [d.text for d in inputs[-1].read(Reading("text", skip)) if isinstance(d, Document)]
         assert read == TEXTS[sum(counts[:-1]) + skip :]
     assert is_raw_source(spec)
 
 
 @pytest.mark.parametrize("ending", [".txt", ".txt.gz", ".txt.zst"])
-@pytest.mark.parametrize("limit", [10, 10_000])
-def test_a_text_file_is_one_document(tmp_path: Path, ending: str, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(long_text, "LONG_BYTES", limit)
+def test_a_text_file_is_one_document(tmp_path: Path, ending: str) -> None:
     text = "all of it\n\nis one é " * 40
     pack = {".txt": bytes, ".txt.gz": gzip.compress, ".txt.zst": zst}[ending]
     (tmp_path / f"a{ending}").write_bytes(pack(b"\xef\xbb\xbf" + text.encode()))
     assert texts_of(tmp_path / f"a{ending}") == [text]
 
 
-def test_long_members_of_tars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_members_of_tars(tmp_path: Path) -> None:
     text = "long é 😀 " * 100
     pretty = json.dumps({"id": "named", "text": text}, indent=1).encode()
     (tmp_path / "a.tar").write_bytes(tar({"a.txt": text.encode(), "b.json": pretty, "c.txt": b"short"}))
-    monkeypatch.setattr(long_text, "LONG_BYTES", 100)
     documents = list(read_documents([f"wds:{tmp_path}/a.tar"]))
     assert documents == [Document("a.txt", text), Document("named", text), Document("c.txt", "short")]
 
