@@ -257,7 +257,8 @@ def waits(one: Callable[[], object], device: str) -> list[str]:
 
         with Counted() as counted:
             one()
-        return counted.found
+        operations: list[str] = counted.found
+        return operations
     synchronize(device)
     try:
         with warnings.catch_warnings(record=True) as caught:  # all places, where an error would show the first alone
