@@ -27,8 +27,9 @@ revpatch_setup() {
         fi
         if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1 &&
             ! "$VENV/bin/python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-            echo "set-up: this machine has an NVIDIA GPU, but the torch that pip installed can't use it; install a CUDA" \
-                "build: $VENV/bin/pip install --force-reinstall torch==2.13.0 --index-url https://pypi.org/simple" >&2
+            echo "set-up: this machine has an NVIDIA GPU, but the torch that pip installed can't use it; let pip find a CUDA" \
+                "build of torch 2.13.0, as PyTorch's own instructions say (where it looks: pip's settings, or the" \
+                "variable PIP_INDEX_URL), and run the same command again" >&2
             return 1
         fi
         echo "$stamp" >"$VENV/.revpatch"

@@ -16,6 +16,7 @@ os.environ.setdefault("REVPATCH_SAY_AFTER", "3600")  # a busy machine is slow, a
 from collections.abc import Iterator
 
 import pytest
+import torch
 from browser import Browser, install_browser
 from command import Call, caller
 from hypothesis import settings
@@ -29,13 +30,24 @@ HERE = Path(__file__).resolve().parent
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file's tests stay in one of the worker processes, as they share what is costly to make; so do all those of one
-    trained run (cli), and those that set up the machine itself (launch: network namespaces, sshd, Slurm)."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what needs a GPU where there is none. A file's tests stay in one of the worker processes, as they share
+    what is costly to make; so do all those of one trained run (cli), and those that set up the machine itself (launch:
+    network namespaces, sshd, Slurm)."""
+    if not torch.cuda.is_available():
+        needs_gpu = [item for item in items if item.get_closest_marker("gpu")]
+        items[:] = [item for item in items if item not in needs_gpu]
+        config.hook.pytest_deselected(items=needs_gpu)
     for item in items:
         file = item.path.relative_to(HERE)
         item.add_marker(pytest.mark.xdist_group(file.parts[0] if file.parts[0] in ("cli", "launch") else str(file)))
     items.sort(key=lambda item: item.path.name != "test_demo.py")  # the longest first, or one process waits for it
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say that tests were left out: a run without a GPU shows nothing about one."""
+    if not torch.cuda.is_available():
+        terminalreporter.write_line("no NVIDIA GPU here: tests marked gpu are left out")
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -276,3 +278,194 @@ def test_steps_leave_nothing_in_memory(weights: dict[str, float]) -> None:
             ours.step()
         sizes.append(resident_bytes())
     assert sizes[1] - sizes[0] < 20 * 2**20, f"grew by {(sizes[1] - sizes[0]) / 2**20:.0f} MiB in 6 steps, of 46 once"
+
+
+REPORTS = """
+import json, os, signal, subprocess, sys, time
+file = next(word.removeprefix("--json=") for word in sys.argv if word.startswith("--json="))
+row = {"name": "speed", "asked": ">= 1", "measured": 2.0, "unit": "times", "holds": True}
+open(file, "w").write(json.dumps({"head": "", "figures": [row]}))
+print("measured one thing", file=sys.stderr, flush=True)
+"""
+"""A part that has measured one thing; what it does next is in the table."""
+
+
+@pytest.mark.parametrize(
+    ("then", "seconds", "status", "measured"),
+    [
+        ("", 20, r"done", 2.0),
+        ("sys.exit(1)", 20, r"failed \(exit code 1\): measured one thing", 2.0),
+        ("1 / 0", 20, r"failed \(exit code 1\): ZeroDivisionError.*", 2.0),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", 20, r"failed \(signal SIGSEGV\).*", 2.0),
+        ("subprocess.Popen(['sleep', '321.5']); time.sleep(60)", 2, r"timed out after 2 s; what .* counts", 2.0),
+        ("import no_such_package.part", 20, r"not run: needs the package no_such_package", 2.0),
+        ("os.remove(file); sys.exit(3)", 20, r"failed \(exit code 3\).*", None),
+        ("", 0, r"not run: the time was up", None),
+    ],
+)
+def test_a_part_that_fails_or_hangs_costs_itself_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, then: str, seconds: float, status: str, measured: float | None
+) -> None:
+    import gpu_check
+
+    monkeypatch.setattr(gpu_check, "TOOLS", tmp_path)
+    (tmp_path / "first.py").write_text(REPORTS + then)
+    (tmp_path / "second.py").write_text(REPORTS)
+    asked = (("speed", ">= 1", "times"), ("never measured", ">= 5", "times"))
+    parts = [
+        gpu_check.Part("first", "", seconds, ("first.py",), asked=asked),
+        gpu_check.Part("second", "", 20, ("second.py",), asked=asked[:1]),
+    ]
+    file = tmp_path / "gpu.json"
+    check = gpu_check.Check(parts, file, minutes=1, cpu=False)
+    check.run()
+    found = json.loads(file.read_text())
+    first, second = found["parts"]
+    assert re.fullmatch(status, first["status"])
+    assert second["status"] == "done"
+    figures = {row["name"]: row for row in found["figures"]}
+    assert figures["first: speed"]["measured"] == measured
+    assert figures["first: speed"]["holds"] is (measured is not None)
+    assert figures["first: never measured"] == {
+        "name": "first: never measured",
+        "asked": ">= 5",
+        "measured": None,
+        "unit": "times",
+        "holds": False,
+    }
+    assert figures["second: speed"]["holds"]
+    assert check.done is (first["status"] == "done")
+    left = subprocess.run(["pgrep", "-f", "sleep 321.5"], capture_output=True, text=True, check=False).stdout
+    assert not left, "what a part has started ends with it"
+
+
+def test_the_time_is_one_for_all_parts_and_the_file_is_there_from_the_start(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import gpu_check
+
+    monkeypatch.setattr(gpu_check, "TOOLS", tmp_path)
+    (tmp_path / "part.py").write_text(REPORTS + "time.sleep(60)")
+    file = tmp_path / "gpu.json"
+    parts = [gpu_check.Part(name, "", 60, ("part.py",)) for name in ("one", "two")]
+    seen: list[list[str]] = []
+    write = gpu_check.Check.write
+
+    def spied(self: Any) -> None:
+        write(self)
+        seen.append([part["status"] for part in json.loads(file.read_text())["parts"]])
+
+    monkeypatch.setattr(gpu_check.Check, "write", spied)
+    gpu_check.Check(parts, file, minutes=(gpu_check.WRITING + 1.5) / 60, cpu=False).run()
+    assert seen[0] == ["not run yet", "not run yet"]
+    assert seen[1][0].startswith("timed out after")
+    assert seen[-1][1].startswith(("timed out", "not run: the time was up"))
+
+
+def test_packages_that_are_not_there_or_too_old_are_named(tmp_path: Path) -> None:
+    import gpu_check
+
+    file = tmp_path / "pyproject.toml"
+    file.write_text('dependencies = ["torch>=2.10", "transformers>=999.1", "no-such-package>=1.0,<2"]\n')
+    old, none = gpu_check.packages(file)
+    assert re.fullmatch(r"transformers [\d.]+ is installed; the project asks for 999.1 or newer", old)
+    assert none == "no-such-package is not installed; the project asks for 1.0 or newer"
+    assert gpu_check.packages(gpu_check.ROOT / "pyproject.toml") == []
+
+
+def test_a_machine_without_a_gpu_is_told_so_and_nothing_else_is_tried(tmp_path: Path) -> None:
+    """Where there is a GPU the variable hides it."""
+    file = tmp_path / "gpu.json"
+    command = [sys.executable, str(TOOLS / "gpu_check.py"), "--only", "machine", "step", f"--json={file}"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 1
+    assert "torch finds no NVIDIA GPU that it can use here" in done.stderr
+    found = json.loads(file.read_text())
+    assert found["parts"][1]["status"] == "not run: no GPU"
+    assert [row["holds"] for row in found["figures"]] == [False, False]
+
+
+def rehearsal(file: Path, *parts: str) -> dict[str, Any]:
+    """What `gpu_check.py --cpu` wrote."""
+    only = ["--only", *parts] if parts else []
+    command = [sys.executable, str(TOOLS / "gpu_check.py"), "--cpu", "--minutes=20", *only, f"--json={file}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(file.read_text())
+    assert [part["status"] for part in found["parts"]] == ["done"] * len(found["parts"])
+    assert not any(row["asked"] for row in found["figures"]), "nothing of a CPU is held against what a GPU is asked"
+    assert "of 20:00" in done.stderr
+    return found
+
+
+def test_the_shortest_rehearsal_of_a_gpus_check(tmp_path: Path) -> None:
+    found = rehearsal(tmp_path / "gpu.json", "nccl")
+    assert {row["name"]: row["measured"] for row in found["figures"]} == {"nccl: gloo with one rank": "gloo"}
+
+
+@pytest.mark.slow
+def test_every_part_of_a_gpus_check_runs_on_a_cpu(tmp_path: Path) -> None:
+    import gpu_check
+
+    found = rehearsal(tmp_path / "gpu.json")
+    assert [part["name"] for part in found["parts"]] == [part.name for part in gpu_check.PARTS]
+    names = {row["name"] for row in found["figures"]}
+    for part in gpu_check.PARTS:
+        assert any(name.startswith(f"{part.name}: ") for name in names), part.name
+
+
+def test_what_is_left_is_told_from_steps_of_the_same_kind(capsys: pytest.CaptureFixture[str]) -> None:
+    from progress import Progress
+
+    now = [0.0]
+    progress = Progress("tool", ["short", "long", "short", "long"], lambda: now[0])
+    for kind, seconds in (("short", 2), ("long", 60), ("short", 2), ("long", 60)):
+        with progress.step(kind):
+            now[0] += seconds
+    assert capsys.readouterr().err.splitlines() == [
+        "tool: 1 of 4, short; 0:00",
+        "tool: 2 of 4, long; 0:02, about 0:06 left",
+        "tool: 3 of 4, short; 1:02, about 1:02 left",
+        "tool: 4 of 4, long; 1:04, about 1:00 left",
+        "tool: done after 2:04",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("tool", "options"),
+    [
+        ("profile_step", ["--shape=tiny", "--block=32", "--threads=1", "--steps=1"]),
+        pytest.param("bench_streams", ["--blocks=600", "--rounds=1"], marks=pytest.mark.slow),
+        pytest.param("bench_data", ["--megabytes=0.3", "--rounds=1"], marks=pytest.mark.slow),
+        pytest.param("bench_ledger", ["--entries=20", "--rounds=1", "--large=2"], marks=pytest.mark.slow),
+        pytest.param("bench_ranks", ["--shape=tiny", "--rounds=1", "--steps=1"], marks=pytest.mark.slow),
+        pytest.param("bench_run", ["--steps=20"], marks=pytest.mark.slow),
+        pytest.param(
+            "bench_generate", ["--bases=demo", "--rounds=1", "--tokens=4", "--threads=1"], marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_a_tool_says_how_far_it_is_and_writes_its_figures(tool: str, options: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    command = [sys.executable, str(TOOLS / f"{tool}.py"), *options, f"--json={file}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    said = [line for line in done.stderr.splitlines() if line.startswith(f"{tool}.py: ")]
+    assert re.match(rf"{tool}.py: 1 of \d+, ", said[0]), done.stderr
+    assert "left" in "".join(said) or len(said) < 4
+    assert said[-1].startswith(f"{tool}.py: done after "), done.stderr
+    assert {"name", "asked", "measured", "unit", "holds"} == set(json.loads(file.read_text())["figures"][0])
+
+
+def test_causal_attention_of_a_gpu_is_counted_by_half() -> None:
+    """By its shapes, on tensors without values: torch counts all of the matrix."""
+    from bench_measure import ATTENTION
+    from torch.utils.flop_counter import FlopCounterMode
+
+    q = torch.empty(2, 3, 64, 16, device="meta")
+    counts = []
+    for mapping in ({}, ATTENTION):
+        with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+            torch.ops.aten._scaled_dot_product_flash_attention(q, q, q, 0.0, True)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == 2 * counts[1] > 0

@@ -2,7 +2,8 @@
 
     python tools/bench.py [--rounds N] [--json FILE] [--threads N] [--shape gpt2|demo] [--peers a,b,...]
                           [--new 4] [--replay 2] [--block 256] [--micro-blocks 4] [--dtype auto|float32|bfloat16]
-                          [--checkpointing] [--merge FILE...]
+                          [--checkpointing] [--compile [BACKEND]] [--device auto|cpu|cuda]
+                          [--without-memory] [--merge FILE...]
     python tools/bench.py --memory-of ours,textbook-fp32 --dtype bfloat16    # their peak memory, and nothing else
 
 One process, the same tokens for all, rounds interleaved: each round times one step of every peer (bench_peers.py).
@@ -13,7 +14,11 @@ the interpreter with its libraries.
 
 Of ours there are three: without the teacher's cache, which is what is held against what is asked; "cached", with all
 that is replayed in it; and "filling", with none of it in it yet. `--checkpointing` adds ours with the base's blocks
-recomputed in the backward pass, as base.activation_checkpointing does.
+recomputed in the backward pass, as base.activation_checkpointing does; `--compile` compiles ours, as base.compile does.
+
+On a GPU a time is the mean of ten steps that are given to it at once, and float32 products are TF32 for all when the
+base is bfloat16, as engine.tf32 has it for ours (the gradients are checked without); peak memory is what its allocator
+counts. FILE is written anew after each round, so that a run that is ended leaves what it had.
 
 `--dtype auto` stores frozen bases in bfloat16 where this CPU multiplies it faster than float32, and else in float32.
 Rows that need a fast bfloat16 are then not measured; `--dtype bfloat16` measures them on any CPU, at its rate:
@@ -37,13 +42,15 @@ from bench_ours import CACHE_BYTES
 from bench_peers import ALWAYS, PEERS
 from bench_rows import Found, memory_rows, merged, rows_of, spread_cost
 from bench_workload import SHAPES, Workload, base_dtype
-from figures import machine, show
+from figures import Figure, machine, show, write_figures
+from progress import Progress
 
 from revpatch.config import ReplayConfig
 from revpatch.cores import cores
 from revpatch.training.launch import bfloat16_is_slow
 
 CHECKPOINTING = "ours-checkpointing"
+PEAK, LOSS_CHECK = "peak memory", "gradients of the losses alone, in float64"
 BASE_BLOCKS, STEPS = 100_000, 5000
 """Of what the cost of filling the cache is told: blocks of the base's own text, and steps of a phase."""
 
@@ -61,6 +68,12 @@ def parse(words: list[str] | None = None) -> tuple[argparse.ArgumentParser, argp
     parser.add_argument("--micro-blocks", type=int, default=4, help="of ours, as the config's batch.micro_blocks")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--checkpointing", action="store_true", help=f"adds {CHECKPOINTING}")
+    compile_help = "compiles ours; with another backend of torch.compile than inductor if one is named"
+    parser.add_argument("--compile", nargs="?", const="inductor", metavar="BACKEND", help=compile_help)
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
+    )
+    parser.add_argument("--without-memory", action="store_true", help="leaves out peak memory")
     parser.add_argument("--merge", type=Path, nargs="+", default=[], metavar="FILE")
     parser.add_argument("--memory-of", help="names, comma-separated: measures their memory alone", metavar="NAMES")
     arguments = parser.parse_args(words)
@@ -93,24 +106,42 @@ def chosen(arguments: argparse.Namespace, slow: bool) -> tuple[list[str], str]:
 def main() -> None:
     parser, arguments = parse()
     torch.set_num_threads(arguments.threads)
-    dtype = base_dtype() if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
+    if arguments.device == "auto":
+        arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU that it can use here")
+    dtype = base_dtype(arguments.device) if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     sizes = (arguments.new, arguments.replay, arguments.block)
     try:
-        workload = Workload(arguments.shape, *sizes, dtype, arguments.micro_blocks)
+        device, backend = arguments.device, arguments.compile
+        workload = Workload(arguments.shape, *sizes, dtype, arguments.micro_blocks, device, backend)
         if arguments.memory_of is not None:
             weigh(known(arguments.memory_of, "--memory-of"), workload, arguments)
             return
-        names, note = chosen(arguments, bfloat16_is_slow())
+        names, note = chosen(arguments, slow=device == "cpu" and bfloat16_is_slow())
         merged([], arguments.merge)  # a wrong file is refused before hours of measuring
     except ValueError as error:
         parser.error(str(error))
     if note:
         print(note, file=sys.stderr)
-    found = measured(names, workload, arguments)
+    found = Found(workload)
+
+    def keep() -> None:
+        """Writes what there is after a round."""
+        if arguments.json is not None:
+            so_far = f"; {len(found.seconds['rate'])} of {arguments.rounds} rounds, medians"
+            write_figures(head(workload, so_far, note), merged(table(found), arguments.merge), arguments.json)
+
+    measured(names, found, arguments, keep)
+    title = head(workload, f"; {arguments.rounds} rounds, medians", note)
+    show(title, merged(table(found), arguments.merge), arguments.json)
+
+
+def table(found: Found) -> list[Figure]:
+    """The rows of what was measured."""
     pool = ReplayConfig().blocks_per_phase
-    rows = rows_of(found)
-    rows += [spread_cost(found, CACHE_BYTES, sets, STEPS) for sets in ([pool], [pool, BASE_BLOCKS])]
-    show(head(workload, f"; {arguments.rounds} rounds, medians", note), merged(rows, arguments.merge), arguments.json)
+    spread = [spread_cost(found, CACHE_BYTES, sets, STEPS) for sets in ([pool], [pool, BASE_BLOCKS])]
+    return rows_of(found) + spread
 
 
 def head(workload: Workload, rounds: str, note: str) -> str:
@@ -122,25 +153,41 @@ def head(workload: Workload, rounds: str, note: str) -> str:
 
 def weigh(names: list[str], workload: Workload, arguments: argparse.Namespace) -> None:
     """The memory alone, of one step each: also of types in which nobody would wait for a time."""
-    memory = {name: peak_of(name, workload, arguments.threads) for name in names}
+    memory, progress = {}, Progress("bench.py", [PEAK] * len(names))
+    for name in names:
+        with progress.step(PEAK):
+            memory[name] = peak_of(name, workload, arguments.threads)
     show(head(workload, "", ""), memory_rows(memory, workload), arguments.json)
 
 
-def measured(names: list[str], workload: Workload, arguments: argparse.Namespace) -> Found:
-    """Checks, counts, times and weighs the peers."""
-    found, peers = Found(workload), {}
-    for name in names:
-        peers[name] = PEERS[name](workload)
-        found.wrong[name] = check(name, peers[name])
-        found.flops[name] = flops_of(peers[name])
-    found.wrong |= {f"loss: {name}": value for name, value in check_losses(workload).items()}
+def measured(names: list[str], found: Found, arguments: argparse.Namespace, keep: Callable[[], None]) -> None:
+    """Checks, counts, times and weighs the peers; `keep` is called whenever there is more."""
+    peers, workload = {}, found.workload
+    timed = [*names, *(f"loss: {name}" for name in LOSSES), "rate"]
+    weighed = [] if arguments.without_memory else names
+    checks = [f"gradient of {name}, in float64" for name in names]
+    progress = Progress("bench.py", [*checks, LOSS_CHECK, *timed * (arguments.rounds + 1), *[PEAK] * len(weighed)])
+    for name, words in zip(names, checks, strict=True):
+        with progress.step(words):
+            peers[name] = PEERS[name](workload)
+            # Of ours that are compiled the first is checked so; the others are the same code, and compiling takes long.
+            eager = workload.backend is not None and name != "ours"
+            with torch.compiler.set_stance("force_eager" if eager else "default"):
+                found.wrong[name] = check(name, peers[name])
+            found.flops[name] = flops_of(peers[name])
+    with progress.step(LOSS_CHECK):
+        found.wrong |= {f"loss: {name}": value for name, value in check_losses(workload).items()}
     steps: dict[str, Callable[[], object]] = {name: peer.step for name, peer in peers.items()}
     steps |= {f"loss: {name}": make(workload).step for name, make in LOSSES.items()}
-    found.seconds = measure(steps, arguments.rounds, workload.dtype)
+    if workload.device == "cuda" and workload.dtype == torch.bfloat16:
+        torch.set_float32_matmul_precision("high")
+    measure(steps, arguments.rounds, workload, progress, found.seconds, keep)
     steps.clear()
     peers.clear()  # room for those whose memory is measured
-    found.memory = {name: peak_of(name, workload, arguments.threads) for name in names}
-    return found
+    for name in weighed:
+        with progress.step(PEAK):
+            found.memory[name] = peak_of(name, workload, arguments.threads)
+        keep()
 
 
 if __name__ == "__main__":

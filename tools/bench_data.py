@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from figures import Figure, machine, show
+from progress import Progress
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from revpatch.stream.build import build_shards
@@ -131,18 +132,24 @@ def building(source: Path, tokenizer: LightTokenizer, folder: Path, workers: int
     return manifest.tokens / seconds
 
 
-def measure(source: Path, texts: list[str], tokenizer: LightTokenizer, rounds: int) -> dict[str, float]:
+WAYS = ("bare tokenizer", "bare tokenizer, 2 processes at once", "building, 1 worker", "building, 2 workers")
+
+
+def measure(
+    source: Path, texts: list[str], tokenizer: LightTokenizer, rounds: int, progress: Progress
+) -> dict[str, float]:
     """The medians of each way, in tokens a second."""
-    ways: dict[str, Callable[[], float]] = {
-        "bare tokenizer": lambda: bare(texts, tokenizer),
-        "bare tokenizer, 2 processes at once": lambda: bare_twice(texts, tokenizer),
-        "building, 1 worker": lambda: building(source, tokenizer, source.parent, 1),
-        "building, 2 workers": lambda: building(source, tokenizer, source.parent, 2),
-    }
-    speeds: dict[str, list[float]] = {name: [] for name in ways}
+    ways: tuple[Callable[[], float], ...] = (
+        lambda: bare(texts, tokenizer),
+        lambda: bare_twice(texts, tokenizer),
+        lambda: building(source, tokenizer, source.parent, 1),
+        lambda: building(source, tokenizer, source.parent, 2),
+    )
+    speeds: dict[str, list[float]] = {name: [] for name in WAYS}
     for _ in range(rounds):
-        for name, way in ways.items():
-            speeds[name].append(way())
+        for name, way in zip(WAYS, ways, strict=True):
+            with progress.step(name):
+                speeds[name].append(way())
     return {name: statistics.median(values) for name, values in speeds.items()}
 
 
@@ -166,7 +173,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    texts = varied_texts(arguments.megabytes)
+    progress = Progress("bench_data.py", ["text", "training a tokenizer", *WAYS * (2 * arguments.rounds)])
+    with progress.step("text"):
+        texts = varied_texts(arguments.megabytes)
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     title = (
         f"{len(texts)} documents, {megabytes:.1f} MB of text as JSONL, blocks of {BLOCK_SIZE}; medians of "
@@ -177,8 +186,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "bench.jsonl"
         source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-        for tokenizer in (demo, train_tokenizer(texts, 50_000)):
-            figures += figures_of(len(tokenizer), measure(source, texts, tokenizer, arguments.rounds))
+        with progress.step("training a tokenizer"):
+            trained = train_tokenizer(texts, 50_000)
+        for tokenizer in (demo, trained):
+            figures += figures_of(len(tokenizer), measure(source, texts, tokenizer, arguments.rounds, progress))
     show(title, figures, arguments.json)
     sys.exit(0 if all(figure.holds for figure in figures) else 1)
 

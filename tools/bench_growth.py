@@ -23,6 +23,7 @@ from bench_ours import Ours
 from bench_rows import replay_growth
 from bench_workload import SHAPES, Workload, base_dtype, name_of
 from figures import Figure, machine, show
+from progress import Progress
 from random_shards import write_random_set
 
 from revpatch.patch.patched_model import attach
@@ -118,15 +119,24 @@ def main() -> None:
         print_replay_memory(arguments.replay_memory)
         return
     dtype = base_dtype()
-    times = {
-        (length, batch): seconds_of(Workload(arguments.shape, batch, max(1, batch // 2), length, dtype))
+    sizes = [
+        (length, batch)
         for length in LENGTHS
         if length <= SHAPES[arguments.shape]["n_positions"]
         for batch in BATCHES
         if length * batch <= arguments.most_tokens
-    }
+    ]
+    steps = [f"{batch} new blocks of {length} tokens" for length, batch in sizes]
+    replays = [f"{blocks:,} blocks to rehearse" for blocks in REPLAYS]
+    progress, times, memory = Progress("bench_growth.py", steps + replays), {}, {}
+    for (length, batch), words in zip(sizes, steps, strict=True):
+        with progress.step(words):
+            workload = Workload(arguments.shape, batch, max(1, batch // 2), length, dtype)
+            times[length, batch] = seconds_of(workload)
     with tempfile.TemporaryDirectory() as folder:
-        memory = {blocks: memory_with(blocks, Path(folder)) for blocks in REPLAYS}
+        for blocks, words in zip(REPLAYS, replays, strict=True):
+            with progress.step(words):
+                memory[blocks] = memory_with(blocks, Path(folder))
     rows = [Figure.plain(f"step, {b} new blocks of {n} tokens", value, "s") for (n, b), value in times.items()]
     rows += [Figure.plain(f"peak memory, {n} blocks to rehearse", m / 2**20, "MiB") for n, (m, _) in memory.items()]
     rows += [Figure.plain(f"teacher's cache, {n} blocks to rehearse", rate, "found") for n, (_, rate) in memory.items()]

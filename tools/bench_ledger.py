@@ -29,6 +29,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from figures import Figure, machine, show
+from progress import Progress
 
 from revpatch.durable import sha256_of
 from revpatch.ledger.audit import verify
@@ -89,20 +90,24 @@ def command(*arguments: str, **environment: str) -> None:
     )
 
 
-def reading(run: Path, entries: int, rounds: int) -> list[Figure]:
+COMMANDS = ("ledger log", "ledger log, in colour", "ledger log --json", "ledger verify --no-hash")
+
+
+def reading(run: Path, entries: int, rounds: int, progress: Progress) -> list[Figure]:
     """Wall time of the commands, with the interpreter's start."""
-    ways = {
-        "ledger log": lambda: command("log", str(run)),
-        "ledger log, in colour": lambda: command("log", str(run), FORCE_COLOR="1", TERM="xterm-256color"),
-        "ledger log --json": lambda: command("log", str(run), "--json"),
-        "ledger verify --no-hash": lambda: command("verify", str(run), "--no-hash"),
-    }
+    ways: tuple[Callable[[], None], ...] = (
+        lambda: command("log", str(run)),
+        lambda: command("log", str(run), FORCE_COLOR="1", TERM="xterm-256color"),
+        lambda: command("log", str(run), "--json"),
+        lambda: command("verify", str(run), "--no-hash"),
+    )
     rows = []
-    for name, work in ways.items():
+    for name, work in zip(COMMANDS, ways, strict=True):
         times = []
         for _ in range(rounds):
             before = resource.getrusage(resource.RUSAGE_CHILDREN)
-            wall = seconds(work)
+            with progress.step(name):
+                wall = seconds(work)
             after = resource.getrusage(resource.RUSAGE_CHILDREN)
             times.append((wall, after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime))
         wall, cpu = (statistics.median(time[which] for time in times) for which in (0, 1))
@@ -111,7 +116,7 @@ def reading(run: Path, entries: int, rounds: int) -> list[Figure]:
     return rows
 
 
-def hashing(run: Path, label: str, rounds: int) -> Figure:
+def hashing(run: Path, label: str, rounds: int, progress: Progress) -> Figure:
     """Bytes/s of verify over those of sha256sum; each round measures both, so that a busy machine is busy for both."""
     names = sorted(path.name for path in (run / "ledger").glob("*.pt"))
     total = sum((run / "ledger" / name).stat().st_size for name in names)
@@ -123,9 +128,12 @@ def hashing(run: Path, label: str, rounds: int) -> Figure:
         report = verify(run)
         assert report.ok and report.bytes_hashed == total, report.problems[:3]
 
-    for work in (ours, sha256sum):
-        work()
-    times = [(seconds(sha256sum), seconds(ours)) for _ in range(rounds)]
+    times = []
+    for number in range(rounds + 1):
+        with progress.step(f"hashing {label}"):
+            both = seconds(sha256sum), seconds(ours)
+        if number:  # the first round fills the page cache
+            times.append(both)
     ratio = statistics.median(theirs / own for theirs, own in times)
     rate = total / statistics.median(own for _, own in times) / 1e6
     return Figure.at_least(f"hashing {label} ({rate:,.0f} MB/s) / sha256sum", 0.8, ratio, "ratio")
@@ -140,12 +148,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     assert shutil.which("sha256sum"), "sha256sum (coreutils) is what hashing is measured against"
+    labels = (f"{args.entries:,} entries of {args.kib} KiB", f"{args.large} entries of 4.8 MB")
+    hashed = [f"hashing {label}" for label in labels] * (args.rounds + 1)
+    progress = Progress("bench_ledger.py", ["writing the runs", *COMMANDS * args.rounds, *hashed])
     with tempfile.TemporaryDirectory() as name:
-        many = make_run(Path(name) / "many", args.entries, args.kib * 1024)
-        few = make_run(Path(name) / "few", args.large, LARGE)
-        rows = reading(many, args.entries, args.rounds)
-        rows.append(hashing(many, f"{args.entries:,} entries of {args.kib} KiB", args.rounds))
-        rows.append(hashing(few, f"{args.large} entries of 4.8 MB", args.rounds))
+        with progress.step("writing the runs"):
+            many = make_run(Path(name) / "many", args.entries, args.kib * 1024)
+            few = make_run(Path(name) / "few", args.large, LARGE)
+        rows = reading(many, args.entries, args.rounds, progress)
+        rows += [hashing(run, label, args.rounds, progress) for run, label in zip((many, few), labels, strict=True)]
     show(f"reading a ledger\n{machine()}", rows, args.json)
     sys.exit(not all(row.holds for row in rows))
 

@@ -32,11 +32,11 @@ class Loss:
         shape = SHAPES[workload.shape]
         tokens = (workload.new + workload.replay) * workload.block
         self.first = workload.new * workload.block
-        dtype = workload.dtype
-        self.hidden = torch.randn(tokens, shape["n_embd"], generator=generator).to(dtype).requires_grad_()
-        self.teacher = torch.randn(tokens - self.first, shape["n_embd"], generator=generator).to(dtype)
-        self.head = (0.05 * torch.randn(shape["vocab_size"], shape["n_embd"], generator=generator)).to(dtype)
-        self.targets = torch.randint(shape["vocab_size"], (tokens,), generator=generator)
+        there = {"device": workload.device, "dtype": workload.dtype}
+        self.hidden = torch.randn(tokens, shape["n_embd"], generator=generator).to(**there).requires_grad_()
+        self.teacher = torch.randn(tokens - self.first, shape["n_embd"], generator=generator).to(**there)
+        self.head = (0.05 * torch.randn(shape["vocab_size"], shape["n_embd"], generator=generator)).to(**there)
+        self.targets = torch.randint(shape["vocab_size"], (tokens,), generator=generator).to(workload.device)
         self.function = function
         self.weights = (REPLAY_WEIGHT, KL_WEIGHT)
 

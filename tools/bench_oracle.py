@@ -63,7 +63,7 @@ def errors(peer: Peer) -> tuple[float, float]:
 
 def _error(peer: Peer, new: Tensor, replay: Tensor, expected: float, truth: tuple[Tensor, ...]) -> tuple[float, float]:
     peer.optimizer.zero_grad()
-    loss = peer.backward(new, replay)
+    loss = float(peer.backward(new, replay))
     wrong = right = 0.0
     for parameter, gradient in zip(peer.trainable(), truth, strict=True):
         found = torch.zeros_like(gradient) if parameter.grad is None else parameter.grad.double()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,12 +16,18 @@ from bench_workload import KL_WEIGHT, LEARNING_RATE, MAX_GRAD_NORM, REPLAY_WEIGH
 from torch import Tensor, nn
 
 from revpatch.config import TeacherConfig
+from revpatch.patch.families import blocks_of
 from revpatch.patch.patched_model import Patch, active_patch, attach, switchboard
+from revpatch.training.engine import Engine, MicroBatch, make_engine
+from revpatch.training.head_chunk import compiled, in_place
+from revpatch.training.launch import Peers
 from revpatch.training.lean import make_lean
 from revpatch.training.objective import PatchObjective
+from revpatch.training.record import Meter
 from revpatch.training.schedule import make_optimizer, set_learning_rate
+from revpatch.training.startup import compile_base
 from revpatch.training.teacher import Teacher
-from revpatch.training.teacher_cache import TeacherCache
+from revpatch.training.teacher_cache import Key, TeacherCache
 
 CACHE_BYTES = int(TeacherConfig().cache_gb * 1e9)
 """What a run's teacher may keep if its config doesn't say otherwise."""
@@ -60,16 +66,16 @@ class Peer:
     def loss(self, new: Tensor, replay: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def backward(self, new: Tensor, replay: Tensor) -> float:
-        """Adds the gradients of the loss, and returns it."""
+    def backward(self, new: Tensor, replay: Tensor) -> Tensor:
+        """Adds the gradients of the loss, and returns it, on the device: to read it would make the host wait."""
         loss = self.loss(new, replay)
         loss.backward()
-        return loss.item()
+        return loss.detach()
 
     def parts(self) -> Parts:
         raise NotImplementedError
 
-    def step(self) -> float:
+    def step(self) -> Tensor:
         self.optimizer.zero_grad()
         loss = self.backward(self.new, self.replay)
         torch.nn.utils.clip_grad_norm_(self.trainable(), MAX_GRAD_NORM)
@@ -87,35 +93,44 @@ class Ours(Peer):
         switchboard(self.base).checkpointing = checkpointing
         spread(self.patch)
         make_lean(self.base)
+        if workload.backend is not None:
+            compile_base(self.base, workload.backend)
         self.teacher = Teacher(self.base, TeacherCache(CACHE_BYTES) if cached else None)
         self.teacher.follow(self.patch)
         spread(self.patch, seed=2)
-        self.objective = PatchObjective(self.base, self.patch, self.teacher, workload.objective)
+        chunk = in_place if workload.backend is None else compiled(workload.backend)
+        self.objective = PatchObjective(self.base, self.patch, self.teacher, workload.objective, chunk)
         self.optimizer = make_optimizer(self.patch, workload.optimizer)
         set_learning_rate(self.optimizer, LEARNING_RATE)
         self.cached = cached
+        self.keys = keys_of(self.replay) if cached else None
 
     def weigh(self, replay: float, kl: float) -> None:
         super().weigh(replay, kl)
         weights = {"replay_loss_weight": replay, "distill_kl_weight": kl}
         self.objective.config = self.objective.config.model_copy(update=weights)
 
-    def backward(self, new: Tensor, replay: Tensor) -> float:
-        total = 0.0
+    def backward(self, new: Tensor, replay: Tensor) -> Tensor:
+        total = torch.zeros((), device=new.device)
         for loss in self.losses(new, replay):
             loss.backward()
-            total += loss.item()
+            total += loss.detach()
         return total
 
     def losses(self, new: Tensor, replay: Tensor) -> Iterator[Tensor]:
         """Of the micro-batches, one after the other; their sum is the step's."""
         count = math.gcd(self.workload.accumulation, len(new), len(replay))
-        for some, again in zip(new.chunk(count), replay.chunk(count), strict=True):
-            keys = [(row.numpy().tobytes(), 0) for row in again] if self.cached else None  # a set of its own each
-            yield self.objective(some, again, keys).loss / count
+        keys = self.keys if replay is self.replay else keys_of(replay) if self.cached else None
+        each = len(replay) // count
+        for number, (some, again) in enumerate(zip(new.chunk(count), replay.chunk(count), strict=True)):
+            own = None if keys is None else keys[number * each : (number + 1) * each]
+            yield self.objective(some, again, own).loss / count
 
     def parts(self) -> Parts:
-        student, teacher = _patched(copy.deepcopy(self.base).double(), self.patch, self.teacher)
+        base = copy.deepcopy(self.base).double()
+        for block in blocks_of(base):
+            vars(block).pop("forward", None)  # a compiled one would run the blocks that were copied, not the copies
+        student, teacher = _patched(base, self.patch, self.teacher)
         return Parts(student, teacher, replay=True)
 
 
@@ -149,6 +164,36 @@ def _patched(base: nn.Module, patch: Patch, teacher: Teacher) -> Any:
     return of_student, lambda tokens: say(tokens, other)
 
 
+def trainers_step(ours: Ours, kind: str, peers: Peers) -> tuple[Engine, Callable[[], Tensor]]:
+    """Return the trainer's engine around the objective of `ours`, and one whole step with it, as the trainer makes it.
+
+    The step takes its tokens from CPU memory, pinned for a GPU, and adds what it gives to the sums of the log, which it
+    returns: on the device, so that nothing waits.
+    """
+    workload = ours.workload
+    engine, meter = make_engine(workload.run_config(kind, peers.world), ours.objective, peers), Meter()
+    count = workload.accumulation
+    each = workload.replay // count
+    rows = [ours.new.cpu(), ours.replay.cpu()]
+    new, replay = (tokens.pin_memory() if workload.device == "cuda" else tokens for tokens in rows)
+    parts = list(zip(new.chunk(count), replay.chunk(count), strict=True))
+    keys = [None if ours.keys is None else ours.keys[n * each : (n + 1) * each] for n in range(count)]
+
+    def step() -> Tensor:
+        there = [tuple(tokens.to(peers.device, non_blocking=True) for tokens in part) for part in parts]
+        batches = [MicroBatch(*tokens, own) for tokens, own in zip(there, keys, strict=True)]
+        meter.add(*engine.train_step(batches, LEARNING_RATE))
+        assert meter._sum is not None
+        return meter._sum
+
+    return engine, step
+
+
+def keys_of(replay: Tensor) -> Sequence[Key]:
+    """Return what the teacher's cache knows each block by, a set of its own each; reads the blocks from the device."""
+    return [(row.numpy().tobytes(), 0) for row in replay.cpu()]
+
+
 def spread(model: nn.Module, std: float = 0.02, seed: int = 1) -> None:
     """Moves what learns away from where it starts: zero gates, zero last layers and a student that is its teacher would
     hide a wrong gradient."""
@@ -156,4 +201,4 @@ def spread(model: nn.Module, std: float = 0.02, seed: int = 1) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.add_((torch.randn(parameter.shape, generator=generator) * std).to(parameter.dtype))
+                parameter.add_((torch.randn(parameter.shape, generator=generator) * std).to(parameter))

@@ -28,7 +28,7 @@ class Textbook(Peer):
         self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=LEARNING_RATE)
 
     def loss(self, new: Tensor, replay: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+        with torch.autocast(self.workload.device, torch.bfloat16, enabled=self.autocast):
             lm = cross_entropy(self.student(new, use_cache=False).logits, new)
             logits = self.student(replay, use_cache=False).logits
             with torch.no_grad():
@@ -79,17 +79,18 @@ class HfTrainer(Peer):
         super().__init__(workload, torch.float32)
         self.student = workload.model()
         self.folder = tempfile.TemporaryDirectory()
-        arguments = TrainingArguments(self.folder.name, report_to=[], use_cpu=True, disable_tqdm=True)
+        on_cpu = workload.device == "cpu"
+        arguments = TrainingArguments(self.folder.name, report_to=[], use_cpu=on_cpu, disable_tqdm=True)
         self.trainer = Trainer(self.student, arguments)
         self.optimizer = self.trainer.create_optimizer()
         self.trainer.create_scheduler(1000, self.optimizer)
         self.trainer.current_gradient_accumulation_steps = 1  # as its training loop sets it
         self.arguments = arguments
 
-    def backward(self, new: Tensor, replay: Tensor) -> float:
-        return float(self.trainer.training_step(self.student, {"input_ids": new, "labels": new}))
+    def backward(self, new: Tensor, replay: Tensor) -> Tensor:
+        return self.trainer.training_step(self.student, {"input_ids": new, "labels": new}).detach()
 
-    def step(self) -> float:
+    def step(self) -> Tensor:
         """What its training loop does around `training_step`."""
         loss = self.backward(self.new, self.replay)
         self.trainer.accelerator.clip_grad_norm_(self.student.parameters(), self.arguments.max_grad_norm)

@@ -29,11 +29,11 @@ import torch
 from bench_rows import two_ranks, wire
 from bench_workload import SHAPES, Workload, base_dtype, name_of
 from figures import Figure, machine, show
+from progress import Progress
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 from wire import bytes_sent
 
-from revpatch.config import Config
 from revpatch.patch.patched_model import attach
 from revpatch.training.engine import MicroBatch, make_engine
 from revpatch.training.launch import process_group
@@ -60,7 +60,7 @@ def rank(shape: str, steps: int, engine_kind: str, out: Path) -> None:
         patch = attach(base, workload.sidecar)
         make_lean(base)
         objective = PatchObjective(base, patch, Teacher(base), workload.objective)
-        engine = make_engine(_config(workload, peers.world, engine_kind), objective, peers)
+        engine = make_engine(workload.run_config(engine_kind, peers.world), objective, peers)
         batch = [MicroBatch(*workload.tokens(seed=peers.rank))]
         engine.train_step(batch, 1e-4)
         peers.gather(None)
@@ -95,21 +95,6 @@ def ddp_bytes_a_parameter() -> float:
     return bytes_sent(record)["gloo:all_reduce"] / sum(p.numel() for p in model.parameters())
 
 
-def _config(workload: Workload, world: int, engine_kind: str) -> Config:
-    """The trainer's config of this workload; nothing in it is read from disk."""
-    batch = {"new_blocks": workload.new * world, "replay_blocks": workload.replay * world}
-    return Config.model_validate(
-        {
-            "output_dir": "unused",
-            "base": {"model": "unused", "block_size": workload.block},
-            "batch": {**batch, "micro_blocks": workload.micro_blocks},
-            "replay": {"base": "unused"},
-            "phases": [{"name": "unused", "shards": "unused", "steps": 1000}],
-            "engine": {"kind": engine_kind},
-        }
-    )
-
-
 def launch(world: int, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """One start of so many ranks, and what rank 0 found."""
     with socket.socket() as free:
@@ -140,10 +125,13 @@ def main() -> None:
         rank(arguments.shape, arguments.steps, arguments.engine, arguments.rank_out)
         return
     speeds: dict[int, list[float]] = {1: [], 2: []}
+    started = {1: "1 rank", 2: "2 ranks"}
+    progress = Progress("bench_ranks.py", list(started.values()) * arguments.rounds)
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(arguments.rounds):
             for world, found_speeds in speeds.items():
-                found = launch(world, arguments, Path(folder))
+                with progress.step(started[world]):
+                    found = launch(world, arguments, Path(folder))
                 found_speeds.append(found["tokens"] / found["seconds"])
     one, two = (statistics.median(values) for values in speeds.values())
     new, replay, block = BATCH[arguments.shape]

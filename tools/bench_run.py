@@ -13,9 +13,11 @@ steps are left out. Prints a table and exits with 1 if a figure does not hold.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -23,12 +25,13 @@ import tempfile
 from pathlib import Path
 
 from figures import Figure, machine, show
+from progress import Progress
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from revpatch.training.launch import bfloat16_is_slow
 
 ROOT = Path(__file__).resolve().parent.parent
-WARM_UP = 10
+WARM_UP, LOOK_EVERY = 10, 5.0
 SNAPSHOT_EVERY = 5
 
 
@@ -52,16 +55,25 @@ def train(run: Path, steps: int, stage: int) -> None:
     launcher = [str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node=2", f"--master_port={port}"]
     options = [option for key, value in settings.items() for option in ("--set", f"{key}={value}")]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(
-        [*launcher, "-m", "revpatch", "train", "configs/demo.yaml", *options],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise RuntimeError(f"the run failed:\n{done.stdout}{done.stderr}")
+    command = [*launcher, "-m", "revpatch", "train", "configs/demo.yaml", *options]
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=said, stderr=subprocess.STDOUT)
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(LOOK_EVERY)
+                break
+            show_step(run, steps)
+        said.seek(0)
+        if process.returncode:
+            raise RuntimeError(f"the run failed:\n{said.read()}")
+
+
+def show_step(run: Path, steps: int) -> None:
+    """Say how far a run is, by its own log: it has a line for each step."""
+    log = run / "train.log"
+    text = log.read_text(encoding="utf-8") if log.is_file() else ""
+    found = re.findall(rf"\b(\d+)/{steps}\b", text)
+    print(f"bench_run.py: step {found[-1] if found else 0} of {steps}", file=sys.stderr, flush=True)
 
 
 def figures_of(run: Path, stage: int) -> list[Figure]:
@@ -93,9 +105,12 @@ def main() -> None:
         parser.error(f"--steps {arguments.steps}: no snapshot is taken after the first {WARM_UP}, which are left out")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for stage in dict.fromkeys(arguments.zero):
+        stages = list(dict.fromkeys(arguments.zero))
+        progress = Progress("bench_run.py", ["a run"] * len(stages))
+        for stage in stages:
             run = Path(folder) / f"zero{stage}"
-            train(run, arguments.steps, stage)
+            with progress.step("a run"):
+                train(run, arguments.steps, stage)
             rows += figures_of(run, stage)
     show(f"a step of the demo's size\n{machine('deepspeed')}", rows, arguments.json)
     sys.exit(0 if all(row.holds for row in rows) else 1)

@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 import webdataset
 from figures import Figure, machine, show
+from progress import Progress
 from random_shards import write_random_set
 
 from revpatch.stream.lanes import Lanes
@@ -69,7 +70,7 @@ def read_sequential(folder: Path, manifest: Manifest) -> None:
             shards.read(np.arange(start, start + LANES))
 
 
-def speed(folder: Path, manifest: Manifest, rounds: int) -> list[Figure]:
+def speed(folder: Path, manifest: Manifest, rounds: int, progress: Progress) -> list[Figure]:
     """Blocks/s over those of a bare loop; each round measures all, so that a busy machine is busy for all."""
     lanes = Lanes(manifest, LANES, 0, WINDOW, repeat=False)
     ways = {
@@ -77,9 +78,12 @@ def speed(folder: Path, manifest: Manifest, rounds: int) -> list[Figure]:
         "lanes": lambda: read_lanes(folder, lanes),
         "sequential": lambda: read_sequential(folder, manifest),
     }
-    for work in ways.values():
-        work()
-    times = [{way: seconds(work) for way, work in ways.items()} for _ in range(rounds)]
+    times = []
+    for number in range(rounds + 1):
+        with progress.step(reading(manifest.block_size)):
+            measured = {way: seconds(work) for way, work in ways.items()}
+        if number:  # the first round fills the page cache
+            times.append(measured)
     rows = []
     for way in ("lanes", "sequential"):
         ratio = statistics.median(measured["bare"] / measured[way] for measured in times)
@@ -87,6 +91,11 @@ def speed(folder: Path, manifest: Manifest, rounds: int) -> list[Figure]:
         name = f"blocks/s, {manifest.block_size} tokens, {way} ({rate:,.0f}) / bare webdataset"
         rows.append(Figure(name, ">= 0.9", round(ratio, 2), "ratio", ratio >= 0.9))
     return rows
+
+
+def reading(block_size: int) -> str:
+    """The step of reading all blocks of that size in every way."""
+    return f"reading blocks of {block_size} tokens"
 
 
 def seek(folder: Path, manifest: Manifest, rounds: int) -> list[Figure]:
@@ -185,15 +194,22 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         wide, narrow = Path(name) / "wide", Path(name) / "narrow"
-        per_shard = -(-args.blocks // SHARDS)
-        manifests = {
-            folder: write_random_set(folder, args.blocks, size, per_shard, 2**16 - 1)
-            for folder, size in ((wide, 1024), (narrow, 128))
-        }
-        rows = [row for folder, manifest in manifests.items() for row in speed(folder, manifest, args.rounds)]
-        rows += seek(wide, manifests[wide], args.rounds)
-        rows += fetched(narrow, manifests[narrow], Path(name) / "cache")
-        rows += shuffling(manifests[narrow])
+        per_shard, sizes = -(-args.blocks // SHARDS), {wide: 1024, narrow: 128}
+        speeds = [reading(size) for size in sizes.values()] * (args.rounds + 1)
+        others = ("first batches", "fetching over http", "orders")
+        progress = Progress("bench_streams.py", [*["writing shards"] * len(sizes), *speeds, *others])
+        manifests, rows = {}, []
+        for folder, size in sizes.items():
+            with progress.step("writing shards"):
+                manifests[folder] = write_random_set(folder, args.blocks, size, per_shard, 2**16 - 1)
+        for folder, manifest in manifests.items():
+            rows += speed(folder, manifest, args.rounds, progress)
+        with progress.step("first batches"):
+            rows += seek(wide, manifests[wide], args.rounds)
+        with progress.step("fetching over http"):
+            rows += fetched(narrow, manifests[narrow], Path(name) / "cache")
+        with progress.step("orders"):
+            rows += shuffling(manifests[narrow])
     show(f"{args.blocks} blocks\n{machine('webdataset')}", rows, args.json)
     sys.exit(not all(row.holds for row in rows))
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from revpatch.config import BatchConfig, ObjectiveConfig, OptimizerConfig, SidecarConfig
+from revpatch.config import BatchConfig, Config, ObjectiveConfig, OptimizerConfig, SidecarConfig
 from revpatch.training.launch import bfloat16_is_slow
 
 SHAPES = {
@@ -22,9 +22,15 @@ MAX_GRAD_NORM = 1.0
 LEARNING_RATE = 1e-4
 
 
-def base_dtype() -> torch.dtype:
-    """In which frozen bases are stored by default: bfloat16, but float32 where this CPU is faster in that."""
-    return torch.float32 if bfloat16_is_slow() else torch.bfloat16
+def base_dtype(device: str = "cpu") -> torch.dtype:
+    """Return the type of frozen bases by default: bfloat16, but float32 where this CPU is faster in that."""
+    return torch.float32 if device == "cpu" and bfloat16_is_slow() else torch.bfloat16
+
+
+def synchronize(device: str) -> None:
+    """Wait until the device has done what was asked of it, so that a clock can be read."""
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -37,7 +43,8 @@ class Workload:
     """One full step: `new` and `replay` blocks of `block` tokens through a model of `shape`.
 
     `dtype` is that in which frozen bases are stored; what is trained is float32 everywhere. Ours splits a step into
-    micro-batches of at most `micro_blocks` blocks, as the trainer does.
+    micro-batches of at most `micro_blocks` blocks, as the trainer does, and with a `backend` of torch.compile compiles
+    the base's blocks and the loss's chunks, as base.compile does. Everything lives on `device`, "cpu" or "cuda".
 
     Raises ValueError for a step that is none, a block that the shape can't read, and blocks that can't be split.
     """
@@ -48,6 +55,8 @@ class Workload:
     block: int
     dtype: torch.dtype
     micro_blocks: int = BatchConfig().micro_blocks
+    device: str = "cpu"
+    backend: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("new", "replay", "micro_blocks"):
@@ -74,13 +83,13 @@ class Workload:
     def model(self, dtype: torch.dtype = torch.float32) -> GPT2LMHeadModel:
         """The pretrained model: random weights, the same at each call."""
         torch.manual_seed(0)
-        return GPT2LMHeadModel(self.config()).to(dtype)
+        return GPT2LMHeadModel(self.config()).to(self.device, dtype)  # type: ignore[arg-type]
 
     def tokens(self, seed: int = 0) -> tuple[Tensor, Tensor]:
-        """(new, block) and (replay, block) int64."""
+        """(new, block) and (replay, block) int64, the same on every device."""
         generator = torch.Generator().manual_seed(1 + seed)
         high = SHAPES[self.shape]["vocab_size"]
-        both = torch.randint(high, (self.new + self.replay, self.block), generator=generator)
+        both = torch.randint(high, (self.new + self.replay, self.block), generator=generator).to(self.device)
         return both[: self.new], both[self.new :]
 
     @property
@@ -96,10 +105,24 @@ class Workload:
     def optimizer(self) -> OptimizerConfig:
         return OptimizerConfig(lr=LEARNING_RATE, betas=[0.9, 0.999])
 
+    def run_config(self, engine: str, world: int = 1) -> Config:
+        """Return the trainer's config of this step on so many ranks; nothing in it is read from disk."""
+        batch = {"new_blocks": self.new * world, "replay_blocks": self.replay * world}
+        return Config.model_validate(
+            {
+                "output_dir": "unused",
+                "base": {"model": "unused", "block_size": self.block, "dtype": name_of(self.dtype)},
+                "batch": {**batch, "micro_blocks": self.micro_blocks},
+                "replay": {"base": "unused"},
+                "phases": [{"name": "unused", "shards": "unused", "steps": 1000}],
+                "engine": {"kind": engine},
+            }
+        )
+
     def __str__(self) -> str:
         s = SHAPES[self.shape]
         return (
             f"GPT-2 with {s['n_layer']} blocks of width {s['n_embd']}, vocabulary {s['vocab_size']}, random weights; "
             f"{self.new} new and {self.replay} replayed blocks of {self.block} tokens; frozen bases in "
-            f"{name_of(self.dtype)}"
+            f"{name_of(self.dtype)}{'' if self.backend is None else f'; ours compiled by {self.backend}'}"
         )

@@ -15,9 +15,6 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 
 @dataclass(frozen=True)
 class Figure:
@@ -58,11 +55,16 @@ def machine(*packages: str) -> str:
     threads = f"{os.cpu_count()} cores"
     if (torch := sys.modules.get("torch")) is not None:
         threads += f", {torch.get_num_threads()} threads"
+        if torch.cuda.is_initialized():
+            model = f"{torch.cuda.get_device_name()}; {model}"
     return f"{model}, {threads}; python {platform.python_version()}, {versions}"
 
 
 def show(title: str, rows: list[Figure], file: Path | None) -> None:
     """Prints the table and, if a file is named, writes the figures there."""
+    from rich.console import Console  # here, as a worker process has no table to print, and a bare machine no rich
+    from rich.table import Table
+
     table = Table(title=title, title_justify="left")
     for column in ("figure", "asked", "measured", "unit", "holds"):
         table.add_column(column)
@@ -78,7 +80,9 @@ def show(title: str, rows: list[Figure], file: Path | None) -> None:
 def write_figures(title: str, rows: list[Figure], file: Path) -> None:
     """Writes {"head": the title, "figures": [...]}."""
     content = {"head": title, "figures": [asdict(row) for row in rows]}
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    new = file.with_name(f"{file.name}.new")
+    new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    new.replace(file)  # a tool that is ended leaves a whole file
 
 
 def read_figures(file: Path) -> list[Figure]:

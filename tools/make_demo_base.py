@@ -12,12 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from progress import clock_time
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, set_seed
@@ -123,7 +125,10 @@ def pretrain(model: GPT2LMHeadModel, train: Tensor, steps: int, batch: int, lr: 
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if step % 50 == 0 or step + 1 == steps:
-            print(f"step {step:5d}  loss {loss.item():.3f}  {time.time() - began:.0f} s", flush=True)
+            so_far = time.time() - began
+            left = so_far / (step + 1) * (steps - step - 1)
+            times = f"{clock_time(so_far)}, about {clock_time(left)} left"
+            print(f"step {step + 1} of {steps}, loss {loss.item():.3f}; {times}", file=sys.stderr, flush=True)
 
 
 @torch.no_grad()

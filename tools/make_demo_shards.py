@@ -16,6 +16,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from progress import Progress
 from transformers import AutoTokenizer
 
 from revpatch.stream.build import build_shards
@@ -128,11 +129,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "shards/demo")
     out: Path = parser.parse_args().out
     sotu, *others = RECIPES
-    build(sotu, excerpts(sotu, "train", seed=0), out / "sotu", holdout=0.0)
-    build(sotu, excerpts(sotu, "probe", seed=0), out / "sotu_probe", holdout=0.0)
+    names = ("sotu", "sotu_probe", *(recipe.name for recipe in others), SCRAMBLED.name)
+    progress = Progress("make_demo_shards.py", names)
+    for side, name in (("train", "sotu"), ("probe", "sotu_probe")):
+        with progress.step(name):
+            build(sotu, excerpts(sotu, side, seed=0), out / name, holdout=0.0)
     for recipe in others:
-        build(recipe, TEXT / f"{recipe.name}.jsonl.gz", out / recipe.name, recipe.holdout)
-    build(SCRAMBLED, scramble(seed=0), out / "scrambled", SCRAMBLED.holdout)
+        with progress.step(recipe.name):
+            build(recipe, TEXT / f"{recipe.name}.jsonl.gz", out / recipe.name, recipe.holdout)
+    with progress.step(SCRAMBLED.name):
+        build(SCRAMBLED, scramble(seed=0), out / "scrambled", SCRAMBLED.holdout)
 
 
 if __name__ == "__main__":

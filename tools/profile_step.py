@@ -25,6 +25,7 @@ from bench_measure import timed
 from bench_ours import Ours
 from bench_workload import LEARNING_RATE, MAX_GRAD_NORM, SHAPES, Workload, base_dtype
 from figures import Figure, machine, markdown, write_figures
+from progress import Progress
 from torch import Tensor, nn
 
 from revpatch.cores import cores
@@ -183,8 +184,13 @@ def main() -> None:
         parser.error(f"--steps {arguments.steps}: expected 1 or more")
     ours, watch = Ours(workload, cached=arguments.cached), Stopwatch()
     mark_all(ours, watch)
-    found = [step(ours, watch) for _ in range(arguments.steps + 1)][1:]
-    report(workload, found, optimizer_rows(ours), arguments.json)
+    found, progress = [], Progress("profile_step.py", [*["step"] * (arguments.steps + 1), "optimizer alone"])
+    for _ in range(arguments.steps + 1):
+        with progress.step("step"):
+            found.append(step(ours, watch))
+    with progress.step("optimizer alone"):
+        alone = optimizer_rows(ours)
+    report(workload, found[1:], alone, arguments.json)
 
 
 def report(workload: Workload, found: list[dict[str, float]], alone: list[Figure], file: Path | None) -> None:

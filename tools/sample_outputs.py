@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from progress import Progress
+
 from revpatch.generate import Sampling, Writer
 from revpatch.ledger.history import Ledger
 from revpatch.loading import load_patched, read_patch
@@ -39,10 +41,13 @@ def page(run: Path, prompts: list[str], sampling: Sampling, base: str | None = N
         raise ValueError(f"{run} has no commit yet: there is nothing to read")
     model, tokenizer = load_patched(f"{run}@{commits[0].name}", base)
     writer = Writer(model, tokenizer, sampling)
-    texts = {"the base, without a patch": {prompt: next(writer.write(prompt, "off")) for prompt in prompts}}
+    progress = Progress("sample_outputs.py", ["texts"] * (1 + len(commits)))
+    with progress.step("texts"):
+        texts = {"the base, without a patch": {prompt: next(writer.write(prompt, "off")) for prompt in prompts}}
     for entry in commits:
         load_tensors(model, read_patch(f"{run}@{entry.name}").tensors)
-        texts[Path(entry.name).stem] = {prompt: next(writer.write(prompt)) for prompt in prompts}
+        with progress.step("texts"):
+            texts[Path(entry.name).stem] = {prompt: next(writer.write(prompt)) for prompt in prompts}
     how = "greedy" if sampling.greedy else f"sampled with seed {sampling.seed}, temperature {sampling.temperature}"
     lines = [f"# What {run.name} writes", "", f"{len(commits)} commits, {len(prompts)} prompts, {how}.", ""]
     for prompt in prompts:

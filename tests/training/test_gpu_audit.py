@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from revpatch.config import ObjectiveConfig, SidecarConfig
 from revpatch.patch.families import body_of
 from revpatch.patch.patched_model import switchboard, wrap
 from revpatch.training.lean import make_lean
 from revpatch.training.objective import PatchObjective
+from revpatch.training.packed import _no_mask
 from revpatch.training.record import Meter
 from revpatch.training.teacher import Teacher
 
@@ -75,6 +76,23 @@ def test_a_step_stays_on_the_gpu_and_asks_it_for_no_value(elsewhere: None, kind:
     mean = meter.take()
     assert mean is not None and mean.device.type == "meta"
     assert all(p.device.type == "meta" and p.dtype == torch.float32 for p in patch.parameters())
+
+
+@pytest.mark.parametrize("gate", ["prefix", "token"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_token_of_text_asks_the_gpu_for_no_more_than_without_a_patch(elsewhere: None, kind: str, gate: str) -> None:
+    """The patch's own part of a call with a cache: its history grows and nothing of it is read on the host."""
+    base = make(kind)
+    attach(base, SidecarConfig(bottleneck=4, gate=gate))  # type: ignore[arg-type]
+    cache = DynamicCache(config=base.config)
+    with torch.no_grad():
+        for last in (4, 5, 6):  # the positions are given, or transformers looks for packed texts in them
+            first = 0 if last == 4 else last - 1
+            here, mask = torch.arange(first, last)[None], torch.ones(1, last, dtype=torch.int64)
+            with _no_mask(base):
+                out = base(here, position_ids=here, attention_mask=mask, past_key_values=cache, use_cache=True)
+    assert out.logits.device.type == "meta"
+    assert cache.layers[cache.revpatch_layer].get_seq_length() == 6  # type: ignore[attr-defined]
 
 
 def test_the_audit_sees_a_wait(elsewhere: None) -> None:
