@@ -32,10 +32,10 @@ class Loss:
         shape = SHAPES[workload.shape]
         tokens = (workload.new + workload.replay) * workload.block
         self.first = workload.new * workload.block
-        there = {"device": workload.device, "dtype": workload.dtype}
-        self.hidden = torch.randn(tokens, shape["n_embd"], generator=generator).to(**there).requires_grad_()
-        self.teacher = torch.randn(tokens - self.first, shape["n_embd"], generator=generator).to(**there)
-        self.head = (0.05 * torch.randn(shape["vocab_size"], shape["n_embd"], generator=generator)).to(**there)
+        there = (workload.device, workload.dtype)
+        self.hidden = torch.randn(tokens, shape["n_embd"], generator=generator).to(*there).requires_grad_()
+        self.teacher = torch.randn(tokens - self.first, shape["n_embd"], generator=generator).to(*there)
+        self.head = (0.05 * torch.randn(shape["vocab_size"], shape["n_embd"], generator=generator)).to(*there)
         self.targets = torch.randint(shape["vocab_size"], (tokens,), generator=generator).to(workload.device)
         self.function = function
         self.weights = (REPLAY_WEIGHT, KL_WEIGHT)

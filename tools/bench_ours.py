@@ -140,7 +140,7 @@ class OursFilling(Ours):
     def __init__(self, workload: Workload) -> None:
         super().__init__(workload, cached=True)
 
-    def step(self) -> float:
+    def step(self) -> Tensor:
         self.teacher.forget()
         return super().step()
 
@@ -180,8 +180,10 @@ def trainers_step(ours: Ours, kind: str, peers: Peers) -> tuple[Engine, Callable
     keys = [None if ours.keys is None else ours.keys[n * each : (n + 1) * each] for n in range(count)]
 
     def step() -> Tensor:
-        there = [tuple(tokens.to(peers.device, non_blocking=True) for tokens in part) for part in parts]
-        batches = [MicroBatch(*tokens, own) for tokens, own in zip(there, keys, strict=True)]
+        batches = [
+            MicroBatch(new.to(peers.device, non_blocking=True), replay.to(peers.device, non_blocking=True), own)
+            for (new, replay), own in zip(parts, keys, strict=True)
+        ]
         meter.add(*engine.train_step(batches, LEARNING_RATE))
         assert meter._sum is not None
         return meter._sum

@@ -88,7 +88,8 @@ class HfTrainer(Peer):
         self.arguments = arguments
 
     def backward(self, new: Tensor, replay: Tensor) -> Tensor:
-        return self.trainer.training_step(self.student, {"input_ids": new, "labels": new}).detach()
+        loss: Tensor = self.trainer.training_step(self.student, {"input_ids": new, "labels": new})
+        return loss.detach()
 
     def step(self) -> Tensor:
         """What its training loop does around `training_step`."""

@@ -94,7 +94,8 @@ def ranks(device: str) -> Iterator[Any]:
     """A process group of this one rank, nccl on a GPU."""
     import torch
 
-    from revpatch.training.launch import Launch, process_group
+    from revpatch.training.launch import process_group
+    from revpatch.training.launcher_variables import Launch
 
     launch = Launch.from_environment()
     place = torch.device(device, 0) if device == "cuda" else torch.device("cpu")

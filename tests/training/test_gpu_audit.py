@@ -83,7 +83,7 @@ def test_a_step_stays_on_the_gpu_and_asks_it_for_no_value(elsewhere: None, kind:
 def test_a_token_of_text_asks_the_gpu_for_no_more_than_without_a_patch(elsewhere: None, kind: str, gate: str) -> None:
     """The patch's own part of a call with a cache: its history grows and nothing of it is read on the host."""
     base = make(kind)
-    attach(base, SidecarConfig(bottleneck=4, gate=gate))  # type: ignore[arg-type]
+    wrap(base, SidecarConfig(bottleneck=4, gate=gate))  # type: ignore[arg-type]
     cache = DynamicCache(config=base.config)
     with torch.no_grad():
         for last in (4, 5, 6):  # the positions are given, or transformers looks for packed texts in them
