@@ -81,14 +81,14 @@ def test_a_step_stays_on_the_gpu_and_asks_it_for_no_value(elsewhere: None, kind:
 @pytest.mark.parametrize("gate", ["prefix", "token"])
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_a_token_of_text_asks_the_gpu_for_no_more_than_without_a_patch(elsewhere: None, kind: str, gate: str) -> None:
-    """The patch's own part of a call with a cache: its history grows and nothing of it is read on the host."""
+    """The patch's own part of a call with a cache: its history grows and nothing of it is read on the host. (Mask and
+    positions of a prompt are looked at once, as a row of several texts must be refused.)"""
     base = make(kind)
     wrap(base, SidecarConfig(bottleneck=4, gate=gate))  # type: ignore[arg-type]
     cache = DynamicCache(config=base.config)
     with torch.no_grad():
-        for last in (4, 5, 6):  # the positions are given, or transformers looks for packed texts in them
-            first = 0 if last == 4 else last - 1
-            here, mask = torch.arange(first, last)[None], torch.ones(1, last, dtype=torch.int64)
+        for last in range(1, 7):  # the positions are given, or transformers looks for packed texts in them
+            here, mask = torch.arange(last - 1, last)[None], torch.ones(1, last, dtype=torch.int64)
             with _no_mask(base):
                 out = base(here, position_ids=here, attention_mask=mask, past_key_values=cache, use_cache=True)
     assert out.logits.device.type == "meta"
