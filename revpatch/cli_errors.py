@@ -13,13 +13,24 @@ import platform
 import socket
 import sys
 import traceback
+from itertools import pairwise
 from pathlib import Path
 
 EXIT_FAILED, EXIT_REFUSED, EXIT_CTRL_C = 1, 2, 130
 _PACKAGE = str(Path(__file__).resolve().parent) + os.sep
 _NO_MEMORY = ("DefaultCPUAllocator", "not enough memory", "out of memory", "Cannot allocate memory", "ALLOC_FAILED")
 """Of RuntimeErrors by which torch and its libraries say so."""
+_OF_PLACES = ("--prompt-file", "--out", "--as-new-run", "--base", "--tokenizer", "--patch", "--patch-ckpt")
+"""Options whose value is a file or a folder."""
 _REMEDIES = {
+    errno.ENOENT: "look at its spelling, and make the folder that it lies in if it is to be written",
+    errno.EISDIR: "name a file, or move that folder away",
+    errno.ENOTDIR: "a part of that path is a file: name another place",
+    errno.EEXIST: "name another, or move it away",
+    errno.ELOOP: "its links lead to one another: name the file itself",
+    errno.ETXTBSY: "a program that is running uses it: end that, or name another",
+    errno.EBUSY: "another program uses it: end that, or name another",
+    errno.ETIMEDOUT: "its disk or its server does not answer: look at the system's log",
     errno.EACCES: "give this user the right to it, or name another place",
     errno.EPERM: "give this user the right to it, or name another place",
     errno.EROFS: "its disk is mounted for reading only: name another place",
@@ -85,13 +96,22 @@ def _is_ours(error: BaseException) -> bool:
 
 
 def _of_the_system(error: OSError) -> str:
-    if error.errno is None or _is_ours(error):
-        where = f"{error.filename}: " if error.filename is not None else ""
-        return f"{where}{error.strerror}" if error.strerror else _one_line(error)
+    if error.errno is None:
+        return _one_line(error)
     reason = error.strerror or type(error).__name__
     if error.filename is None:
         return f"{reason} ({_unforeseen(error)})" + _remedy(error, "; ")
-    return f"{os.fsdecode(error.filename)}: {reason}" + _remedy(error, "; ")
+    file = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes, os.PathLike)) else str(error.filename)
+    return f"{_option_of(file)}{file}: {reason}" + _remedy(error, "; ")
+
+
+def _option_of(file: str) -> str:
+    """The option that names a file or a folder above it, as it stands before the file's name in a message; empty if
+    none does."""
+    words = [part for word in sys.argv[1:] for part in (word.split("=", 1) if word[:2] == "--" else [word])]
+    around = {Path(file).absolute(), *Path(file).absolute().parents}
+    named = (option for option, value in pairwise(words) if option in _OF_PLACES and Path(value).absolute() in around)
+    return next((f"{option} " for option in named), "")
 
 
 def _remedy(error: OSError, before: str) -> str:

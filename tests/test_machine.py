@@ -141,6 +141,14 @@ ENDS: dict[str, tuple[BaseException, int, list[str]]] = {
         2,
         ["HF_HOME names another folder"],
     ),
+    "a folder for a file": (IsADirectoryError(errno.EISDIR, "Is a directory", "/x"), 2, ["/x: Is a", "name a file"]),
+    "no such file": (FileNotFoundError(errno.ENOENT, "No such file", "x"), 2, ["x: No such file", "spelling"]),
+    "a file for a folder": (
+        NotADirectoryError(errno.ENOTDIR, "Not a directory", "/x/y"),
+        2,
+        ["/x/y: Not", "is a file"],
+    ),
+    "a server of files": (OSError(errno.ETIMEDOUT, "Timed out", "/x"), 2, ["/x: Timed out", "system's log"]),
     "a full disk": (OSError(errno.ENOSPC, "No space left on device", "/x"), 2, ["/x: No space left", "make room"]),
     "a library's ValueError": (ValueError("Expecting\n value"), 2, ["Expecting value", "not foreseen"]),
     "a pipe of its own": (BrokenPipeError(errno.EPIPE, "Broken pipe"), 1, ["Broken pipe"]),
@@ -349,3 +357,12 @@ def test_a_config_as_editors_write_it(toy: Toy, tmp_path: Path, revpatch: Call, 
         one_line(revpatch("train", path), path, refusal)
         with pytest.raises(ConfigError):
             load_config(path)
+
+
+@pytest.mark.parametrize("place", ["/proc/run", "/dev/null/run", "file/run"])
+def test_a_run_where_no_folder_can_be_made(toy: Toy, tmp_path: Path, revpatch: Call, place: str) -> None:
+    (tmp_path / "file").write_text("")
+    result = revpatch("train", toy.config_file(tmp_path), "--set", f"output_dir={tmp_path / place}")
+    assert result.code == 2 and "Traceback" not in result.err
+    words = f"output_dir = {tmp_path / place}: the folder can't be made"
+    assert words in result.err and "--set output_dir" in result.err, result.err

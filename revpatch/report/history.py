@@ -8,7 +8,7 @@ from typing import Any
 
 from revpatch.config_file import load_config
 from revpatch.ledger.history import JOURNAL_NAME, effective
-from revpatch.ledger.journal import Journal, Sets
+from revpatch.ledger.journal import Journal, JournalError, Sets
 from revpatch.training.resume import CONFIG_NAME
 
 _TRAINED_ON = ("probe", "rollback", "phase_start", "run_end")
@@ -102,10 +102,15 @@ def read_history(run: Path) -> RunHistory:
     """Reads the journal (its chain is checked) and the config of a run, which may be training right now.
 
     Raises:
-        JournalError: the journal is missing or damaged.
+        JournalError: the journal is missing, empty or damaged.
         FileNotFoundError, ConfigError: the config is missing, or isn't one.
     """
     journal = Journal(run / "ledger" / JOURNAL_NAME, readonly=True)
+    if not journal.records():
+        raise JournalError(
+            f"{journal.path} is empty: the run has not begun its first step, or its journal was lost; then put it back "
+            f"from a backup (`revpatch ledger verify {run}` looks at what is there)"
+        )
     config = load_config(run / CONFIG_NAME)
     names = [phase.name for phase in config.phases]
     found = RunHistory(run, confidence=config.rollback.confidence)

@@ -183,13 +183,19 @@ def _ranks(values: Mapping[str, str]) -> tuple[int, int, int]:
     """RANK, WORLD_SIZE and LOCAL_RANK as numbers that fit one another."""
     found = {name: _number(values[name]) for name in NAMES[:3]}
     if wrong := [f"{name}={values[name]!r}" for name, number in found.items() if number is None]:
-        raise ValueError(f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers, found {', '.join(wrong)}")
+        raise ValueError(
+            f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers, found {', '.join(wrong)}: start with a "
+            "launcher, which sets them; for a single process, unset them"
+        )
     rank, world, local_rank = (number or 0 for number in found.values())
     if world < 1:
         raise ValueError(f"WORLD_SIZE={world}: it is the number of all ranks, 1 or more")
     for name, number in (("RANK", rank), ("LOCAL_RANK", local_rank)):
         if not 0 <= number < world:
-            raise ValueError(f"{name}={number} must lie in 0 to WORLD_SIZE-1={world - 1}")
+            raise ValueError(
+                f"{name}={number} must lie in 0 to WORLD_SIZE-1={world - 1}: start with a launcher, which sets all "
+                "three; for a single process, unset RANK, WORLD_SIZE and LOCAL_RANK"
+            )
     return rank, world, local_rank
 
 

@@ -96,7 +96,13 @@ def stand(config: Config, fresh: bool, overwrite: bool) -> Standing:
             f"{named}: it holds a run, and --fresh would begin another there. Nothing was overwritten: choose another "
             "folder (--set output_dir=...), leave out --fresh to go on with it, or add --overwrite to delete it"
         )
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"{named}: the folder can't be made ({error.strerror}, at {error.filename}): choose another one "
+            "(--set output_dir=...), or give this user the right to make it"
+        ) from error
     standing = Standing(directory, lock=claim(directory, named))
     if has_begun(config) and not is_run:
         raise ConfigError(

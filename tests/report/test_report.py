@@ -163,6 +163,9 @@ def test_what_is_no_run_is_named(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run / "ledger", tmp_path / "ledger")
     with pytest.raises((ConfigError, FileNotFoundError), match=r"config\.yaml"):
         report_of(tmp_path)
+    (tmp_path / "ledger/journal.jsonl").write_text("")
+    with pytest.raises(JournalError, match=r"journal\.jsonl is empty.*backup"):
+        report_of(tmp_path)
 
 
 class Tags(HTMLParser):

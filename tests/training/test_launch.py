@@ -73,7 +73,9 @@ def test_half_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch, missing: st
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"RANK": "8"}, "RANK=8.*WORLD_SIZE-1=7"),
+        ({"RANK": "8"}, "RANK=8.*WORLD_SIZE-1=7.*unset RANK"),
+        ({"WORLD_SIZE": "1"}, "RANK=3.*for a single process, unset RANK"),
+        ({"RANK": "1.0"}, "RANK='1.0'.*for a single process, unset"),
         ({"RANK": "-1"}, "RANK=-1"),
         ({"LOCAL_RANK": "8"}, "LOCAL_RANK=8"),
         ({"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1"),
