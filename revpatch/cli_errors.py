@@ -106,12 +106,18 @@ def _of_the_system(error: OSError) -> str:
 
 
 def _option_of(file: str) -> str:
-    """The option that names a file or a folder above it, as it stands before the file's name in a message; empty if
-    none does."""
+    """The option that names a file, a folder above it, or what is written beside it first (`.NAME.unfinished`), as it
+    stands before the file's name in a message; empty if none does."""
     words = [part for word in sys.argv[1:] for part in (word.split("=", 1) if word[:2] == "--" else [word])]
-    around = {Path(file).absolute(), *Path(file).absolute().parents}
-    named = (option for option, value in pairwise(words) if option in _OF_PLACES and Path(value).absolute() in around)
-    return next((f"{option} " for option in named), "")
+    above = (Path(file).absolute(), *Path(file).absolute().parents)
+    for option, value in pairwise(words):
+        place = Path(value).absolute()
+        first = f".{place.name}."
+        if option in _OF_PLACES and any(
+            each == place or (each.parent == place.parent and each.name.startswith(first)) for each in above
+        ):
+            return f"{option} "
+    return ""
 
 
 def _remedy(error: OSError, before: str) -> str:

@@ -147,6 +147,7 @@ def test_mistakes_in_building_are_told_in_words(toy: Toy, tmp_path: Path, revpat
 
     one_line(build(tmp_path / "none.txt", toy.base), tmp_path / "none.txt", "no such file")
     one_line(build(text, tmp_path / "none"), "--tokenizer", tmp_path / "none")
+    one_line(build(text, toy.base, "--out", str(text / "out")), f"--out {text}", "is a file: name another place")
     one_line(build(text, toy.base, "--block-size", "4096"), "not one block of 4096", "lower block_size")
     mute = tmp_path / "mute"
     mute.mkdir()
