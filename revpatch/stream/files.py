@@ -263,6 +263,8 @@ def _document_of_line(line: bytes, where: str, name: str, text_column: str) -> D
     except (ValueError, RecursionError) as error:
         spread = text.strip() in ("{", "[", "[{") or text.lstrip().startswith("[")
         remedy = "where its JSON is an array or spread over lines, name the file .json" if spread else "mend the line"
+        if "\r" in text.strip():
+            remedy = "where its lines end with a carriage return alone: tr '\\r' '\\n' < FILE > NEW.jsonl"
         raise ValueError(f"{where}: expected one JSON object, found {excerpt(text)} ({error}); {remedy}") from None
     return _document_of_object(value, where, name, text_column, text)
 
@@ -282,7 +284,7 @@ def _document_of_object(value: Any, where: str, name: str, text_column: str, tex
         if text_column in value or inner is None or " is a chat" in str(error):
             raise
         raise ValueError(
-            f"{error}; or, where {inner!r} holds the documents: jq -c '.{inner}[]' FILE > NEW.jsonl"
+            f"{error}; or, where {inner!r} holds the documents: jq -c '.[{json.dumps(inner)}][]' FILE > NEW.jsonl"
         ) from None
 
 
