@@ -47,12 +47,17 @@ def decoded(data: bytes, where: str) -> str:
 
     Raises ValueError where they are not UTF-8, or are no text: see `check_characters`.
     """
-    try:
-        text = data.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise ValueError(_not_utf8(data, error.start, where)) from None
+    text = decoded_unchecked(data, where)
     check_characters(data, where)
     return text
+
+
+def decoded_unchecked(data: bytes, where: str) -> str:
+    """Return the bytes as text, without a byte order mark. Raises ValueError where they are not UTF-8."""
+    try:
+        return data.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise ValueError(_not_utf8(data, error.start, where)) from None
 
 
 def check_characters(data: bytes, where: str) -> None:
