@@ -175,7 +175,7 @@ def build_shards(
         }
         for manifest in manifests.values():
             if not manifest.blocks:
-                raise CorpusError(_nothing_built(manifest, sides.counts()[0], inputs, reading))
+                raise CorpusError(_nothing_built(manifest, sides, inputs, reading))
         _install(manifests, folders, unfinished)
     return next(iter(manifests.values()))
 
@@ -327,7 +327,7 @@ def _fill(
 def _with_remedy(error: ValueError, unfinished: UnfinishedBuild) -> str:
     """Return what went wrong with a source, and what becomes of what was built before."""
     text, kept = str(error), unfinished.checkpoint is not None
-    if isinstance(error, BadDocumentError):
+    if isinstance(error, BadDocumentError) and "--on-bad skip" not in text:
         text += (
             ". Or leave such documents out with --on-bad skip, which counts them and lists the first in the manifest"
         )
@@ -402,8 +402,9 @@ def _manifest(split: str, row: Row, recipe: dict[str, Any], last_added: int) -> 
     )
 
 
-def _nothing_built(manifest: Manifest, documents: int, inputs: Sequence[Input], reading: ChunkReading) -> str:
-    """Return why a side has no block, and what to do; `documents` are those of both sides."""
+def _nothing_built(manifest: Manifest, sides: Rows, inputs: Sequence[Input], reading: ChunkReading) -> str:
+    """Return why a side has no block, and what to do."""
+    documents = sides.counts()[0]
     bad = f", {manifest.bad_documents} could not be read: {manifest.bad[0]}" if manifest.bad_documents else ""
     found = (
         f"{manifest.documents} documents ({manifest.empty_documents} more were empty{bad}) of {manifest.tokens} tokens "
@@ -420,6 +421,11 @@ def _nothing_built(manifest: Manifest, documents: int, inputs: Sequence[Input], 
             f"the corpus is one document, so the last {manifest.holdout} of it was held out: "
             f"{'raise' if manifest.split == 'probe' else 'lower'} holdout, lower block_size, or divide the text into "
             f"documents (in plain text, by lines of {_SEPARATOR})"
+        )
+    if sides.full and manifest.split == "probe":
+        return text + (
+            f"the training side was full with max_tokens {manifest.max_tokens} after {documents} documents of both "
+            "sides: raise max_tokens or holdout, or divide the text into shorter documents"
         )
     if documents > _FEW_DOCUMENTS:
         return text + "add text, change holdout, or lower block_size"

@@ -228,11 +228,14 @@ def _find_lone(reads: Iterator[_Read]) -> tuple[tuple[int, ...], Iterator[_Read]
 
 
 def _pieces(text: str, read: _Read, reading: ChunkReading, lone: tuple[int, ...], before: int) -> Iterator[Chunk]:
-    """Yield a long document in pieces that go to its side; or the head of the only one, and its tail held out."""
+    """Yield a long document in pieces that go to its side; or the tail of the only one, held out, and then its head.
+
+    The tail comes first, as reading ends where the training side is full.
+    """
     parts: Iterable[tuple[str, bool]] = [(text, is_held_out(text, reading.holdout))]
     if lone:
         cut = place_of_tail(text, reading.holdout)
-        parts = [(text[:cut], False), (text[cut:], True)]
+        parts = [(text[cut:], True), (text[:cut], False)]
     works = [
         (work, held_out, last)
         for part, held_out in parts

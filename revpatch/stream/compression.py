@@ -29,13 +29,14 @@ class BrokenCompression(Exception):
 
 @dataclass(frozen=True)
 class Compression:
-    """A format: its name, its first bytes, and what decompresses one stream of it (`decompress`, `eof`, `unused_data`).
+    """A format: its name, its first bytes (all that they may be), and what decompresses one stream of it (`decompress`,
+    `eof`, `unused_data`).
 
     `padding` are bytes that may stand between streams and after the last one.
     """
 
     name: str
-    magic: bytes
+    magic: bytes | tuple[bytes, ...]
     decompressor: Callable[[], Any]
     padding: bytes = b""
 
@@ -46,7 +47,7 @@ def _zstd() -> Any:
 
 COMPRESSIONS = {
     ".gz": Compression("gzip", b"\x1f\x8b", partial(zlib.decompressobj, wbits=31), b"\0"),
-    ".bz2": Compression("bzip2", b"BZh", bz2.BZ2Decompressor),
+    ".bz2": Compression("bzip2", tuple(b"BZh%d1AY&SY" % level for level in range(1, 10)), bz2.BZ2Decompressor),
     ".xz": Compression("xz", b"\xfd7zXZ\0", lzma.LZMADecompressor, b"\0"),
     ".zst": Compression("zstd", b"\x28\xb5\x2f\xfd", _zstd),
 }

@@ -38,7 +38,7 @@ from revpatch.stream.documents import (
 )
 from revpatch.stream.json_values import json_values
 from revpatch.stream.parquet import read_parquet
-from revpatch.stream.utf8 import decoded, found_instead, refuse_other_formats
+from revpatch.stream.utf8 import check_characters, decoded, decoded_unchecked, found_instead, refuse_other_formats
 
 Documents = Iterator[Document | BadDocument]
 _MARK = b"\xef\xbb\xbf"
@@ -257,12 +257,15 @@ def _refuse_at_once(file: BinaryIO, place: Place) -> None:
 
 
 def _document_of_line(line: bytes, where: str, name: str, text_column: str) -> Document:
-    text = decoded(line, where)
+    text = decoded_unchecked(line, where)
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
+        check_characters(line, where)  # of a line that is JSON the text alone counts, and is checked by itself
         spread = text.strip() in ("{", "[", "[{") or text.lstrip().startswith("[")
         remedy = "where its JSON is an array or spread over lines, name the file .json" if spread else "mend the line"
+        if "\r" in text.strip():
+            remedy = "where its lines end with a carriage return alone: tr '\\r' '\\n' < FILE > NEW.jsonl"
         raise ValueError(f"{where}: expected one JSON object, found {excerpt(text)} ({error}); {remedy}") from None
     return _document_of_object(value, where, name, text_column, text)
 
@@ -282,7 +285,7 @@ def _document_of_object(value: Any, where: str, name: str, text_column: str, tex
         if text_column in value or inner is None or " is a chat" in str(error):
             raise
         raise ValueError(
-            f"{error}; or, where {inner!r} holds the documents: jq -c '.{inner}[]' FILE > NEW.jsonl"
+            f"{error}; or, where {inner!r} holds the documents: jq -c '.[{json.dumps(inner)}][]' FILE > NEW.jsonl"
         ) from None
 
 

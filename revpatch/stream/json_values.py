@@ -100,10 +100,11 @@ class _Scanner:
                     text = self._text[self._at : end]
                     self._at = end
                     return text, value
-            except (json.JSONDecodeError, RecursionError) as error:
-                at = getattr(error, "pos", 0)
-                unfinished = str(error).startswith("Unterminated string") or at >= len(self._text) - 16
-                if whole or isinstance(error, RecursionError) or not unfinished:
+            except (ValueError, RecursionError) as error:  # a plain ValueError: a number of too many digits
+                unfinished = isinstance(error, json.JSONDecodeError) and (
+                    error.msg.startswith("Unterminated string") or error.pos >= len(self._text) - 16
+                )
+                if whole or not unfinished:
                     found = f"{self._text[self._at : self._at + 20]!r} ({error})"
                     raise self.error(f"the end of the file within {found}" if whole and unfinished else found) from None
             whole = not self._more()

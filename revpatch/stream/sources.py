@@ -74,14 +74,19 @@ def is_raw_source(spec: str) -> bool:
 
 
 def name_of_source(source: str | Path) -> str:
-    """What a manifest calls a source: its last part, as a folder of this machine says nothing on another."""
+    """Return what a manifest calls a source: its last part, as a folder of this machine says nothing on another.
+
+    A byte of a file's name that is no UTF-8 is written as a backslash and its number.
+    """
     spec = str(source)
     for kind in ("hf:", "wds:"):
         body = spec.removeprefix(kind)
         if body != spec:
             plain_hub_name = kind == "hf:" and not body.startswith((".", "/", "~")) and not Path(body).parent.is_dir()
-            return spec if plain_hub_name else kind + body.rpartition("/")[2]
-    return Path(spec).name or Path(spec).resolve().name
+            name = spec if plain_hub_name else kind + body.rpartition("/")[2]
+            return name.encode("utf-8", "backslashreplace").decode()
+    name = Path(spec).name or Path(spec).resolve().name
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _inputs_of(spec: str, warn: bool) -> list[Input]:

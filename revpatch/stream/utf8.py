@@ -9,31 +9,30 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from revpatch.stream.compression import COMPRESSIONS
+
 _CONTROLS = bytes({*range(9), *range(14, 27), *range(28, 32), 127})  # not tab, line ends, form feed, escape (colours)
 _NUL_RUN = b"\0" * 8
 _FEW, _SHARE = 2, 0.02  # so many junk characters, and so large a share of the bytes, may be there
 _SAMPLE = 2**16
 _SHOWN = 24
 
-_MAGIC: tuple[tuple[bytes, str, str], ...] = (
+_MAGIC: tuple[tuple[bytes | tuple[bytes, ...], str, str], ...] = (  # so long that no text begins so by chance
     (b"version https://git-lfs.github.com/spec/v1", "a git-LFS pointer", "fetch the file itself: git lfs pull"),
     (b"%PDF-", "a PDF", "make text of it, for example: pdftotext FILE FILE.txt"),
     (b"{\\rtf", "rich text (RTF)", "make text of it, for example: pandoc FILE -t plain -o FILE.txt"),
     (b"PK\x03\x04", "a zip file (.zip, .docx, .xlsx, .epub)", "unpack it (unzip FILE), or export it as text"),
     (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an old Office file (.doc, .xls)", "export it as text"),
     (b"\x00\x05\x16\x07", "macOS's data about another file (AppleDouble), no text", "delete it"),
-    (b"\x1f\x8b", "gzip", "give its name the ending .gz"),
-    (b"BZh", "bzip2", "give its name the ending .bz2"),
-    (b"\xfd7zXZ\0", "xz", "give its name the ending .xz"),
-    (b"\x28\xb5\x2f\xfd", "zstd", "give its name the ending .zst"),
-    (b"PAR1", "parquet", "give its name the ending .parquet"),
-    (b"ARROW1", "an Arrow file", "name its folder with hf:FOLDER:SPLIT"),
+    *((packed.magic, packed.name, f"give its name the ending {ending}") for ending, packed in COMPRESSIONS.items()),
+    (b"PAR1\x15", "parquet", "give its name the ending .parquet"),
+    (b"ARROW1\0\0", "an Arrow file", "name its folder with hf:FOLDER:SPLIT"),
     (b"\x89PNG", "a PNG picture", "leave it out"),
     (b"\xff\xd8\xff", "a JPEG picture", "leave it out"),
     (b"SQLite format 3\0", "an SQLite database", "export its text as CSV or JSONL"),
     (b"\x7fELF", "a program", "leave it out"),
     (b"7z\xbc\xaf\x27\x1c", "a 7z file", "unpack it: 7z x FILE"),
-    (b"Rar!", "a rar file", "unpack it: unrar x FILE"),
+    (b"Rar!\x1a\x07", "a rar file", "unpack it: unrar x FILE"),
 )
 _MARKS = ((b"\xff\xfe\0\0", "utf-32"), (b"\0\0\xfe\xff", "utf-32"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
 # The high bytes of UTF-16: of alphabets, and of Chinese, Japanese and Korean text with its signs and spaces.
@@ -48,12 +47,17 @@ def decoded(data: bytes, where: str) -> str:
 
     Raises ValueError where they are not UTF-8, or are no text: see `check_characters`.
     """
-    try:
-        text = data.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise ValueError(_not_utf8(data, error.start, where)) from None
+    text = decoded_unchecked(data, where)
     check_characters(data, where)
     return text
+
+
+def decoded_unchecked(data: bytes, where: str) -> str:
+    """Return the bytes as text, without a byte order mark. Raises ValueError where they are not UTF-8."""
+    try:
+        return data.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise ValueError(_not_utf8(data, error.start, where)) from None
 
 
 def check_characters(data: bytes, where: str) -> None:
@@ -106,7 +110,7 @@ def refuse_other_formats(start: bytes, where: str) -> None:
         raise ValueError(f"{where}: expected text, found {known[0]}; {known[1]}")
 
 
-_NAMED_BEFOREHAND = (b"version https://git-lfs", b"%PDF-", b"{\\rtf", b"PAR1", b"BZh")  # those that may be all UTF-8
+_NAMED_BEFOREHAND = (b"version https://git-lfs", b"%PDF-", b"{\\rtf", b"PAR1\x15")  # those that may be all UTF-8
 
 
 def _wide_text(data: bytes) -> tuple[str, str] | None:

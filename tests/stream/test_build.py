@@ -188,6 +188,8 @@ def test_too_little_text_is_said(corpus: Corpus, tokenizer: Any, tmp_path: Path,
         build_shards([corpus(texts)], tokenizer, 64, tmp_path / "out")
     with pytest.raises(ValueError, match="on the probe side of holdout 1e-06"):
         build_shards([corpus(["long " * 200])], tokenizer, 64, tmp_path / "out", holdout=1e-6)
+    with pytest.raises(ValueError, match="full with max_tokens 64 after 1 documents of both sides: raise max_tokens"):
+        build_shards([corpus(["long " * 200] * 2)], tokenizer, 64, tmp_path / "out", holdout=1e-6, max_tokens=64)
     with pytest.raises(ValueError, match="no source at all"):
         build_shards([], tokenizer, 64, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -352,6 +354,9 @@ def test_few_documents_are_held_out_or_it_is_said_how_they_can_be(
         return
     train = build_shards(source, tokenizer, 16, tmp_path / "out", holdout=holdout)
     probe = Manifest.read(tmp_path / "out_probe")
+    bounded = build_shards(source, tokenizer, 16, tmp_path / "bounded", holdout=holdout, max_tokens=99)
+    assert (bounded.tokens, bounded.holdout_rule) == (99, "tail"), "the tail is there, however early training ends"
+    assert tokens_of(tmp_path / "bounded_probe") == tokens_of(tmp_path / "out_probe")
     assert (train.holdout_rule, probe.holdout_rule, train.documents, probe.documents) == ("tail", "tail", 1, 1)
     assert train.empty_documents + probe.empty_documents == len(documents) - 1
     sides = [texts_of(tmp_path / name, tokenizer)[0] for name in ("out", "out_probe")]

@@ -106,6 +106,14 @@ CONTENTS: dict[str, tuple[str, bytes, list[str]]] = {
     "a long array": ("a.json", json.dumps([{"text": f"{i} é" * 900} for i in range(300)]).encode(), []),
     "an empty array": ("a.json", b" [ ] ", []),
     "semicolons": ("a.csv", b'x;text\n1;"a;b, ""c"""\n', ['a;b, "c"']),
+    "words as formats begin with": (
+        "a.jsonl",
+        lines({"text": "PAR1 is a receptor."}, {"text": "BZh it says."}, {"text": "Rar! and ARROW1"}),
+        ["PAR1 is a receptor.", "BZh it says.", "Rar! and ARROW1"],
+    ),
+    "a word as parquet begins with": ("a.csv", b"PAR1,text\n1,a\n", ["a"]),
+    "a word as bzip2 begins with": ("BZh.txt", b"BZh it says.", ["BZh it says."]),
+    "a word as Arrow begins with": ("a.csv", b"ARROW1,text\n1,a\n", ["a"]),
     "one column": ("a.csv", b"text\na\n\nb", ["a", "b"]),
     "a tab in a .csv": ("a.csv", b"n\ttext\n1\tb, c\n", ["b, c"]),
     "a field of a megabyte": ("a.csv", b"text\n" + b"word " * 200_000 + b"\n", ["word " * 200_000]),
@@ -263,6 +271,7 @@ ONE_BAD: dict[str, tuple[str, bytes, int, list[tuple[str, str]]]] = {  # good do
         2,
         [("a.jsonl:2", "expected one JSON object")],
     ),
+    "lines of an old Mac": ("a.jsonl", b'{"text": "a"}\r{"text": "b"}\r', 0, [("a.jsonl:1", "tr '\\r' '\\n' < FILE")]),
     "bytes": (
         "a.jsonl",
         lines({"text": "a"}) + b'{"text": "b\xff"}\n' + lines({"text": "c"}),
@@ -283,7 +292,7 @@ ONE_BAD: dict[str, tuple[str, bytes, int, list[tuple[str, str]]]] = {  # good do
         2,
         [("a.json:2", "expected an object"), ("a.json:3", "found the byte 0xff")],
     ),
-    "wrapped": ("a.json", b'{"data": [{"text": "a"}]}', 0, [("a.json", "jq -c '.data[]' FILE")]),
+    "wrapped": ("a.json", b'{"data": [{"text": "a"}]}', 0, [("a.json", "jq -c '.[\"data\"][]' FILE")]),
     "rows": (
         "a.csv",
         b'n,text\n1,a\n2,b,x\n3,c\xff\n4,"d "e"\n5,f\n',
@@ -330,6 +339,10 @@ def test_one_bad_document_does_not_cost_the_others(tmp_path: Path, case: str) ->
 CUT = {
     "a.json": (b'[{"text": "a"}, {"text": "b"', "found the end of the file within"),
     "b.json": (b'[{"text": "a"}, {"text" "b"}]' + b" " * 99, "expected JSON: objects, or an array of them; found"),
+    "c.json": (
+        b'[{"text": "a", "n": ' + b"9" * 5000 + b"}]",
+        "c.json: expected JSON: objects, or an array of them; found",
+    ),
     "a.jsonl.xz": (lzma.compress(lines(*ONE_TWO))[:-20], "the xz file is broken or cut short"),
     "a.jsonl.bz2": (bz2.compress(b"x" * 99) + b"BZh9" + b"junk" * 9, "the bzip2 file is broken or cut short"),
     "a.txt.gz": (zstandard.compress(b"text"), "found zstd; give its name the ending .zst"),
@@ -384,7 +397,7 @@ def test_what_a_folder_has_and_is_not_read_is_counted(tmp_path: Path, caplog: py
 
 def test_what_a_tar_has_and_is_not_read_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     members = tar(
-        ("a.txt", b"text"),
+        ("BZh.txt", b"text"),
         ("._a.txt", b"\0\5\x16\7"),
         ("__MACOSX/x/._b.txt", b"junk"),
         link("c.txt", "a.txt", tarfile.SYMTYPE),

@@ -289,6 +289,8 @@ def test_manifests_name_no_folder_of_this_machine(tmp_path: Path, tokenizer: Any
     named = Manifest.read(tmp_path / "out").sources
     assert named == ("all", "*.jsonl", "hf:saved #1:train", "wds:t{0..1}.tar")
     assert name_of_source("hf:a/b:train") == "hf:a/b:train"
+    for kind in ("", "wds:"):
+        assert name_of_source(f"{kind}/corpora/caf\udce9.tar") == f"{kind}caf\\udce9.tar", "a manifest is UTF-8"
 
 
 def test_bad_input_of_many_kinds_leaves_no_half_set(tmp_path: Path, tokenizer: Any) -> None:
