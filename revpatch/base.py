@@ -20,6 +20,7 @@ from typing import Any, cast
 
 import torch
 import transformers
+from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
@@ -208,6 +209,13 @@ def load_base(name: str, revision: str | None, dtype: torch.dtype) -> nn.Module:
 def _fetched(name: str, revision: str | None) -> Path:
     """Return the folder of a hub's base in the cache, with its config.json."""
     try:
+        validate_repo_id(name)
+    except ValueError as error:  # its words are of names on the hub, and of an argument that we don't have
+        raise BaseNotFoundError(
+            f"no such local folder (looked for {Path(name).absolute()}), and no name that the hub could have, which is "
+            "ORGANISATION/NAME: correct the path"
+        ) from error
+    try:
         adapter = find_adapter_config_file(name, revision=revision)  # which transformers would put on in silence
         path = None if adapter else cached_file(name, _CONFIG, revision=revision)
     except (OSError, ValueError) as error:
@@ -222,6 +230,8 @@ def _fetched(name: str, revision: str | None) -> Path:
 
 def _read_json(path: Path, hint: str = "") -> dict[str, Any]:
     _check_file(path, hint)
+    if path.read_bytes().startswith(b"\xef\xbb\xbf"):  # which transformers can't read
+        raise BaseError(f"{path} begins with a byte order mark, as some editors write it: save it as UTF-8 without one")
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -439,11 +449,28 @@ def _check_same(where: Path | str, info: dict[str, Any], config: Any) -> None:
         told[-1] += f" ({len(shapes)} tensors have another shape)" if len(shapes) > 1 else ""
     if missing == ["lm_head.weight"] and not getattr(config, "tie_word_embeddings", False):
         todo = "if head and embeddings are one tensor, set tie_word_embeddings: true in config.json"
+    elif wrapper := _wrapper_of(missing, left):
+        todo = f"all names begin with {wrapper!r}, as a wrapper writes them: write the bare model with save_pretrained"
+    elif not any("CausalLM" in str(kind) or "LMHead" in str(kind) for kind in _kinds(config)) and not shapes:
+        todo = f"config.json says that this is {' or '.join(_kinds(config))}: name a model that predicts the next token"
     elif any(_QUANTISED.search(name) for name in left):
         todo = "the weights look quantised: name the model that was quantised"
     else:
         todo = "weights and config.json are not of one model; copy both again from where the base came"
     raise BaseError(f"{where}: {'; '.join(told)}: {todo}")
+
+
+def _wrapper_of(missing: list[str], left: list[str]) -> str:
+    """Return what DDP, torch.compile or PEFT has put before the names of all tensors; "" if nothing."""
+    first = min((len(name) - len(due) for name in left for due in missing if name.endswith(f".{due}")), default=0)
+    wrapper = left[0][:first] if left else ""
+    return wrapper if wrapper and {name.removeprefix(wrapper) for name in left} <= set(missing) else ""
+
+
+def _kinds(config: Any) -> list[str]:
+    """Return the classes that config.json names; that of a causal language model if it names none."""
+    named = getattr(config, "architectures", None)
+    return [str(kind) for kind in named] if isinstance(named, list) and named else ["CausalLM"]
 
 
 def _check_finite(where: Path | str, model: nn.Module) -> None:

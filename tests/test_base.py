@@ -213,6 +213,13 @@ REFUSED: dict[str, tuple[Spoil, list[str]]] = {
         sharded(lambda first, second: second.update({FIRST: first[FIRST] + 1})),
         [FIRST, "model-00001-of-00002.safetensors", SHARD, "twice"],
     ),
+    "wrapped": (renamed(lambda name: f"module.{name}"), ["'module.'", "a wrapper", "save_pretrained"]),
+    "compiled": (renamed(lambda name: f"_orig_mod.{name}"), ["'_orig_mod.'", "a wrapper", "save_pretrained"]),
+    "PEFT's names": (renamed(lambda name: f"base_model.model.{name}"), ["'base_model.model.'", "save_pretrained"]),
+    "a classifier": (
+        then(config(architectures=["GPT2ForSequenceClassification"]), tensors(score__weight=torch.ones(2, 32))),
+        ["no place for score.weight", "GPT2ForSequenceClassification", "the next token"],
+    ),
     # files
     "no weights": (without("model.safetensors"), ["model.safetensors", "no weights"]),
     "a tokenizer alone": (only("tokenizer.json", "tokenizer_config.json"), ["config.json", "tokenizer.json"]),
@@ -263,6 +270,10 @@ REFUSED: dict[str, tuple[Spoil, list[str]]] = {
     "an empty config": (cut("config.json", 0), ["config.json", "empty"]),
     "a config cut": (cut("config.json", 0.5), ["config.json", "JSON"]),
     "a config that is no text": (text("config.json", b"\xff\xfe{"), ["config.json", "JSON"]),
+    "a config with a mark": (
+        lambda folder: text("config.json", b"\xef\xbb\xbf" + (folder / "config.json").read_bytes())(folder),
+        ["config.json", "byte order mark", "without one"],
+    ),
     "a pointer to a config": (text("config.json", POINTER), ["config.json", "git lfs pull"]),
     "a config that is a list": (text("config.json", "[]"), ["config.json", "list"]),
     "a config that is a folder": (as_folder("config.json"), ["config.json", "folder"]),
@@ -478,6 +489,10 @@ def test_a_base_of_a_hub_is_held_to_the_same(
     one_line(revpatch("train", config_file), "base.model = some/base: ", "adapter_config.json", "merge")
     nowhere = toy.config_file(tmp_path, base={"model": "some/other"})
     one_line(revpatch("train", nowhere), "base.model = some/other: no such local folder", "the hub")
+    for name, words in {"/models/base": "/models/base", "runs/a/b": Path("runs/a/b").absolute()}.items():
+        told = revpatch("train", toy.config_file(tmp_path, base={"model": name}))
+        one_line(told, f"base.model = {name}: no such local folder", words, "correct the path")
+        assert "repo_type" not in told.err
     one_line(revpatch("train", toy.config_file(tmp_path, base={"model": str(config_file)})), "is a file")
 
 
