@@ -36,7 +36,7 @@ def test_mistakes_in_generating_are_told_in_words(run: Run, toy: Toy, tmp_path: 
     refused("--prompt-file", entry, "expected", more=("--prompt-file", entry))
     for encoding in ("utf-16", "utf-16-le", "utf-32"):  # as PowerShell's > writes them, with a mark or without
         blank.write_bytes("the patch learns\nwhat a stream brings\n".encode(encoding))
-        refused("--prompt-file", blank, encoding[:6].upper(), "iconv", more=("--prompt-file", blank))
+        refused("--prompt-file", blank, f"iconv -f {encoding[:6]}", more=("--prompt-file", blank))
     refused(tmp_path / "nowhere.txt", more=("--prompt-file", tmp_path / "nowhere.txt"))
     refused(tmp_path / "none.pt", "no such file", patch=tmp_path / "none.pt")
     refused(tmp_path, "a folder without ledger", patch=tmp_path)
