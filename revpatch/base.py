@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import re
 import zipfile
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from typing import Any, cast
 
 import torch
 import transformers
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
@@ -27,6 +29,8 @@ from transformers.utils import cached_file, find_adapter_config_file
 
 from revpatch.durable import is_lfs_pointer
 from revpatch.patch.families import FAMILIES
+
+_log = logging.getLogger(__name__)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16, "float64": torch.float64}
 """In which a base may be held, by name. Training and surgery take the first two."""
@@ -146,7 +150,7 @@ class Base:
         if not self.local:
             self.check()
         _check_same(self._where(self._files()), info, self.config)
-        _check_finite(self._where(self._files()), model)
+        _check_numbers(self._where(self._files()), model)
         return cast(nn.Module, model.eval())
 
     def _rehearse(self, held: dict[str, Tensor]) -> dict[str, Any]:
@@ -208,6 +212,13 @@ def load_base(name: str, revision: str | None, dtype: torch.dtype) -> nn.Module:
 def _fetched(name: str, revision: str | None) -> Path:
     """Return the folder of a hub's base in the cache, with its config.json."""
     try:
+        validate_repo_id(name)
+    except ValueError as error:  # its words are of names on the hub, and of an argument that we don't have
+        raise BaseNotFoundError(
+            f"no such local folder (looked for {Path(name).absolute()}), and no name that the hub could have, which is "
+            "ORGANISATION/NAME: correct the path"
+        ) from error
+    try:
         adapter = find_adapter_config_file(name, revision=revision)  # which transformers would put on in silence
         path = None if adapter else cached_file(name, _CONFIG, revision=revision)
     except (OSError, ValueError) as error:
@@ -222,13 +233,21 @@ def _fetched(name: str, revision: str | None) -> Path:
 
 def _read_json(path: Path, hint: str = "") -> dict[str, Any]:
     _check_file(path, hint)
+    if path.read_bytes().startswith(b"\xef\xbb\xbf"):  # which transformers can't read
+        raise BaseError(f"{path} begins with a byte order mark, as some editors write it: save it as UTF-8 without one")
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
+        said = json.loads(path.read_text(encoding="utf-8"), parse_constant=_constant)
     except (ValueError, RecursionError) as error:
         raise BaseError(f"{path}: no JSON, so truncated or damaged ({_told(error)}): {_AGAIN}") from error
     if not isinstance(said, dict):
         raise BaseError(f"{path}: expected keys and values, found a {type(said).__name__}: {_AGAIN}")
     return said
+
+
+def _constant(name: str) -> float:
+    if name == "NaN":  # infinities have uses
+        raise ValueError("NaN is no number that a model can be made of")
+    return float(name.replace("Infinity", "inf"))
 
 
 def _check_file(path: Path, hint: str = "") -> None:
@@ -439,6 +458,10 @@ def _check_same(where: Path | str, info: dict[str, Any], config: Any) -> None:
         told[-1] += f" ({len(shapes)} tensors have another shape)" if len(shapes) > 1 else ""
     if missing == ["lm_head.weight"] and not getattr(config, "tie_word_embeddings", False):
         todo = "if head and embeddings are one tensor, set tie_word_embeddings: true in config.json"
+    elif wrapper := _wrapper_of(missing, left):
+        todo = f"all names begin with {wrapper!r}, as a wrapper writes them: write the bare model with save_pretrained"
+    elif not any("CausalLM" in str(kind) or "LMHead" in str(kind) for kind in _kinds(config)) and not shapes:
+        todo = f"config.json says that this is {' or '.join(_kinds(config))}: name a model that predicts the next token"
     elif any(_QUANTISED.search(name) for name in left):
         todo = "the weights look quantised: name the model that was quantised"
     else:
@@ -446,11 +469,37 @@ def _check_same(where: Path | str, info: dict[str, Any], config: Any) -> None:
     raise BaseError(f"{where}: {'; '.join(told)}: {todo}")
 
 
-def _check_finite(where: Path | str, model: nn.Module) -> None:
+def _wrapper_of(missing: list[str], left: list[str]) -> str:
+    """Return what DDP, torch.compile or PEFT has put before the names of all tensors; "" if nothing."""
+    first = min((len(name) - len(due) for name in left for due in missing if name.endswith(f".{due}")), default=0)
+    wrapper = left[0][:first] if left else ""
+    return wrapper if wrapper and {name.removeprefix(wrapper) for name in left} <= set(missing) else ""
+
+
+def _kinds(config: Any) -> list[str]:
+    """Return the classes that config.json names; that of a causal language model if it names none."""
+    named = getattr(config, "architectures", None)
+    return [str(kind) for kind in named] if isinstance(named, list) and named else ["CausalLM"]
+
+
+def _check_numbers(where: Path | str, model: nn.Module) -> None:
+    """Raise BaseError for numbers that are not finite, and for embeddings of nothing but zeros: a download that stopped
+    leaves zeros where it had not come to. Other matrices of zeros, which added blocks begin with, are warned of."""
+    empty = []
     for name, parameter in model.named_parameters():
-        if parameter.numel() and not all(bool(bound.isfinite()) for bound in torch.aminmax(parameter.detach())):
+        if not parameter.numel():
+            continue
+        least, most = torch.aminmax(parameter.detach())
+        if not (least.isfinite() and most.isfinite()):
             kind = str(parameter.dtype).removeprefix("torch.")
             raise BaseError(f"{where}: {name} holds numbers that are not finite in {kind}: {_AGAIN}")
+        if parameter.dim() > 1 and least == most == 0:
+            empty.append(name)
+    embeddings = cast(Any, model).get_input_embeddings().weight
+    if any(model.get_parameter(name) is embeddings for name in empty):
+        raise BaseError(f"{where}: {_some(empty)} hold nothing but zeros, as where a download stopped: {_AGAIN}")
+    if empty:
+        _log.warning("%s: %s hold nothing but zeros; if nobody made the base so, %s", where, _some(empty), _AGAIN)
 
 
 # words

@@ -78,13 +78,11 @@ def generate(
 
 def _lines(file: Path) -> list[str]:
     """The prompts of a file; ValueError if there are none."""
-    try:
-        # At line feeds alone: splitlines also cuts at U+2028 and its like, which are part of a text.
-        lines = [line for line in file.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"--prompt-file {file} is no UTF-8 text ({error}): give a text file, a prompt a line"
-        ) from error
+    from revpatch.stream.utf8 import decoded
+
+    text = decoded(file.read_bytes(), f"--prompt-file {file}").replace("\r\n", "\n").replace("\r", "\n")
+    # At line feeds alone: splitlines also cuts at U+2028 and its like, which are part of a text.
+    lines = [line for line in text.split("\n") if line.strip()]
     if not lines:
         raise ValueError(f"--prompt-file {file} is empty: give a text file, a prompt a line")
     return lines

@@ -167,6 +167,7 @@ def only(*names: str) -> Spoil:
 
 
 REFUSED: dict[str, tuple[Spoil, list[str]]] = {
+    "NaN in config.json": (config(layer_norm_epsilon=float("nan")), ["config.json", "NaN"]),
     # what the tensors are, and what config.json says that they are
     "a tensor gone": (tensors(transformer__ln_f__weight=lambda _: None), ["model.safetensors", LAST, "missing"]),
     "all gone": (
@@ -212,6 +213,13 @@ REFUSED: dict[str, tuple[Spoil, list[str]]] = {
     "a tensor twice": (
         sharded(lambda first, second: second.update({FIRST: first[FIRST] + 1})),
         [FIRST, "model-00001-of-00002.safetensors", SHARD, "twice"],
+    ),
+    "wrapped": (renamed(lambda name: f"module.{name}"), ["'module.'", "a wrapper", "save_pretrained"]),
+    "compiled": (renamed(lambda name: f"_orig_mod.{name}"), ["'_orig_mod.'", "a wrapper", "save_pretrained"]),
+    "PEFT's names": (renamed(lambda name: f"base_model.model.{name}"), ["'base_model.model.'", "save_pretrained"]),
+    "a classifier": (
+        then(config(architectures=["GPT2ForSequenceClassification"]), tensors(score__weight=torch.ones(2, 32))),
+        ["no place for score.weight", "GPT2ForSequenceClassification", "the next token"],
     ),
     # files
     "no weights": (without("model.safetensors"), ["model.safetensors", "no weights"]),
@@ -263,6 +271,10 @@ REFUSED: dict[str, tuple[Spoil, list[str]]] = {
     "an empty config": (cut("config.json", 0), ["config.json", "empty"]),
     "a config cut": (cut("config.json", 0.5), ["config.json", "JSON"]),
     "a config that is no text": (text("config.json", b"\xff\xfe{"), ["config.json", "JSON"]),
+    "a config with a mark": (
+        lambda folder: text("config.json", b"\xef\xbb\xbf" + (folder / "config.json").read_bytes())(folder),
+        ["config.json", "byte order mark", "without one"],
+    ),
     "a pointer to a config": (text("config.json", POINTER), ["config.json", "git lfs pull"]),
     "a config that is a list": (text("config.json", "[]"), ["config.json", "list"]),
     "a config that is a folder": (as_folder("config.json"), ["config.json", "folder"]),
@@ -377,6 +389,20 @@ def test_weights_that_are_no_finite_numbers(
     one_line(told, folder / "model.safetensors", LAST, f"not finite in {found}")
 
 
+def test_weights_of_nothing_but_zeros(
+    stored: Path, toy: Toy, tmp_path: Path, revpatch: Call, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a download leaves them that has set the file's size first and then stopped."""
+    options = "--dtype", "float32", "--shards", toy.shards("base_probe")
+    folder = spoiled(stored, tmp_path / "a", tensors(transformer__wte__weight=torch.zeros_like))
+    told = revpatch("probe", "--patch", "none", "--base", folder, *options)
+    one_line(told, folder / "model.safetensors", EMBEDDINGS, "nothing but zeros")
+    name = "transformer.h.1.mlp.c_proj.weight"  # as in blocks that were added to a trained model
+    folder = spoiled(stored, tmp_path / "b", tensors(transformer__h__1__mlp__c_proj__weight=torch.zeros_like))
+    assert revpatch("probe", "--patch", "none", "--base", folder, *options).code == 0
+    assert any(name in line and "nothing but zeros" in line for line in caplog.messages), caplog.messages
+
+
 def as_gpt2_on_the_hub(folder: Path) -> None:
     """GPT-2's own files: no `transformer.` before the names, and masks among the tensors."""
     held = {name.removeprefix("transformer."): t for name, t in load_file(folder / "model.safetensors").items()}
@@ -478,6 +504,10 @@ def test_a_base_of_a_hub_is_held_to_the_same(
     one_line(revpatch("train", config_file), "base.model = some/base: ", "adapter_config.json", "merge")
     nowhere = toy.config_file(tmp_path, base={"model": "some/other"})
     one_line(revpatch("train", nowhere), "base.model = some/other: no such local folder", "the hub")
+    for name, words in {"/models/base": "/models/base", "runs/a/b": Path("runs/a/b").absolute()}.items():
+        told = revpatch("train", toy.config_file(tmp_path, base={"model": name}))
+        one_line(told, f"base.model = {name}: no such local folder", words, "correct the path")
+        assert "repo_type" not in told.err
     one_line(revpatch("train", toy.config_file(tmp_path, base={"model": str(config_file)})), "is a file")
 
 

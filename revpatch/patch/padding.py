@@ -37,8 +37,10 @@ class PaddingReader:
             return None
         now, cache = inputs.shape[1], given.get("past_key_values")
         positions = given.get("position_ids")
-        if now == 1 or not isinstance(positions, Tensor) or positions.dim() != 2:
+        if now == 1 or not isinstance(positions, Tensor) or positions.dim() not in (1, 2):
             positions = None
+        elif positions.dim() == 1:  # of all rows, as GPT-2 takes them
+            positions = positions[None]
         if mask is None:
             # Without a mask and a cache transformers takes every step other than 1 for the beginning of a sequence.
             if positions is not None and bool(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -120,11 +121,15 @@ def prove(folder: Path, subject: Subject, entry: Entry) -> None:
     cached = entry.sidecar.gate != "seq"
     with tempfile.TemporaryDirectory() as place:
         inputs, out, code = (str(Path(place) / name) for name in ("inputs", "out", "code"))
+        script = shutil.copy(load_back.__file__, place)  # not where it lies, as Python imports from beside a script
         save_file({"ids": ids, "cached": torch.tensor(cached)}, inputs)
-        command = [sys.executable, "-I", load_back.__file__, str(folder.absolute()), inputs, out]
+        command = [sys.executable, script, str(folder.absolute()), inputs, out]
+        # Packages may lie where only this process looks: a user's own, or those of PYTHONPATH.
+        packages = os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path if entry)
+        env = {"HF_MODULES_CACHE": code, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
         done = subprocess.run(
             [*command, str(torch.get_num_threads())],
-            env={**os.environ, "HF_MODULES_CACHE": code, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"},
+            env={**os.environ, **env, "PYTHONPATH": packages},
             cwd=place,  # not where something may be called transformers.py
             stdin=subprocess.DEVNULL,
             capture_output=True,

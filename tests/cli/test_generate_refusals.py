@@ -33,7 +33,10 @@ def test_mistakes_in_generating_are_told_in_words(run: Run, toy: Toy, tmp_path: 
     blank = tmp_path / "blank.txt"
     blank.write_text("\n \n", encoding="utf-8")
     refused("--prompt-file", blank, "a prompt a line", more=("--prompt-file", blank))
-    refused("--prompt-file", entry, "no UTF-8", more=("--prompt-file", entry))
+    refused("--prompt-file", entry, "expected", more=("--prompt-file", entry))
+    for encoding in ("utf-16", "utf-16-le", "utf-32"):  # as PowerShell's > writes them, with a mark or without
+        blank.write_bytes("the patch learns\nwhat a stream brings\n".encode(encoding))
+        refused("--prompt-file", blank, f"iconv -f {encoding[:6]}", more=("--prompt-file", blank))
     refused("--prompt-file", tmp_path, "Is a directory", "name a file", more=("--prompt-file", tmp_path))
     refused("--prompt-file", tmp_path / "nowhere.txt", "spelling", more=("--prompt-file", tmp_path / "nowhere.txt"))
     refused(tmp_path / "none.pt", "no such file", patch=tmp_path / "none.pt")

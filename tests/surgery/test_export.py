@@ -189,6 +189,7 @@ def test_an_export_is_what_a_fresh_process_loads_or_is_refused(
     words: tuple[str, ...],
 ) -> None:
     """Of some families transformers gives the tensors other names, by the model_type, which an export's is not."""
+    monkeypatch.setattr(sys, "executable", sys._base_executable)  # whose own packages are few: ours are on sys.path
     if row is not None:
         monkeypatch.setitem(families.FAMILIES, family, families.Family(*row))
     folder = tmp_path / "base"
