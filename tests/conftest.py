@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -26,6 +28,9 @@ from toy import Toy, build_toy
 # A busy machine is no failure: nothing here is timed by the clock.
 settings.register_profile("revpatch", deadline=None)
 settings.load_profile("revpatch")
+# What is started in the background of a script ignores these, and so would every run that a test starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 HERE = Path(__file__).resolve().parent
 
 
@@ -55,6 +60,18 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if getattr(session.config.option, "loadgroup", False):  # in a process that pytest-xdist started with it
         lost = [item.nodeid for item in session.items if "@" not in item.nodeid.rpartition("::")[2]]
         assert not lost, f"pytest-xdist does not see the groups of {lost[:3]}; see pytest's bound in pyproject.toml"
+
+
+@pytest.fixture(autouse=True)
+def log_as_it_was() -> Iterator[None]:
+    """Each test begins with a log that no run before it, in this process, has sent to its console and file."""
+    log = logging.getLogger("revpatch")
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
+        handler.close()
+    log.propagate = True
+    log.setLevel(logging.NOTSET)
+    yield
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,8 @@ INSTEAD: dict[str, dict[str, str]] = {
         r"\[--max-tokens N\]": "--max-tokens 2000",
         r"\[--shard-mb 64\]": "--shard-mb 64",
         r"\[--workers N\]": "--workers 2",
+        r"\[--on-bad stop\|skip\]": "--on-bad skip",
+        r"\[--max-lost 0.01\]": "--max-lost 0.01",
         r"(generate .*--compare)": rf"\1{FEW}",  # the toy base has room for few
         r"hf:wikitext/wikitext-103-raw-v1:train": "data/general",  # of the hub
     },
@@ -78,6 +80,10 @@ ELSEWHERE = {
     "docs/PATCHES.md: python tools/sample_outputs.py RUN --out page.md": (
         "the benchmark takes minutes",
         "tests/cli/test_generate_cli.py::test_a_page_shows_what_each_commit_writes",
+    ),
+    "docs/PERFORMANCE.md: python tools/gpu_check.py --json gpu.json": (
+        "a GPU",
+        "tests/test_tools.py::test_the_shortest_rehearsal_of_a_gpus_check",
     ),
     "docs/RUNS.md: tensorboard --logdir runs --samples_per_plugin text=1000": (
         "a server",

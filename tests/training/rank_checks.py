@@ -207,7 +207,7 @@ def guarded(trainer: Trainer) -> dict[str, Any]:
     rates: list[float] = []
     step_of = trainer.engine.train_step
 
-    def measure() -> dict[str, Measurement]:
+    def measure(*_: object) -> dict[str, Measurement]:
         level = script.pop(0)
         return {"probe": Measurement(np.full(8, level) + np.linspace(0, 1e-3, 8), [0.5], [0.1])}
 

@@ -178,7 +178,7 @@ def test_steps_may_change_while_the_phase_is_under_way(make_runs: Callable[..., 
     ("launch", "options"),
     [
         ({"TORCHELASTIC_RUN_ID": "revpatch"}, ["--fresh", "--overwrite"]),
-        ({"SLURM_JOB_ID": 7, "SLURM_STEP_ID": 0}, ["--fresh"]),
+        ({"SLURM_JOB_ID": 7, "SLURM_STEP_ID": 0, "SLURM_PROCID": 0, "SLURM_NTASKS": 1}, ["--fresh"]),
     ],
 )
 def test_what_its_launcher_starts_again_is_not_begun_anew(
