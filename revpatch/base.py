@@ -151,6 +151,14 @@ class Base:
             self.check()
         _check_same(self._where(self._files()), info, self.config)
         _check_numbers(self._where(self._files()), model)
+        head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+        tied = getattr(self.config.get_text_config(), "tie_word_embeddings", False)
+        if tied and head is not None and head.weight is not embeddings.weight:
+            _log.warning(
+                "%s: config.json says that head and embeddings are one tensor, and two that differ are there: both are "
+                "used, as transformers does",
+                self._where(self._files()),
+            )
         return cast(nn.Module, model.eval())
 
     def _rehearse(self, held: dict[str, Tensor]) -> dict[str, Any]:

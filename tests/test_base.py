@@ -403,6 +403,16 @@ def test_weights_of_nothing_but_zeros(
     assert any(name in line and "nothing but zeros" in line for line in caplog.messages), caplog.messages
 
 
+def test_a_head_of_its_own_that_config_json_denies_is_named(
+    stored: Path, toy: Toy, tmp_path: Path, revpatch: Call, caplog: pytest.LogCaptureFixture
+) -> None:
+    head = load_file(stored / "model.safetensors")[EMBEDDINGS] + 1
+    folder = spoiled(stored, tmp_path, tensors(lm_head__weight=head))
+    options = "--dtype", "float32", "--shards", toy.shards("base_probe")
+    assert revpatch("probe", "--patch", "none", "--base", folder, *options).code == 0
+    assert any("two that differ" in line for line in caplog.messages), caplog.messages
+
+
 def as_gpt2_on_the_hub(folder: Path) -> None:
     """GPT-2's own files: no `transformer.` before the names, and masks among the tensors."""
     held = {name.removeprefix("transformer."): t for name, t in load_file(folder / "model.safetensors").items()}
