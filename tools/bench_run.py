@@ -22,10 +22,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from figures import Figure, machine, show
-from progress import Progress
+from progress import Progress, clock_time
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from revpatch.training.launch import bfloat16_is_slow
@@ -57,23 +58,26 @@ def train(run: Path, steps: int, stage: int) -> None:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     command = [*launcher, "-m", "revpatch", "train", "configs/demo.yaml", *options]
     with tempfile.TemporaryFile("w+") as said:
+        began = time.monotonic()
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=said, stderr=subprocess.STDOUT)
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(LOOK_EVERY)
                 break
-            show_step(run, steps)
+            show_step(run, steps, time.monotonic() - began)
         said.seek(0)
         if process.returncode:
             raise RuntimeError(f"the run failed:\n{said.read()}")
 
 
-def show_step(run: Path, steps: int) -> None:
-    """Say how far a run is, by its own log: it has a line for each step."""
+def show_step(run: Path, steps: int, seconds: float) -> None:
+    """Say how far a run is after so many seconds, by its own log: it has a line for each step."""
     log = run / "train.log"
     text = log.read_text(encoding="utf-8") if log.is_file() else ""
     found = re.findall(rf"\b(\d+)/{steps}\b", text)
-    print(f"bench_run.py: step {found[-1] if found else 0} of {steps}", file=sys.stderr, flush=True)
+    done = int(found[-1]) if found else 0
+    left = f", about {clock_time(seconds * (steps - done) / done)} left" if done else ""
+    print(f"bench_run.py: step {done} of {steps}{left}", file=sys.stderr, flush=True)
 
 
 def figures_of(run: Path, stage: int) -> list[Figure]:
