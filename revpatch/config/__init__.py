@@ -158,7 +158,7 @@ class Config(Section):
     def _own_text_has_its_name(self) -> Config:
         if self.rehearses_own_text and OWN_TEXT in [probe.name for probe in self.probes.sets]:
             raise ValueError(
-                f"probes.sets: the name {OWN_TEXT!r} is taken by the held-out text that the base writes by itself while "
+                f"probes.sets: the name {OWN_TEXT!r} is that of the held-out text that the base writes itself, while "
                 f"replay.base = {SELF}: choose another name"
             )
         return self

@@ -129,19 +129,15 @@ class _Writer:
         generator = torch.Generator(self.device)
         generator.manual_seed(int(hash64(RECIPE_VERSION, _DRAWS, _seed(part), int(rows[0])) >> np.uint64(1)))
         written = torch.empty(len(rows), self.block_size, dtype=torch.int64, device=self.device)
+        written[:, 0] = begin[:, 0]
         past: Any = None
-        for place in range(self.block_size):
+        for place in range(1, self.block_size):
+            out = self.base(input_ids=written[:, place - 1, None], past_key_values=past, use_cache=True)
+            past = out.past_key_values
+            drawn = self._draw(out.logits[:, -1], generator)
             given = begin[:, place] if place < begin.shape[1] else None
-            if past is None:
-                assert given is not None
-                written[:, 0] = given
-            else:
-                drawn = self._draw(logits, generator)
-                written[:, place] = drawn if given is None else torch.where(given >= 0, given, drawn)
-            if place + 1 < self.block_size:
-                out = self.base(input_ids=written[:, place, None], past_key_values=past, use_cache=True)
-                past, logits = out.past_key_values, out.logits[:, -1]
-            note((place + 1) / self.block_size)
+            written[:, place] = drawn if given is None else torch.where(given >= 0, given, drawn)
+            note(place / self.block_size)
         return written.cpu().numpy()
 
     def _beginnings(self, part: _Part, rows: Int64s) -> Int64s:

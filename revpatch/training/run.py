@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from revpatch.config import Config
+from revpatch.config import Config, ConfigError
 from revpatch.monitoring.doing import doing
 from revpatch.monitoring.terminal import say
 from revpatch.training import startup
@@ -65,7 +65,7 @@ def _train(config: Config, fresh: bool, overwrite: bool, interruption: Interrupt
             check_base(config, launch.world)
     with process_group(launch, device, config.engine.timeout_minutes) as peers:
         check_same_config(config, peers)
-        reads, not_built = config, {}
+        reads, not_built = config, dict[int, ConfigError]()
         if plan is None:
             reads, not_built = build_on_first_use(config, peers, begun)
             plan = check(reads, launch.world, begun, not_built)
