@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,8 @@ from revpatch.config_file import load_config
 from revpatch.ledger.audit import verify
 from revpatch.report.history import read_history
 from revpatch.stream.shard_set import ShardSet
+from revpatch.surgery.judgement import Probes
+from revpatch.surgery.revert import revert
 from revpatch.training.own_text import build_own_text
 from revpatch.training.preflight import check
 from revpatch.training.startup import Weights, load_base
@@ -212,6 +215,14 @@ def test_the_held_out_part_is_probed_and_guarded(runs: Runs) -> None:
 def test_the_run_keeps_the_config_as_it_was_given(runs: Runs) -> None:
     kept = load_config(runs.path("one") / "config.yaml")
     assert kept.replay.base == "self" and kept.probes.sets == []
+
+
+def test_a_patch_that_is_made_of_its_patches_is_held_to_it(runs: Runs, tmp_path: Path) -> None:
+    probes = Probes.of(runs.path("two"), [])
+    (own,) = probes.sets
+    assert own.name == OWN_TEXT and Path(own.shards).parent == runs.folder / "other"
+    made = revert(shutil.copytree(runs.path("two"), tmp_path / "copy"), "first", layers=[0])
+    assert made.sets[OWN_TEXT]["guarded"], made
 
 
 def test_a_later_run_of_the_base_reads_what_is_there(runs: Runs) -> None:
