@@ -33,6 +33,7 @@ from revpatch.monitoring.doing import Far, doing
 from revpatch.monitoring.terminal import say
 from revpatch.stream.manifest import MANIFEST_NAME, MANIFEST_VERSION, Manifest, TokenizerInfo
 from revpatch.stream.permutation import hash64
+from revpatch.stream.shard_set import ShardSet
 from revpatch.stream.tars import (
     DEFAULT_SHARD_BYTES,
     ShardWriter,
@@ -65,7 +66,7 @@ def build_own_text(config: Config, base: nn.Module, weights: Weights, peers: Pee
         peers: the other ranks.
 
     Raises:
-        ConfigError: on every rank: what kept rank 0 from writing the shards.
+        ConfigError: on every rank: what kept rank 0 from writing the shards, or a shard that is there has another size.
     """
     tokenizer, _ = read_tokenizer(config.base.model, config.base.revision)
     info = tokenizer_info(tokenizer)
@@ -183,9 +184,17 @@ def _note(far: Far, before: int, together: int, of: int, share: float) -> None:
 
 
 def _missing(parts: list[_Part]) -> list[str]:
+    missing = []
     for part in parts:
         refuse_foreign(part.folder)
-    return [part.split for part in parts if not (part.folder / MANIFEST_NAME).is_file()]
+        if not (part.folder / MANIFEST_NAME).is_file():
+            missing.append(part.split)
+            continue
+        try:
+            ShardSet(part.folder).check_sizes()
+        except ValueError as error:
+            raise ValueError(f"{error}; or delete {part.folder}, and the base writes it again") from error
+    return missing
 
 
 def _install(part: _Part, blocks: Int64s, info: TokenizerInfo, last_id: int, model: str) -> None:
