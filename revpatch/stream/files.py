@@ -42,6 +42,7 @@ from revpatch.stream.utf8 import check_characters, decoded, decoded_unchecked, f
 
 Documents = Iterator[Document | BadDocument]
 _MARK = b"\xef\xbb\xbf"
+_JSON_BEGINS = re.compile(rb"(\xef\xbb\xbf)?\s*\[?\s*\{\s*\"")
 _LONGEST_FIELD = 2**28  # characters of a CSV field; a quote that is never closed takes in all that follows
 
 
@@ -119,6 +120,13 @@ def read_text(file: BinaryIO, place: Place, reading: Reading) -> Documents:
     One line end before a separator and one after it belong to neither document. Between two separators with nothing
     but white space there is no document.
     """
+    start: bytes = file.peek(1)[:4096]  # type: ignore[attr-defined]
+    if _JSON_BEGINS.match(start) and f'"{reading.text_column}":'.encode() in start.replace(b" ", b""):
+        if not reading.skip:
+            found = f"{place.where}: expected plain text, found JSON with the field {reading.text_column!r}"
+            remedy = "give its name the ending .jsonl (an object a line) or .json"
+            yield BadDocument(place.name, f"{found}; {remedy}")
+        return
     pieces = _between(file, [separator.encode() for separator in reading.separators if separator])
     number = 0
     for piece, is_whole in pieces:

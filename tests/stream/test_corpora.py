@@ -151,6 +151,7 @@ STORIES: dict[str, tuple[str, list[tuple[str, str]]]] = {
         [("a.txt:1", "one"), ("a.txt:2", "two")],
     ),
     "the tokenizer's own": (f"one</s>two{EOT}", [("a.txt:1", "one"), ("a.txt:2", "two")]),
+    "an example of JSON": ('{"id": 3}\ntext: three\n', [("a.txt", '{"id": 3}\ntext: three\n')]),
     "almost": ("one<|endoftext|two", [("a.txt", "one<|endoftext|two")]),
 }
 
@@ -290,6 +291,7 @@ ONE_BAD: dict[str, tuple[str, bytes, int, list[tuple[str, str]]]] = {  # good do
     "NULs": ("a.jsonl", lines({"text": "a"}, {"text": "b" + "\0" * 50}), 1, [("a.jsonl:2", "50 NULs")]),
     "a NUL": ("a.jsonl", lines({"text": "a"}, {"text": ENGLISH + "\0"}), 1, [("a.jsonl:2", "1 NUL")]),
     "a NUL in a row": ("a.parquet", parquet(["a", ENGLISH + "\0"]), 1, [("a.parquet:2", "1 NUL")]),
+    "JSON in a .txt": ("a.txt", lines(*ONE_TWO), 0, [("a.txt", "found JSON with the field 'text'; give its name")]),
     "an empty file": (
         "a.csv",
         b"",
