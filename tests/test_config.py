@@ -77,6 +77,34 @@ def test_a_number_may_be_written_as_people_write_it(tmp_path: Path, written: str
     assert load_config(write(tmp_path, MINIMAL), [f"optimizer.lr={written}"]).optimizer.lr == 1e-3
 
 
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("010", None),
+        ("1:30", None),
+        ("08", None),
+        ("1e2", None),
+        ("0x10", 16),
+        ("1_000", 1000),
+        ("+7", 7),
+        ("-0", None),
+    ],
+)
+def test_a_number_of_yaml_1_1_is_read_as_meant_or_refused(tmp_path: Path, written: str, read: int | None) -> None:
+    """There 010 is 8, and 1:30 is 90."""
+    if read is None:
+        assert "ledger.keep_good" in refusal(tmp_path, MINIMAL, [f"ledger.keep_good={written}"])
+    else:
+        assert load_config(write(tmp_path, MINIMAL), [f"ledger.keep_good={written}"]).ledger.keep_good == read
+
+
+@pytest.mark.parametrize("name", ["1e3", "010", "true", "null", "0x1", "1_0"])
+def test_a_name_that_looks_like_something_else_comes_back_as_it_was(tmp_path: Path, name: str) -> None:
+    config = load_config(write(tmp_path, MINIMAL), [f"phases.0.name='{name}'"])
+    (tmp_path / "again.yaml").write_text(dump_config(config), encoding="utf-8")
+    assert load_config(tmp_path / "again.yaml").phases[0].name == name
+
+
 def test_a_name_that_looks_like_a_number_with_an_e_in_it_can_be_quoted(tmp_path: Path) -> None:
     assert load_config(write(tmp_path, MINIMAL), ["phases.0.name='1e3'"]).phases[0].name == "1e3"
 
