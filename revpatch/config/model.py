@@ -88,7 +88,7 @@ class TeacherConfig(Section):
 class OptimizerConfig(Section):
     """AdamW, with warm-up and decay anew in each phase."""
 
-    lr: PositiveFloat = 3.0e-3
+    lr: PositiveFloat = 6.0e-3
     """Peak learning rate of F, G and log s."""
     gate_lr: PositiveFloat = 1.5e-2
     """Peak learning rate of the gates."""
