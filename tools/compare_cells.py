@@ -78,6 +78,12 @@ def variant_of(text: str) -> tuple[str, tuple[tuple[str, str], ...]]:
     return found[1], tuple((key, value) for key, _, value in pairs)
 
 
+def cell_of(result: Result) -> Cell:
+    """The cell that a result is of."""
+    key = result["key"]
+    return Cell(key["method"], key["lr"], key["seed"], tuple(key["knobs"].items()))
+
+
 def digest_of(key: dict[str, Any]) -> str:
     """The name under which the store knows a result."""
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()

@@ -42,7 +42,8 @@ class Spread(NamedTuple):
 
 def phases_of(result: Result) -> int:
     """How many phases a cell had."""
-    return 1 + max(check["phase"] for check in result["checks"])
+    last: int = max(check["phase"] for check in result["checks"])
+    return 1 + last
 
 
 def end_of(result: Result, phase: int = LAST) -> dict[str, float]:

@@ -33,7 +33,10 @@ RECIPE = {"ours": 1, "peers": 1}
 def config_data(tier: Tier, cell: Cell, output: Path) -> dict[str, Any]:
     """The product's config of a cell, without its overrides."""
     replay = {"own": tier.own[0], "old": tier.old_replay}.get(cell.knob("replay", "own"))
-    taught = [{"name": name, "shards": place(train), "steps": tier.steps} for name, (train, _) in tier.corpora.items()]
+    every = tier.steps // tier.checks
+    taught: list[dict[str, Any]] = [
+        {"name": name, "shards": place(train), "steps": tier.steps} for name, (train, _) in tier.corpora.items()
+    ]
     if cell.joint:
         parts = [{"shards": place(train)} for train, _ in tier.corpora.values()]
         taught = [{"name": "joint", "shards": parts, "steps": tier.steps * len(parts)}]
@@ -50,7 +53,7 @@ def config_data(tier: Tier, cell: Cell, output: Path) -> dict[str, Any]:
         },
         "phases": taught,
         "probes": {
-            "every": taught[0]["steps"] // (tier.checks * (len(tier.corpora) if cell.joint else 1)),
+            "every": every,
             "sets": [
                 {
                     "name": name,

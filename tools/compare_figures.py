@@ -6,7 +6,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 
-from compare_cells import Cell, Result
+from compare_cells import Result, cell_of
 from compare_curves import (
     Spread,
     auc,
@@ -29,10 +29,7 @@ def grouped(results: Sequence[Result]) -> By:
     """By variant and seed, variants in the order in which they are given."""
     found: By = defaultdict(lambda: defaultdict(list))
     for result in results:
-        key = result["key"]
-        found[Cell(key["method"], key["lr"], key["seed"], tuple(key["knobs"].items())).variant][key["seed"]].append(
-            result
-        )
+        found[cell_of(result).variant][result["key"]["seed"]].append(result)
     return found
 
 
@@ -139,16 +136,14 @@ def _against_the_rival(tier: Tier, by: By) -> list[Figure]:
     rows = []
     for phase, corpus in _phases(tier):
         ours, theirs, level = equal_learning(tier, by, OURS, RIVAL, OWN, phase)
-        said = "" if level is None else f" (learned {level:.3f}: {Spread.of(ours)} / {Spread.of(theirs)})"
-        rows.append(
-            Figure.at_most(
-                f"own text's rise at equal learning, {OURS} / {RIVAL}, after {corpus}{said}",
-                limit,
-                _ratio(ours, theirs),
-                "times",
-            )
-        )
-        others, falling = [], []
+        name = f"own text's rise at equal learning, {OURS} / {RIVAL}, after {corpus}"
+        rows.append(Figure.at_most(name, limit, _ratio(ours, theirs), "times"))
+        if level is not None:
+            rows.append(Figure.plain(f"learned by both, after {corpus}", level, "nats/token"))
+            for variant, values in ((OURS, ours), (RIVAL, theirs)):
+                said = str(Spread.of(values))
+                rows.append(Figure.plain(f"own text's rise there, {variant}, after {corpus}", said, "nats/token"))
+        others, falling = [], [OWN] if level is not None and statistics.mean(theirs) <= 0 else []
         for old in tier.old:
             ours, theirs, _ = equal_learning(tier, by, OURS, RIVAL, old, phase)
             ratio = _ratio(ours, theirs)
@@ -156,24 +151,13 @@ def _against_the_rival(tier: Tier, by: By) -> list[Figure]:
                 others.append(ratio)
             elif ours:
                 falling.append(old)
-        note = f" ({', '.join(falling)} fall under {RIVAL}: not counted)" if falling else ""
-        if tier.old:
-            rows.append(
-                Figure.at_most(
-                    f"the same, mean over unrehearsed old sets that rise, after {corpus}{note}",
-                    0.5,
-                    statistics.mean(others) if others else None,
-                    "times",
-                )
-            )
-        rows.append(
-            Figure.at_least(
-                f"learned at no more forgetting of own text, {OURS} / best {RIVAL}, after {corpus}",
-                1.0,
-                _learned_ratio(tier, by, phase),
-                "times",
-            )
-        )
+        name = f"the same, mean over unrehearsed old sets that rise under {RIVAL}, after {corpus}"
+        rows.append(Figure.at_most(name, 0.5, statistics.mean(others) if others else None, "times"))
+        if falling:
+            name = f"old sets that fall under {RIVAL}, not counted as forgotten, after {corpus}"
+            rows.append(Figure.plain(name, ", ".join(falling), ""))
+        name = f"learned at no more forgetting of own text, {OURS} / best {RIVAL}, after {corpus}"
+        rows.append(Figure.at_least(name, 1.0, _learned_ratio(tier, by, phase), "times"))
     return rows
 
 
@@ -241,15 +225,22 @@ def _matrix(tier: Tier, by: By) -> list[Figure]:
     rows = []
     corpora = list(tier.corpora)
     for variant, by_seed in by.items():
-        _, results = best_rates(tier, by_seed)
+        lr, results = best_rates(tier, by_seed)
         results = [result for result in results if phases_of(result) == len(corpora)]
         if not results:
             continue
+        rows.append(Figure.plain(f"best rate, {variant}, of {len(results)} seeds", lr, ""))
         for after in range(-1, len(corpora)):
             stage = "the bare base" if after < 0 else f"after {corpora[after]}"
             for name in tier.held_out:
                 values = [_loss(result, after, name) for result in results]
                 rows.append(Figure.plain(f"loss of {name}, {variant}, {stage}", statistics.mean(values), "nats/token"))
+        one = results[0]
+        rows += [
+            Figure.plain(f"bytes of a commit, {variant}", one["bytes"], "bytes"),
+            Figure.plain(f"a step, {variant}", statistics.median(r["seconds_a_step"] for r in results), "s"),
+            Figure.plain(f"operations a new token, {variant}", one["flops_a_new_token"], "FLOP"),
+        ]
         if len(corpora) > 1:
             backward = [
                 statistics.mean(
@@ -266,6 +257,11 @@ def _matrix(tier: Tier, by: By) -> list[Figure]:
                 )
                 for result in results
             ]
+            for number, name in enumerate(corpora[:-1]):
+                since = [_loss(result, len(corpora) - 1, name) - _loss(result, number, name) for result in results]
+                rows.append(
+                    Figure.plain(f"rise of {name} since it was learned, {variant}", str(Spread.of(since)), "nats/token")
+                )
             rows.append(Figure.plain(f"BWT, {variant} (above 0 is gained)", statistics.mean(backward), "nats/token"))
             rows.append(Figure.plain(f"FWT, {variant} (above 0 is gained)", statistics.mean(forward), "nats/token"))
     return rows

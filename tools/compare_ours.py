@@ -142,4 +142,5 @@ def seconds_a_step(run: Path) -> float:
 
     board = EventAccumulator(str(run / "tensorboard"))
     board.Reload()
-    return round(statistics.median(event.value for event in board.Scalars("time/step")), 4)
+    seconds: list[float] = [event.value for event in board.Scalars("time/step")]
+    return round(statistics.median(seconds), 4)

@@ -21,17 +21,17 @@ from compare_tiers import Tier
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.pytorch_utils import Conv1D
 
 from revpatch.base import load_base
 from revpatch.config import Config
-from revpatch.patch.families import head_of
+from revpatch.patch.families import blocks_of, body_of, head_of
 from revpatch.patch.sidecars import Patch
 from revpatch.training.head_loss import frozen_head_loss, token_nll
 from revpatch.training.packed import last_hidden_states
 from revpatch.training.schedule import learning_rate
 
 Losses = dict[str, NDArray[np.float64]]
-_INSTALL = "pip install --no-deps peft==0.21.2"
 
 
 class Student:
@@ -45,10 +45,15 @@ class Student:
     def __init__(self, model: nn.Module, adapter: Any = None) -> None:
         self.model, self.adapter = model.eval(), adapter
 
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """The last hidden states of full blocks, (rows, time) int64 to (rows, time, d)."""
+        return last_hidden_states(self.model, tokens)
+
     @property
     def learns(self) -> list[nn.Parameter]:
         """The parameters that are trained."""
-        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        whole = self.model if self.adapter is None else self.adapter
+        return [parameter for parameter in whole.parameters() if parameter.requires_grad]
 
     @property
     def head_learns(self) -> bool:
@@ -58,8 +63,23 @@ class Student:
     def shipped(self) -> int:
         """Bytes of what a user would hand on."""
         with tempfile.TemporaryDirectory() as folder:
-            (self.model if self.adapter is None else self.adapter).save_pretrained(folder)
+            saved: Any = self.model if self.adapter is None else self.adapter
+            saved.save_pretrained(folder)
             return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+
+
+class ShadowStudent(Student):
+    """One whose adapter begins in the whole model's forward pass, so that its body alone is not enough."""
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """As `Student.hidden`; the logits that the pass makes are not used."""
+        states: list[Tensor] = []
+        hook = body_of(self.model).register_forward_hook(lambda _, __, output: states.append(output[0]))
+        try:
+            self.adapter(input_ids=tokens, use_cache=False)
+        finally:
+            hook.remove()
+        return states[0]
 
 
 def trainable_of_ours(model: nn.Module, config: Config) -> int:
@@ -91,18 +111,55 @@ def lora(model: nn.Module, config: Config) -> Student:
     return Student(wrapped.get_base_model(), wrapped)
 
 
-PEERS: dict[str, Callable[[nn.Module, Config], Student]] = {"full": full, "lora": lora}
+def oft(model: nn.Module, config: Config) -> Student:
+    """OFT on all linear layers, with blocks of the size that trains most nearly as much as our patch."""
+    from peft import OFTConfig, get_peft_model
+
+    wanted = trainable_of_ours(model, config)
+    widths = [_inputs(module) for module in _linear(model)]
+    fitting = [size for size in range(2, 129) if all(width % size == 0 for width in widths)]
+    size = min(fitting, key=lambda size: abs(sum(width * (size - 1) // 2 for width in widths) - wanted))
+    settings = OFTConfig(
+        r=0, oft_block_size=size, module_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    wrapped = get_peft_model(model, settings)
+    return Student(wrapped.get_base_model(), wrapped)
+
+
+def osf(model: nn.Module, config: Config) -> Student:
+    """OSF on all linear layers, at its defaults: half of the singular directions are kept, half learn."""
+    from peft import OSFConfig, get_peft_model
+
+    wrapped = get_peft_model(model, OSFConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    return Student(wrapped.get_base_model(), wrapped)
+
+
+def shadow(model: nn.Module, config: Config) -> Student:
+    """ShadowPEFT at its defaults, without dropout."""
+    from peft import ShadowConfig, get_peft_model
+
+    wrapped = get_peft_model(model, ShadowConfig(shadow_dropout=0.0, task_type="CAUSAL_LM"))
+    wrapped.eval()
+    return ShadowStudent(wrapped.get_base_model(), wrapped)
+
+
+def _linear(model: nn.Module) -> list[nn.Module]:
+    """The linear layers of the blocks, GPT-2's own kind among them."""
+    return [module for module in blocks_of(model).modules() if isinstance(module, nn.Linear | Conv1D)]
+
+
+def _inputs(layer: nn.Module) -> int:
+    return int(layer.in_features if isinstance(layer, nn.Linear) else layer.weight.shape[0])  # type: ignore[union-attr, index, arg-type]
+
+
+PEERS: dict[str, Callable[[nn.Module, Config], Student]] = {
+    "full": full,
+    "lora": lora,
+    "oft": oft,
+    "osf": osf,
+    "shadow": shadow,
+}
 """By family."""
-
-
-def check_installed(families: Sequence[str]) -> None:
-    """Raises ValueError, with the command that installs it, if a library is missing."""
-    try:
-        import peft  # noqa: F401
-    except ImportError:
-        missing = [family for family in families if family not in ("ours", "full")]
-        if missing:
-            raise ValueError(f"{', '.join(missing)}: expected the package peft, found none: {_INSTALL}") from None
 
 
 def make_student(cell: Cell, config: Config) -> Student:
@@ -116,7 +173,9 @@ class Teacher:
     """The student as it was when a phase began; what it says of a block is computed once a phase."""
 
     def __init__(self, student: Student) -> None:
-        self.model = copy.deepcopy(student.model).requires_grad_(False)
+        self.student = copy.deepcopy(student)
+        for parameter in self.student.learns:
+            parameter.requires_grad_(False)
         self.said: dict[tuple[str, int], Tensor] = {}
 
     @torch.no_grad()
@@ -124,7 +183,7 @@ class Teacher:
         """Its last hidden states of these blocks, (rows, time, d)."""
         missing = [row for row, key in enumerate(keys) if key not in self.said]
         if missing:
-            for row, states in zip(missing, last_hidden_states(self.model, tokens[missing]), strict=True):
+            for row, states in zip(missing, self.student.hidden(tokens[missing]), strict=True):
                 self.said[keys[row]] = states
         return torch.stack([self.said[key] for key in keys])
 
@@ -134,7 +193,7 @@ def loss_of(
 ) -> Tensor:
     """LM(new) + LM(replay) + KL(teacher ‖ student on replay), nats per token, as our objective has it."""
     tokens = new if replay is None else torch.cat([new, replay])
-    hidden, count = last_hidden_states(student.model, tokens), len(new)
+    hidden, count = student.hidden(tokens), len(new)
     taught = None if teacher is None or replay is None else _flat(teacher.hidden(replay, keys))
     head = head_of(student.model).weight
     if not student.head_learns:
@@ -148,7 +207,7 @@ def loss_of(
         logits = F.linear(_flat(hidden[count:]), head)
         loss = loss + F.cross_entropy(logits, _targets(replay))
         if teacher is not None and taught is not None:
-            target = F.log_softmax(F.linear(taught, head_of(teacher.model).weight), dim=-1)
+            target = F.log_softmax(F.linear(taught, head_of(teacher.student.model).weight), dim=-1)
             loss = loss + F.kl_div(F.log_softmax(logits, dim=-1), target, log_target=True, reduction="batchmean")
     return loss
 
@@ -162,14 +221,14 @@ def _targets(tokens: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def measure(model: nn.Module, sets: dict[str, NDArray[Any]], rows: int) -> Losses:
+def measure(student: Student, sets: dict[str, NDArray[Any]], rows: int) -> Losses:
     """Mean nats per predicted token of each block of each set, (blocks,)."""
-    head, found = head_of(model).weight, {}
+    head, found = head_of(student.model).weight, {}
     for name, blocks in sets.items():
         parts = []
         for start in range(0, len(blocks), rows):
             tokens = torch.from_numpy(blocks[start : start + rows].astype(np.int64))
-            nll = token_nll(_flat(last_hidden_states(model, tokens)), _targets(tokens), head)
+            nll = token_nll(_flat(student.hidden(tokens)), _targets(tokens), head)
             parts.append(nll.view(len(tokens), -1).double().mean(1))
         found[name] = torch.cat(parts).numpy()
     return found
@@ -194,13 +253,14 @@ def run_peer(tier: Tier, cell: Cell) -> dict[str, Any]:
         course = Course(config, Path(folder) / "replay")
         student = make_student(cell, config)
         sets, rows = course.held_out(student.model), 2 * config.batch.micro_blocks
-        checks = [check_of(0, 0, measure(student.model, sets, rows), ends=True)]
+        checks = [check_of(0, 0, measure(student, sets, rows), ends=True)]
         seconds: list[float] = []
         flops = 0
         for index, phase in enumerate(config.phases):
             teacher = Teacher(student) if cell.distils else None
+            first, second = config.optimizer.betas
             optimizer = torch.optim.AdamW(
-                student.learns, betas=tuple(config.optimizer.betas), eps=config.optimizer.eps, weight_decay=0.0
+                student.learns, betas=(first, second), eps=config.optimizer.eps, weight_decay=0.0
             )
             for step, (new, replay, keys) in enumerate(course.steps(index), start=1):
                 if not flops:
@@ -217,7 +277,7 @@ def run_peer(tier: Tier, cell: Cell) -> dict[str, Any]:
                 if not math.isfinite(value := loss.item()):
                     raise FloatingPointError(f"{cell.name}: the loss of step {step} of {phase.name} is {value}")
                 if step % config.probes.every == 0 or step == phase.steps:
-                    losses = measure(student.model, sets, rows)
+                    losses = measure(student, sets, rows)
                     checks.append(check_of(index, step, losses, ends=step == phase.steps))
         return {
             "checks": checks,

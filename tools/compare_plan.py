@@ -13,8 +13,8 @@ from compare_tiers import OWN, RATES, Tier
 
 OURS, RIVAL = "ours", "lora+replay+kl"
 FIRST = (OURS, RIVAL)
-SHORT = ("lora", "full", "ours[replay=none]", "ours[replay=old]", "full+replay+kl", "lora+replay", "full+replay")
-WHOLE = ("lora+replay+kl[joint=yes]", "ours[joint=yes]")
+SHORT = ("lora", "full", "ours[replay=none]", "ours[replay=old]", "lora+replay", "full+replay+kl", "full+replay")
+WHOLE = ("lora+replay+kl[joint=yes]", "ours[joint=yes]", "ours[sidecar.gate=token]")
 START = (-1, 0, 1, 2)
 """Powers of two, times the family's first rate."""
 WIDEST = 5
@@ -27,9 +27,11 @@ def rate(family: str, doublings: int) -> float:
     return float(f"{RATES[family] * 2.0**doublings:.4g}")
 
 
-def variants(short: bool) -> list[str]:
-    """The methods after the two that matter most."""
-    return [*SHORT] if short else [*SHORT, *WHOLE]
+def groups(tier: Tier, short: bool, also: Sequence[str]) -> list[list[str]]:
+    """The methods, those that matter most first."""
+    extra = [family + how for how in ("+replay+kl", "") for family in tier.extra]
+    every = [[*FIRST], [*also], [*SHORT], [] if short else [*WHOLE, *extra]]
+    return [[one for one in group if tier.old_replay or "replay=old" not in one] for group in every]
 
 
 def sweep(tier: Tier, variant: str, find: Find) -> tuple[list[Cell], list[Cell]]:
@@ -56,10 +58,11 @@ def sweep(tier: Tier, variant: str, find: Find) -> tuple[list[Cell], list[Cell]]
             return cells, [cells[number] for number in sorted(best)]
 
 
-def plan(tier: Tier, find: Find, short: bool) -> list[Cell]:
-    """Every cell that is needed as far as can be said now, in the order in which they are run."""
+def plan(tier: Tier, find: Find, short: bool, also: Sequence[str] = ()) -> list[Cell]:
+    """Every cell that is needed as far as can be said now, in the order in which they are run; `also`: methods beside
+    the usual ones."""
     cells: list[Cell] = []
-    for group in (FIRST, variants(short)):
+    for group in groups(tier, short, also):
         best: list[Cell] = []
         for variant in group:
             swept, bests = sweep(tier, variant, find)

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import sysconfig
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from transformers import AutoTokenizer
-
-from revpatch.stream.build import build_shards
-from revpatch.stream.manifest import MANIFEST_NAME
+from compare_text import Shelf
 
 ROOT = Path(__file__).resolve().parent.parent
-PYTHON_CHARACTERS = 1_500_000
 OWN = "own"
 """The held-out part of what the base itself wrote: the first old set of every comparison."""
 
@@ -35,16 +31,16 @@ class Tier:
     never: dict[str, str]
     """Held-out shards of what nobody teaches."""
     block: int = 128
-    steps: int = 80
+    steps: int = 60
     """Optimizer steps a phase."""
     warmup: int = 10
     new_blocks: int = 8
     replay_blocks: int = 4
     checks: int = 4
     """Measurements a phase, evenly spread."""
-    main_blocks: int = 48
+    main_blocks: int = 32
     """Held-out blocks of the corpora and of the base's own text."""
-    other_blocks: int = 32
+    other_blocks: int = 16
     bottleneck: int = 32
     threads: int = 1
     """Of one cell."""
@@ -53,6 +49,8 @@ class Tier:
     seconds_a_step: float = 0.3
     """A first guess, until a cell is done."""
     seeds: tuple[int, ...] = (0, 1, 2)
+    extra: tuple[str, ...] = ("shadow",)
+    """Families of peers, beside LoRA and full fine-tuning, that can be put on this base."""
 
     @property
     def held_out(self) -> dict[str, str]:
@@ -66,23 +64,33 @@ class Tier:
         return OWN, *self.corpora
 
 
-RATES = {"ours": 6e-3, "lora": 4e-3, "full": 5e-4, "oft": 4e-3, "osf": 2e-4, "shadow": 2e-3}
+RATES = {"ours": 6e-3, "lora": 4e-3, "full": 2.5e-4, "oft": 4e-3, "osf": 2e-4, "shadow": 2e-3}
 """Where the sweep of each family begins."""
+UNREHEARSED_TOKENS = 200_000
+"""Read of a file of which only the held-out side is used."""
+
+
+def own_or_old(shelf: Shelf, blocks: int, old: str) -> tuple[str, str]:
+    """What the base writes by itself."""
+    try:
+        return shelf.own(blocks)
+    except ImportError:
+        print("compare.py: this revpatch writes no text of the base's own; old text stands for it", file=sys.stderr)
+        return old, f"{old}_probe"
 
 
 def tiny(folder: Path) -> Tier:
     """The bundled base and corpora, and the standard library's source as a corpus of quite another kind."""
-    demo = "shards/demo"
-    python = str(python_shards(folder / "python"))
+    demo, shelf = "shards/demo", Shelf(folder / "tiny", ROOT / "shards/demo_base", 128)
     return Tier(
         name="tiny",
         base="shards/demo_base",
         corpora={
             "jargon": (f"{demo}/jargon", f"{demo}/jargon_probe"),
             "devil": (f"{demo}/devil", f"{demo}/devil_probe"),
-            "python": (python, f"{python}_probe"),
+            "python": shelf.build("python", shelf.python()),
         },
-        own=(f"{demo}/sotu", f"{demo}/sotu_probe"),
+        own=own_or_old(shelf, 512, f"{demo}/sotu"),
         old={"sotu": f"{demo}/sotu_probe"},
         old_replay=f"{demo}/sotu",
         never={"scrambled": f"{demo}/scrambled_probe"},
@@ -90,42 +98,65 @@ def tiny(folder: Path) -> Tier:
 
 
 def smoke(folder: Path) -> Tier:
-    """The smallest comparison that goes through everything."""
+    """The smallest comparison that goes through everything: a phase of four steps."""
     whole = tiny(folder)
+    small = {"steps": 4, "warmup": 1, "checks": 2, "main_blocks": 4, "other_blocks": 4, "seeds": (0,)}
+    return replace(whole, name="smoke", corpora={"jargon": whole.corpora["jargon"]}, **small)  # type: ignore[arg-type]
+
+
+def custom(
+    folder: Path,
+    base: Path,
+    corpora: dict[str, Path],
+    old: dict[str, Path],
+    never: dict[str, Path],
+    name: str = "custom",
+) -> Tier:
+    """A base and files of documents, with the sizes of the real tier.
+
+    Raises FileNotFoundError, ValueError for what can't be read.
+    """
+    shelf = Shelf(folder / name, base, 128)
+    held_out = {name: shelf.build(name, file, UNREHEARSED_TOKENS)[1] for name, file in {**old, **never}.items()}
     return Tier(
-        **{
-            **vars(whole),
-            "name": "smoke",
-            "corpora": {"jargon": whole.corpora["jargon"]},
-            "steps": 4,
-            "warmup": 1,
-            "checks": 2,
-            "main_blocks": 4,
-            "other_blocks": 4,
-            "seeds": (0,),
-        }
+        name=name,
+        base=str(base),
+        corpora={name: shelf.build(name, file) for name, file in corpora.items()},
+        own=shelf.own(256),
+        old={name: held_out[name] for name in old},
+        old_replay=None,
+        never={name: held_out[name] for name in never},
+        steps=40,
+        checks=2,
+        main_blocks=24,
+        other_blocks=12,
+        bottleneck=64,
+        threads=2,
+        workers=1,
+        seconds_a_step=12.0,
+        extra=("shadow",) if _is_gpt2(base) else ("oft", "osf", "shadow"),
     )
 
 
-def python_shards(out: Path) -> Path:
-    """Shards of the standard library's own source, one module a document; built once."""
-    if not (out / MANIFEST_NAME).exists():
-        library = Path(sysconfig.get_paths()["stdlib"])
-        out.parent.mkdir(parents=True, exist_ok=True)
-        source, left = out.parent / f"{out.name}.jsonl", PYTHON_CHARACTERS
-        with source.open("w", encoding="utf-8") as file:
-            for path in sorted(library.glob("*.py")):
-                text = path.read_text(encoding="utf-8")
-                if text.strip() and left > 0:
-                    file.write(json.dumps({"id": path.name, "text": text}) + "\n")
-                    left -= len(text)
-        build_shards(
-            [source],
-            AutoTokenizer.from_pretrained(ROOT / "shards/demo_base"),
-            128,
-            out,
-            licence="PSF-2.0",
-            note="modules of Python's standard library",
-            holdout=0.1,
-        )
-    return out
+def _is_gpt2(base: Path) -> bool:
+    """Whether its layers are of GPT-2's own kind, which OFT and OSF don't know."""
+    return bool(json.loads((base / "config.json").read_text(encoding="utf-8"))["model_type"] == "gpt2")
+
+
+def real(folder: Path, data: Path) -> Tier:
+    """SmolLM2-135M and the corpora that tools/real_tier.py makes.
+
+    Raises FileNotFoundError, with the command that makes it, for what is missing.
+    """
+    corpora = {name: data / f"{name}.jsonl" for name in ("french", "perl")}
+    old = {
+        "python": data / "python.jsonl",
+        "sotu": ROOT / "shards/text/sotu.jsonl.gz",
+        "english": data / "english.jsonl",
+    }
+    base = data / "smollm2"
+    for path in (base, *corpora.values(), *old.values()):
+        if not path.exists():
+            raise FileNotFoundError(f"{path} is missing: python tools/real_tier.py --folder {data}")
+    never = {"jargon": ROOT / "shards/text/jargon.jsonl.gz"}
+    return custom(folder, base.resolve(), corpora, old, never, "real")
