@@ -27,11 +27,13 @@ class Shelf:
         folder: of all of them; a set's name has a hash of what decides what is in it.
         base: folder of the base, whose tokenizer they are made with.
         block: tokens a block.
+        threads: with which the base writes; two make a small one slower on a busy machine.
     """
 
     folder: Path
     base: Path
     block: int
+    threads: int
 
     def build(self, name: str, source: Path, max_tokens: int | None = None) -> tuple[str, str]:
         """Training shards and held-out shards of a file of documents.
@@ -79,6 +81,7 @@ class Shelf:
                 "phases": [{"name": "none", "shards": "none", "steps": 1}],
             }
         )
+        torch.set_num_threads(self.threads)
         with process_group(Launch.from_environment(), torch.device("cpu"), timeout_minutes=60.0) as peers:
             folder = build_own_text(config, *load_same_base(config.base, peers), peers)
         return str(folder), f"{folder}_probe"

@@ -81,7 +81,7 @@ def own_or_old(shelf: Shelf, blocks: int, old: str) -> tuple[str, str]:
 
 def tiny(folder: Path) -> Tier:
     """The bundled base and corpora, and the standard library's source as a corpus of quite another kind."""
-    demo, shelf = "shards/demo", Shelf(folder / "tiny", ROOT / "shards/demo_base", 128)
+    demo, shelf = "shards/demo", Shelf(folder / "tiny", ROOT / "shards/demo_base", 128, threads=1)
     return Tier(
         name="tiny",
         base="shards/demo_base",
@@ -116,7 +116,7 @@ def custom(
 
     Raises FileNotFoundError, ValueError for what can't be read.
     """
-    shelf = Shelf(folder / name, base, 128)
+    shelf = Shelf(folder / name, base, 128, threads=2)
     held_out = {name: shelf.build(name, file, UNREHEARSED_TOKENS)[1] for name, file in {**old, **never}.items()}
     return Tier(
         name=name,
