@@ -113,7 +113,9 @@ def key_of(tier: Tier, cell: Cell, facts: dict[str, Any]) -> dict[str, Any]:
     config = config_of(tier, cell, Path("run")).model_dump(mode="json")
     sections = ("sidecar", "objective", "optimizer", "batch") if cell.family == "ours" else ("optimizer", "batch")
     digests = facts["shards"]
-    settings: dict[str, Any] = {section: config[section] for section in sections}
+    settings: dict[str, Any] = {section: dict(config[section]) for section in sections}
+    if cell.family != "ours":
+        del settings["optimizer"]["gate_lr"]  # a peer has no gates
     settings["probes"] = {
         name: [digests[shards], tier.main_blocks if name in tier.main else tier.other_blocks]
         for name, shards in tier.held_out.items()

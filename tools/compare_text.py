@@ -65,10 +65,9 @@ class Shelf:
 
     def own(self, blocks: int) -> tuple[str, str]:
         """What the base writes by itself: blocks to be rehearsed, and an eighth as many that are held out."""
-        from revpatch.training.own_text import build_own_text
-
         from revpatch.training.launch import process_group
         from revpatch.training.launcher_variables import Launch
+        from revpatch.training.own_text import build_own_text
         from revpatch.training.startup import load_same_base
 
         config = Config.model_validate(

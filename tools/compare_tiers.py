@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -70,15 +69,6 @@ UNREHEARSED_TOKENS = 200_000
 """Read of a file of which only the held-out side is used."""
 
 
-def own_or_old(shelf: Shelf, blocks: int, old: str) -> tuple[str, str]:
-    """What the base writes by itself."""
-    try:
-        return shelf.own(blocks)
-    except ImportError:
-        print("compare.py: this revpatch writes no text of the base's own; old text stands for it", file=sys.stderr)
-        return old, f"{old}_probe"
-
-
 def tiny(folder: Path) -> Tier:
     """The bundled base and corpora, and the standard library's source as a corpus of quite another kind."""
     demo, shelf = "shards/demo", Shelf(folder / "tiny", ROOT / "shards/demo_base", 128, threads=1)
@@ -90,7 +80,7 @@ def tiny(folder: Path) -> Tier:
             "devil": (f"{demo}/devil", f"{demo}/devil_probe"),
             "python": shelf.build("python", shelf.python()),
         },
-        own=own_or_old(shelf, 512, f"{demo}/sotu"),
+        own=shelf.own(512),
         old={"sotu": f"{demo}/sotu_probe"},
         old_replay=f"{demo}/sotu",
         never={"scrambled": f"{demo}/scrambled_probe"},
