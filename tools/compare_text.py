@@ -35,19 +35,19 @@ class Shelf:
     block: int
     threads: int
 
-    def build(self, name: str, source: Path, max_tokens: int | None = None) -> tuple[str, str]:
+    def build(self, name: str, source: Path) -> tuple[str, str]:
         """Training shards and held-out shards of a file of documents.
 
         Raises FileNotFoundError if it isn't there, ValueError if it holds no documents.
         """
         if not source.is_file():
             raise FileNotFoundError(f"{name}: expected a file of documents, found no {source}")
-        decides = [sha256_of_file(source), sha256_of_file(self.base / "tokenizer.json"), self.block, max_tokens]
+        decides = [sha256_of_file(source), sha256_of_file(self.base / "tokenizer.json"), self.block]
         out = self.folder / f"{name}-{sha256_of(json.dumps(decides).encode())[:12]}"
         if not (out / MANIFEST_NAME).exists():
             self.folder.mkdir(parents=True, exist_ok=True)
             tokenizer = load_tokenizer(str(self.base))
-            build_shards([source], tokenizer, self.block, out, holdout=HOLDOUT, max_tokens=max_tokens)
+            build_shards([source], tokenizer, self.block, out, holdout=HOLDOUT)
         return str(out), f"{out}_probe"
 
     def python(self) -> Path:

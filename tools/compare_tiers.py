@@ -65,8 +65,6 @@ class Tier:
 
 RATES = {"ours": 6e-3, "lora": 4e-3, "full": 2.5e-4, "oft": 4e-3, "osf": 2e-4, "shadow": 2e-3}
 """Where the sweep of each family begins."""
-UNREHEARSED_TOKENS = 200_000
-"""Read of a file of which only the held-out side is used."""
 
 
 def tiny(folder: Path) -> Tier:
@@ -106,8 +104,8 @@ def custom(
 
     Raises FileNotFoundError, ValueError for what can't be read.
     """
-    shelf = Shelf(folder / name, base, 128, threads=2)
-    held_out = {name: shelf.build(name, file, UNREHEARSED_TOKENS)[1] for name, file in {**old, **never}.items()}
+    shelf = Shelf(folder / name, base, 128, threads=1)
+    held_out = {name: shelf.build(name, file)[1] for name, file in {**old, **never}.items()}
     return Tier(
         name=name,
         base=str(base),
@@ -121,8 +119,6 @@ def custom(
         main_blocks=24,
         other_blocks=12,
         bottleneck=64,
-        threads=2,
-        workers=1,
         seconds_a_step=12.0,
         extra=("shadow",) if _is_gpt2(base) else ("oft", "osf", "shadow"),
     )
