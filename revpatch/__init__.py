@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from revpatch.loading import from_pretrained as from_pretrained
     from revpatch.loading import load_patch as load_patch
     from revpatch.loading import load_patched as load_patched
+    from revpatch.patch.channels import measure_channels as measure_channels
     from revpatch.patch.named import add_patch as add_patch
     from revpatch.patch.named import patch_names as patch_names
     from revpatch.patch.named import remove_patch as remove_patch
@@ -33,6 +34,7 @@ _HOME = {
     "from_pretrained": "revpatch.loading",
     "load_patch": "revpatch.loading",
     "load_patched": "revpatch.loading",
+    "measure_channels": "revpatch.patch.channels",
     "add_patch": "revpatch.patch.named",
     "patch_names": "revpatch.patch.named",
     "remove_patch": "revpatch.patch.named",

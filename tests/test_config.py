@@ -37,7 +37,7 @@ def test_a_minimal_config_gets_the_defaults_of_the_design(tmp_path: Path) -> Non
         "bottleneck": 64,
         "activation": "gelu",
         "init_scale": 1.0,
-        "normalize": "rms",
+        "normalize": "channels",
         "gate": "prefix",
         "placement": "residual",
         "layers": "all",
@@ -52,7 +52,7 @@ def test_a_minimal_config_gets_the_defaults_of_the_design(tmp_path: Path) -> Non
         "scale_l2_weight": 1e-3,
         "stats_drift_weight": 0.0,
     }
-    assert (config.optimizer.lr, config.optimizer.gate_lr_factor, config.optimizer.betas) == (6e-3, 5.0, [0.9, 0.95])
+    assert (config.optimizer.lr, config.optimizer.gate_lr, config.optimizer.betas) == (3e-3, 1.5e-2, [0.9, 0.95])
     assert (config.optimizer.weight_decay, config.optimizer.warmup_steps, config.optimizer.schedule) == (
         0.0,
         100,

@@ -94,6 +94,8 @@ def make_it_look_trained(module: Module, seed: int = 1, strength: float = 1.0) -
                 parameter.copy_(strength * noise / parameter.shape[1] ** 0.5)
             else:
                 parameter.copy_(0.3 * strength * noise)
+        for _, channels in module.named_buffers():  # of a patch: no two channels alike
+            channels.copy_(torch.exp(0.5 * torch.randn(channels.shape, generator=generator, dtype=torch.float64)))
     return module
 
 

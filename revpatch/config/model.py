@@ -35,8 +35,9 @@ class SidecarConfig(Section):
     """Nonlinearity of F and G."""
     init_scale: PositiveFloat = 1.0
     """s at the start; the last projections are zero, so the patch begins as the identity at any scale."""
-    normalize: Literal["rms", "none"] = "rms"
-    """Parameter-free RMS norm on what the gate, F and G see."""
+    normalize: Literal["channels", "rms", "none"] = "channels"
+    """What the gate, F and G see: the RMS norm of the block's output with each channel divided by its size over some of
+    the base's own text (the change is multiplied by it again), the plain RMS norm, or the output as it is."""
     gate: Literal["prefix", "seq", "token"] = "prefix"
     """Gate on the mean of the prefix (causal), of the whole sequence (sees the future), or on each token (causal)."""
     placement: Literal["residual", "coupled"] = "residual"
@@ -87,10 +88,10 @@ class TeacherConfig(Section):
 class OptimizerConfig(Section):
     """AdamW, with warm-up and decay anew in each phase."""
 
-    lr: PositiveFloat = 6.0e-3
+    lr: PositiveFloat = 3.0e-3
     """Peak learning rate of F, G and log s."""
-    gate_lr_factor: PositiveFloat = 5.0
-    """The gates learn at lr times this."""
+    gate_lr: PositiveFloat = 1.5e-2
+    """Peak learning rate of the gates."""
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.95]
     """Decay of the first and second moments."""
     eps: PositiveFloat = 1.0e-8

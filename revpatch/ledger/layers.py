@@ -1,6 +1,7 @@
 """What a patch's tensors say layer by layer, and how two patches differ, without a base model.
 
-Names are those of an entry: `03.coupling...` belongs to the sidecar after block 3, `03.gates...` to its gates.
+Names are those of an entry: `03.coupling...` belongs to the sidecar after block 3, `03.gates...` to its gates, and
+`03.channels` holds the sizes of the block's channels in the base.
 
     norm      L2 norm of all weights of F and G
     cosine    between the weights of two patches; 1 is the same direction
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 SAME_MAP = ("bottleneck", "activation", "normalize", "gate", "placement")
 """The knobs of a sidecar in which two patches must agree for their weights to mean the same; which blocks have one, the
 names of the tensors say. The others say how training began or what was tested then."""
+
+_SAME_CHANNELS = 0.01
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,12 @@ def check_comparable(names: tuple[str, str], metadata: tuple[Any, Any], tensors:
             f"{names[0]} and {names[1]} are of two shapes: {key} is {shapes[0].get(key, 'missing')} and "
             f"{shapes[1].get(key, 'missing')}"
         )
+    for name, ours in tensors[0].items():
+        if name.endswith(".channels") and bool(((ours / tensors[1][name]).log().abs() > _SAME_CHANNELS).any()):
+            raise EntryError(
+                f"{names[0]} and {names[1]} measured the base's channels on different text: {name} differs by more "
+                f"than {_SAME_CHANNELS:.0%}, so their weights mean different things and can't be added"
+            )
 
 
 def _base(base: dict[str, Any]) -> str:
@@ -104,8 +113,10 @@ def _by_layer(tensors: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
     found: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         layer, _, rest = name.partition(".")
-        if not layer.isdecimal() or not rest.startswith(("coupling.", "gates.")):
-            raise EntryError(f"tensor {name!r} is no sidecar's: expected names as 00.coupling... and 00.gates...")
+        if not layer.isdecimal() or not (rest == "channels" or rest.startswith(("coupling.", "gates."))):
+            raise EntryError(
+                f"tensor {name!r} is no sidecar's: expected names as 00.coupling..., 00.gates... and 00.channels"
+            )
         found.setdefault(int(layer), {})[rest] = tensor.double()
     return found
 

@@ -2,6 +2,11 @@
 
 residual   h = u + g(n(u))·(C(u) − u)           inverted by a fixed-point iteration that reports convergence
 coupled    a' = a + g₁(n(b))·s·F(n(b)), b' = b + g₂(n(a'))·s·G(n(a'))      inverted in closed form
+
+With `normalize: channels` both are done in channel coordinates: for u stands u / c, and the change is multiplied by c,
+where c (d,) is the root mean square of each channel of the block's output, measured once and frozen. A transformer's
+outputs have a few channels that are hundreds of times as large as the median; behind a plain RMS norm F, G and the gate
+would see these first. It is the same map conjugated by a diagonal, so it is inverted in the same way.
 """
 
 from __future__ import annotations
@@ -53,9 +58,11 @@ class Sidecar(nn.Module):
 
     def __init__(self, width: int, config: SidecarConfig) -> None:
         super().__init__()
-        self.coupling = AdditiveCoupling(
-            width, config.bottleneck, config.activation, config.init_scale, config.normalize
-        )
+        normalize = "none" if config.normalize == "none" else "rms"
+        self.coupling = AdditiveCoupling(width, config.bottleneck, config.activation, config.init_scale, normalize)
+        self.channels: Tensor | None
+        """c, (d,), > 0, in the compute dtype; ones until it is measured. None without channel coordinates."""
+        self.register_buffer("channels", torch.ones(width) if config.normalize == "channels" else None)
         self.coupled = config.placement == "coupled"
         gate = GATES[config.gate]
         self.gates = nn.ModuleList([gate(width // 2), gate(width // 2)] if self.coupled else [gate(width)])
@@ -81,7 +88,7 @@ class Sidecar(nn.Module):
             history: one for each gate, when decoding with a cache.
             gate_open: hold every gate at 1 (the coupling alone).
         """
-        x = u.to(self.dtype)
+        x = self._to_coordinates(u.to(self.dtype))
         if gate_open:
             update, gate = self.coupling.shift(x), x.new_ones(*x.shape[:-1], 1)
         elif self.coupled:
@@ -89,6 +96,7 @@ class Sidecar(nn.Module):
         else:
             gate = self.gates[0](self.coupling.norm(x), mask, history[0] if history else None)
             update = gate * self.coupling.shift(x)
+        update = self._from_coordinates(update)
         wide = torch.promote_types(u.dtype, self.dtype)
         return SidecarOutput((u.to(wide) + update.to(wide)).to(u.dtype), gate, update)
 
@@ -106,7 +114,8 @@ class Sidecar(nn.Module):
         """
         x = h.to(self.dtype)
         if self.coupled:
-            u = self.coupling.inverse(x, *(lambda half, g=gate: g(half, mask) for gate in self.gates))
+            gates = (lambda half, g=gate: g(half, mask) for gate in self.gates)
+            u = self._from_coordinates(self.coupling.inverse(self._to_coordinates(x), *gates))
             residual = _residual(x, u, self.forward(u, mask).update)
             return Inversion(u.to(h.dtype), math.isfinite(residual), 0, residual)
         tolerance = 16 * torch.finfo(x.dtype).eps if tolerance is None else tolerance
@@ -120,6 +129,12 @@ class Sidecar(nn.Module):
                 break
             u = x - update
         return Inversion(u.to(h.dtype), False, iteration, residual)
+
+    def _to_coordinates(self, x: Tensor) -> Tensor:
+        return x if self.channels is None else x / self.channels
+
+    def _from_coordinates(self, x: Tensor) -> Tensor:
+        return x if self.channels is None else x * self.channels
 
     def _coupled(self, x: Tensor, mask: Tensor | None, history: list[History] | None) -> tuple[Tensor, Tensor]:
         seen: list[Tensor] = []

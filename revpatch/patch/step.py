@@ -52,6 +52,8 @@ class _Step:
 
     def __init__(self, sidecar: Sidecar) -> None:
         owners: list[dict[str, Any]] = [module._parameters for module in sidecar.modules()]
+        if sidecar.channels is not None:
+            owners.append(sidecar._buffers)
         self.held = [(owner, name, owner[name].data_ptr()) for owner in owners for name in owner]
         self.dtype = sidecar.dtype
         self.run = _run(sidecar)
@@ -97,30 +99,39 @@ def _run(sidecar: Sidecar) -> Callable[[Array, RunningSums | None, int], Array]:
     gates = [_gate(gate, normed) for gate in sidecar.gates]
     f, g = (_shift(mlp, normed) for mlp in (sidecar.coupling.f, sidecar.coupling.g))
     log_scale, half = sidecar.coupling.log_scale.detach().numpy(), sidecar.coupling.f.down.in_features
+    channels = None if sidecar.channels is None else sidecar.channels.numpy()
 
     def residual(x: Array, sums: RunningSums | None, first: int) -> Array:
         scale = float(np.exp(log_scale[0]))
         gate = gates[0](x, sums, first)
-        a, b, h = x[:half], x[half:], np.empty_like(x)
+        a, b, change = x[:half], x[half:], np.empty_like(x)
         shift = f(b)
         shift *= scale
-        np.multiply(shift, gate, out=h[:half])
+        np.multiply(shift, gate, out=change[:half])
         shift += a
-        np.multiply(g(shift), scale * gate, out=h[half:])
-        h += x
-        return h
+        np.multiply(g(shift), scale * gate, out=change[half:])
+        return change
 
     def coupled(x: Array, sums: RunningSums | None, first: int) -> Array:
         scale = float(np.exp(log_scale[0]))
-        a, b, h = x[:half], x[half:], np.empty_like(x)
-        moved = h[:half]
-        np.multiply(f(b), scale * gates[0](b, sums, first), out=moved)
-        moved += a
-        np.multiply(g(moved), scale * gates[1](moved, sums, first + 1), out=h[half:])
-        h[half:] += b
+        a, b, change = x[:half], x[half:], np.empty_like(x)
+        np.multiply(f(b), scale * gates[0](b, sums, first), out=change[:half])
+        moved = a + change[:half]
+        np.multiply(g(moved), scale * gates[1](moved, sums, first + 1), out=change[half:])
+        return change
+
+    change_of = coupled if sidecar.coupled else residual
+
+    def run(u: Array, sums: RunningSums | None, first: int) -> Array:
+        if channels is None:
+            h = change_of(u, sums, first)
+        else:
+            h = change_of(u / channels, sums, first)
+            h *= channels
+        h += u
         return h
 
-    return coupled if sidecar.coupled else residual
+    return run
 
 
 def _shift(mlp: nn.Module, normed: bool) -> ShiftOfHalf:

@@ -26,10 +26,13 @@ def taken_out(newest: Tensors, after: Tensors, before: Tensors) -> Tensors:
 
 
 def weighted(patches: Sequence[Tensors], weights: Sequence[float]) -> Tensors:
-    """Σ weight·patch: a mean if the weights sum to 1, a sum if each is 1."""
+    """Σ weight·patch: a mean if the weights sum to 1, a sum if each is 1. The base's channels are the first patch's."""
     assert len(patches) == len(weights) > 0
     found = {}
     for name, tensor in patches[0].items():
+        if name.endswith(".channels"):
+            found[name] = tensor.clone()
+            continue
         total = sum(weight * patch[name].double() for patch, weight in zip(patches, weights, strict=True) if weight)
         found[name] = torch.as_tensor(total).to(tensor.dtype).expand_as(tensor).contiguous()
     return found

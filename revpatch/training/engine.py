@@ -219,8 +219,10 @@ class AccelerateEngine:
 
     def __init__(self, config: Config, objective: PatchObjective, peers: Peers, accumulation: int) -> None:
         from accelerate import Accelerator
+        from accelerate.utils import DistributedDataParallelKwargs
 
-        self.accelerator = Accelerator(cpu=peers.device.type == "cpu", mixed_precision="no")
+        plain = DistributedDataParallelKwargs(broadcast_buffers=False)  # they are frozen
+        self.accelerator = Accelerator(cpu=peers.device.type == "cpu", mixed_precision="no", kwargs_handlers=[plain])
         found = self.accelerator.distributed_type.value
         if found not in ("NO", "MULTI_CPU", "MULTI_GPU"):
             raise ConfigError(

@@ -15,6 +15,7 @@ from torch import nn
 from revpatch.config import Config
 from revpatch.ledger.base_place import FIELD, place_now
 from revpatch.ledger.restoring import Origin
+from revpatch.patch.channels import measure_channels
 from revpatch.patch.patched_model import attach, load_tensors, switchboard
 from revpatch.stream.corpus import Corpus
 from revpatch.stream.quarantine import Quarantine
@@ -43,6 +44,9 @@ from revpatch.training.teacher import Teacher
 from revpatch.training.watch import Watch
 
 log = logging.getLogger("revpatch")
+
+CHANNEL_TOKENS = 8192
+"""Tokens on which a base's channels are measured, and at least 8 blocks."""
 
 
 class RunState:
@@ -122,6 +126,8 @@ class RunState:
             self.record.costs = self._costs(peak)
             if self.config.base.dtype == "bfloat16" and self.peers.device.type == "cpu" and bfloat16_is_slow():
                 log.warning("this CPU is slower in bfloat16 than in float32: --set base.dtype=float32 is faster here")
+        if standing.snapshot is None and standing.origin is None:
+            self._measure_channels()
         if standing.begun:
             self._go_on(standing)
         if standing.origin is not None and standing.snapshot is None:
@@ -162,6 +168,7 @@ class RunState:
             quarantine=[broken for broken in self.quarantine.broken if broken.since < step + committed],
             committed=self.committed,
             first=self.watch.first,
+            buffers={name: value.cpu() for name, value in self.patch.named_buffers()},
             random=random_state(self.peers.device),
         )
         self.snapshots.write(snapshot)
@@ -196,7 +203,7 @@ class RunState:
 
     def invertibility(self, corpus: Corpus, noise: float = 0.0) -> Invertibility:
         """How well the map in use can be undone on a block of the corpus, with weights moved by so much noise."""
-        tokens = torch.from_numpy(self._some_block(corpus)).to(self.peers.device)
+        tokens = torch.from_numpy(self._some_blocks(corpus)).to(self.peers.device)
         with torch.compiler.set_stance("force_eager"):  # once or twice in a run
             return measure_invertibility(self.base, self.patch, tokens, noise)
 
@@ -215,12 +222,24 @@ class RunState:
 
         return costs
 
-    def _some_block(self, corpus: Corpus) -> NDArray[np.int64]:
-        """(1, block_size): the first block; or, where broken shards are let pass, of the first shard that is whole."""
+    def _measure_channels(self) -> None:
+        """Rank 0 measures the base's channels on replayed text, or where nothing is replayed on the first phase's."""
+        corpus = Corpus(self.replay) if self.replay else self.plan.phases[0]
+        rows = max(8, CHANNEL_TOKENS // self.config.base.block_size)
+        if self.peers.rank == 0:
+            measure_channels(self.base, torch.from_numpy(self._some_blocks(corpus, rows)))
+        buffers = self.peers.from_rank0({name: value.cpu() for name, value in self.patch.named_buffers()})
+        for name, buffer in self.patch.named_buffers():
+            buffer.copy_(buffers[name])
+
+    def _some_blocks(self, corpus: Corpus, rows: int = 1) -> NDArray[np.int64]:
+        """At most `rows` blocks evenly spread over the corpus, (rows, block_size); or, where broken shards are let
+        pass, over the first shard that is whole."""
         blocks = [shard.blocks for shards in corpus.sets for shard in shards.manifest.shards]
-        for first in np.cumsum([0, *blocks[:-1]]):
+        ends = np.cumsum(blocks)
+        for first, end in [(0, int(ends[-1])), *zip(ends - blocks, ends, strict=True)]:
             try:
-                return corpus.read(np.array([first]))
+                return corpus.read(np.unique(np.linspace(first, end - 1, min(rows, end - first), dtype=np.int64)))
             except ShardError as error:
                 if self.config.stream.on_error == "stop":
                     raise
@@ -245,6 +264,8 @@ class RunState:
         if snapshot is None:
             return
         check_identity(snapshot, self.identity)
+        for name, buffer in self.patch.named_buffers():
+            buffer.copy_(snapshot.buffers[name])
         check_shards(snapshot, self.plan.digests(self.config, snapshot.phase_index if snapshot.phase else None))
         if snapshot.phase_index or standing.origin is not None:  # the teacher is the patch that the phase began with
             committed = snapshot.engine if snapshot.phase is None else snapshot.phase.start.engine

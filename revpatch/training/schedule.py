@@ -22,9 +22,9 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
 
 
 def make_optimizer(patch: Patch, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over the sidecars in three groups, each with its `lr_factor`: projections, scales, gates.
+    """AdamW over the sidecars in three groups, each with its share of the rate: projections, scales, gates.
 
-    Only the projections' weights decay; the gates learn at `gate_lr_factor` times the rate.
+    Only the projections' weights decay.
     """
     projections: list[nn.Parameter] = []
     scales: list[nn.Parameter] = []
@@ -34,7 +34,7 @@ def make_optimizer(patch: Patch, config: OptimizerConfig) -> torch.optim.AdamW:
     groups = [
         {"params": projections, "lr_factor": 1.0, "weight_decay": config.weight_decay},
         {"params": scales, "lr_factor": 1.0, "weight_decay": 0.0},
-        {"params": gates, "lr_factor": config.gate_lr_factor, "weight_decay": 0.0},
+        {"params": gates, "lr_factor": config.gate_lr / config.lr, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
         groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, weight_decay=0.0, fused=True

@@ -32,7 +32,7 @@ from revpatch.training.rollback import GoodState
 
 log = logging.getLogger("revpatch")
 
-VERSION = 1
+VERSION = 2
 ANEW = "or begin another run: elsewhere (--set output_dir=...), or with --fresh --overwrite, which deletes this one"
 
 Measurements = dict[str, Measurement]
@@ -80,6 +80,8 @@ class Snapshot:
     quarantine: list[Broken]
     committed: Measurements
     first: Measurements
+    buffers: dict[str, Tensor]
+    """What the patch holds beside its parameters: the sizes of the base's channels."""
     random: dict[str, Tensor] = field(default_factory=dict)
     """State of torch's generator, by device."""
 
@@ -100,6 +102,8 @@ class Snapshot:
             "committed": tensors.put_measurements("committed", self.committed),
             "first": tensors.put_measurements("first", self.first),
         }
+        for name, buffer in self.buffers.items():
+            tensors.found[f"buffer/{name}"] = buffer
         for device, state in self.random.items():
             tensors.found[f"random/{device}"] = state
         if self.phase is not None:
@@ -134,6 +138,7 @@ class Snapshot:
             quarantine=[Broken(**fields) for fields in metadata["quarantine"]],
             committed=tensors.measurements("committed", metadata["committed"]),
             first=tensors.measurements("first", metadata["first"]),
+            buffers=tensors.under("buffer/"),
             random={key.partition("/")[2]: value for key, value in found.items() if key.startswith("random/")},
             phase=None
             if progress is None
@@ -167,10 +172,10 @@ class _Tensors:
         return state.step
 
     def state(self, name: str, step: int) -> EngineState:
-        master = self._under(f"{name}/master/")
+        master = self.under(f"{name}/master/")
         zeros = {key: torch.zeros_like(tensor) for key, tensor in master.items()}
         moments = {
-            kind: self._under(f"{name}/{kind}/") if step else {key: z.clone() for key, z in zeros.items()}
+            kind: self.under(f"{name}/{kind}/") if step else {key: z.clone() for key, z in zeros.items()}
             for kind in MOMENTS
         }
         return EngineState(master, moments, step)
@@ -211,7 +216,7 @@ class _Tensors:
             sha256=plain["sha256"],
         )
 
-    def _under(self, prefix: str) -> dict[str, Tensor]:
+    def under(self, prefix: str) -> dict[str, Tensor]:
         return {key.removeprefix(prefix): value for key, value in self.found.items() if key.startswith(prefix)}
 
 

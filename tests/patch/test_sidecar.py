@@ -18,7 +18,7 @@ from revpatch.patch.sidecar import Sidecar
 
 every_gate = pytest.mark.parametrize("gate", sorted(GATES))
 every_placement = pytest.mark.parametrize("placement", ["residual", "coupled"])
-every_norm = pytest.mark.parametrize("normalize", ["rms", "none"])
+every_norm = pytest.mark.parametrize("normalize", ["channels", "rms", "none"])
 every_dtype = pytest.mark.parametrize(
     ("dtype", "input_dtype"),
     [(torch.float64, torch.float64), (torch.float32, torch.float32), (torch.float32, torch.bfloat16)],
@@ -194,15 +194,21 @@ def test_inverse_of_the_start_is_the_identity(placement: str) -> None:
     assert not result.hidden.requires_grad
 
 
+def _channels(sidecar: Sidecar) -> Tensor:
+    """c, which are ones without channel coordinates."""
+    return torch.ones(16, dtype=torch.float64) if sidecar.channels is None else sidecar.channels
+
+
 @every_gate
 @every_norm
 def test_residual_is_the_formula(make: Make, gate: str, normalize: str) -> None:
     sidecar = make(gate, "residual", normalize, torch.float64)
     u = torch.randn(3, 11, 16, dtype=torch.float64)
     out = sidecar(u, MASK)
-    g = sidecar.gates[0](sidecar.coupling.norm(u), MASK)
+    c = _channels(sidecar)
+    g = sidecar.gates[0](sidecar.coupling.norm(u / c), MASK)
     assert torch.equal(out.gate, g)
-    torch.testing.assert_close(out.hidden, u + g * (sidecar.coupling(u) - u), rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(out.hidden, u + g * c * (sidecar.coupling(u / c) - u / c), rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(out.update, out.hidden - u, rtol=1e-12, atol=1e-12)
 
 
@@ -213,13 +219,14 @@ def test_coupled_is_the_formula(make: Make, gate: str, normalize: str) -> None:
     c, (g1, g2) = sidecar.coupling, sidecar.gates
     u = torch.randn(3, 11, 16, dtype=torch.float64)
     out = sidecar(u, MASK)
-    a, b = u[..., :8], u[..., 8:]
+    size = _channels(sidecar)
+    a, b = (u / size)[..., :8], (u / size)[..., 8:]
     first = g1(c.norm(b), MASK)
     a = a + first * c.scale * c.f(c.norm(b))
     second = g2(c.norm(a), MASK)
     b = b + second * c.scale * c.g(c.norm(a))
     assert (first - second).abs().max() > 0.1
-    torch.testing.assert_close(out.hidden, torch.cat([a, b], -1), rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(out.hidden, size * torch.cat([a, b], -1), rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(out.gate, (first + second) / 2, rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(out.update, out.hidden - u, rtol=1e-12, atol=1e-12)
 

@@ -27,7 +27,7 @@ def sidecar(randomize: Randomize) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
-@pytest.mark.parametrize("normalize", ["rms", "none"])
+@pytest.mark.parametrize("normalize", ["channels", "rms", "none"])
 @pytest.mark.parametrize("placement", ["residual", "coupled"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @torch.no_grad()

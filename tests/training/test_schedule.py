@@ -67,7 +67,7 @@ def settings_of(optimizer: torch.optim.Optimizer, patch: Patch) -> dict[str, dic
 
 
 def test_gates_learn_at_their_own_rate_and_scales_and_gates_do_not_decay(patch: Patch) -> None:
-    optimizer = make_optimizer(patch, OptimizerConfig(lr=0.5, gate_lr_factor=3.0, weight_decay=0.25))
+    optimizer = make_optimizer(patch, OptimizerConfig(lr=0.5, gate_lr=1.5, weight_decay=0.25))
     set_learning_rate(optimizer, 0.125)
     for name, group in settings_of(optimizer, patch).items():
         gate, scale = ".gates." in name, name.endswith("log_scale")
@@ -85,7 +85,7 @@ def test_the_knobs_reach_the_optimizer_in_every_group(patch: Patch) -> None:
 
 def test_a_step_moves_each_parameter_by_its_rate(patch: Patch) -> None:
     """Adam's first step has the size of the rate, whatever the gradient."""
-    optimizer = make_optimizer(patch, OptimizerConfig(gate_lr_factor=4.0, weight_decay=0.1))
+    optimizer = make_optimizer(patch, OptimizerConfig(lr=0.5, gate_lr=2.0, weight_decay=0.1))
     before = {name: p.detach().clone() for name, p in patch.named_parameters()}
     for p in patch.parameters():
         p.grad = torch.full_like(p, 7.0)
