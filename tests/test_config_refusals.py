@@ -99,7 +99,10 @@ PROBE = {"name": "p", "shards": "s"}
             merged(probes={"sets": [{**PROBE, "guard_after": "wikki"}]}),
             ["probes.sets", "'p'", "guard_after", "'wikki'", "wiki", "news"],
         ),
-        (merged(replay={"base": None}), ["replay.base", "missing", "batch.replay_blocks", "0"]),
+        (
+            merged(replay={"base": "self"}, probes={"sets": [{"name": "own_text", "shards": "s"}]}),
+            ["probes.sets", "'own_text'", "replay.base = self", "another name"],
+        ),
         (
             merged(objective={"replay_loss_weight": 0.0, "distill_kl_weight": 0.0}),
             ["batch.replay_blocks", "16", "replay_loss_weight", "distill_kl_weight", "stats_drift_weight"],
@@ -117,7 +120,7 @@ def test_combinations_that_cant_work_are_refused(tmp_path: Path, data: dict[str,
 @pytest.mark.parametrize(
     "data",
     [
-        merged(batch={"replay_blocks": 0}, replay={"base": None}),
+        merged(batch={"replay_blocks": 0}, replay={"base": "self"}),
         merged(objective={"replay_loss_weight": 0.0, "distill_kl_weight": 0.0, "stats_drift_weight": 0.1}),
         merged(optimizer={"warmup_steps": 299}),
         merged(optimizer={"warmup_steps": 0}),

@@ -6,7 +6,7 @@ from __future__ import annotations
 SHORT = "--set base.model=base_model --set base.dtype=float32 --set base.block_size=16 --set sidecar.bottleneck=8"
 SHORT += " --set phases.0.steps=4 --set optimizer.warmup_steps=1 --set probes.every=2 --set batch.new_blocks=4"
 SHORT += " --set batch.replay_blocks=4 --set batch.micro_blocks=4 --set monitoring.samples.max_new_tokens=2"
-SHORT += " --set probes.sets.0.tolerance=1 --set rollback.max_drift=2"
+SHORT += " --set probes.sets.0.tolerance=1 --set rollback.max_drift=2 --set replay.own_blocks=32"
 FEW = " --max-new-tokens 2"
 
 INSTEAD: dict[str, dict[str, str]] = {
@@ -111,7 +111,6 @@ SHOWN = {
 TYPED: dict[str, list[str]] = {
     "README.md: source .venv/bin/activate": [
         "data/mine: ",
-        "data/general: ",
         "commit 000_mine_commit.pt",
     ],
     'README.md: revpatch generate --patch runs/gpt2_own_text --prompt "Once" --compare': [

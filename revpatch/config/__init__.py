@@ -11,7 +11,15 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from revpatch.config.data import BatchConfig, BuildConfig, PhaseConfig, ReplayConfig, StreamConfig, WeightedShards
+from revpatch.config.data import (
+    SELF,
+    BatchConfig,
+    BuildConfig,
+    PhaseConfig,
+    ReplayConfig,
+    StreamConfig,
+    WeightedShards,
+)
 from revpatch.config.model import BaseConfig, ObjectiveConfig, OptimizerConfig, SidecarConfig, TeacherConfig
 from revpatch.config.section import ConfigError, Section
 from revpatch.config.watch import (
@@ -26,6 +34,8 @@ from revpatch.config.watch import (
 )
 
 __all__ = [
+    "OWN_TEXT",
+    "SELF",
     "BaseConfig",
     "BatchConfig",
     "BuildConfig",
@@ -49,6 +59,9 @@ __all__ = [
     "TeacherConfig",
     "WeightedShards",
 ]
+
+OWN_TEXT = "own_text"
+"""The probe set of held-out text that the base has written itself."""
 
 
 class Config(Section):
@@ -75,6 +88,23 @@ class Config(Section):
     snapshot: SnapshotConfig = SnapshotConfig()
     engine: EngineConfig = EngineConfig()
     monitoring: MonitoringConfig = MonitoringConfig()
+
+    @property
+    def rehearses_own_text(self) -> bool:
+        """Whether what is rehearsed from phase 1 on is text that the base writes by itself."""
+        return bool(self.batch.replay_blocks) and self.replay.base == SELF
+
+    def with_own_text(self, folder: str) -> Config:
+        """The same with that text named, once the base has written it: `folder` is rehearsed, and its held-out part in
+        `folder`_probe is a probe set that is guarded from the start."""
+        default = ProbeSetConfig(name=OWN_TEXT, shards=f"{folder}_probe")
+        tolerance = min(default.tolerance, self.rollback.max_drift)  # one above it would never apply
+        sets = [*self.probes.sets, default.model_copy(update={"tolerance": tolerance})]
+        named = {
+            "replay": self.replay.model_copy(update={"base": folder}),
+            "probes": self.probes.model_copy(update={"sets": sets}),
+        }
+        return self.model_copy(update=named)
 
     @model_validator(mode="after")
     def _names_are_distinct(self) -> Config:
@@ -115,18 +145,22 @@ class Config(Section):
         rehearses = (
             self.objective.replay_loss_weight or self.objective.distill_kl_weight or self.objective.stats_drift_weight
         )
-        if self.batch.replay_blocks and self.replay.base is None:
-            raise ValueError(
-                "replay.base is missing: the first phase has no past phase to rehearse. Name shards of the base "
-                "model's own distribution, or set batch.replay_blocks to 0 to train without replay"
-            )
         if self.batch.replay_blocks and not rehearses:
             raise ValueError(
                 f"batch.replay_blocks = {self.batch.replay_blocks}, but every weight on replay is 0 "
                 "(replay_loss_weight, distill_kl_weight, stats_drift_weight): set one, or batch.replay_blocks to 0"
             )
-        if not self.batch.replay_blocks and self.replay.base is not None:
+        if not self.batch.replay_blocks and self.replay.base != SELF:
             raise ValueError("replay.base is given, but batch.replay_blocks = 0: raise it, or leave out replay.base")
+        return self
+
+    @model_validator(mode="after")
+    def _own_text_has_its_name(self) -> Config:
+        if self.rehearses_own_text and OWN_TEXT in [probe.name for probe in self.probes.sets]:
+            raise ValueError(
+                f"probes.sets: the name {OWN_TEXT!r} is that of the held-out text that the base writes itself, while "
+                f"replay.base = {SELF}: choose another name"
+            )
         return self
 
     @model_validator(mode="after")

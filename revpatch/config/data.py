@@ -8,6 +8,9 @@ from pydantic import Field
 
 from revpatch.config.section import ConfigError, Name, NonNegative, Positive, PositiveFloat, Section
 
+SELF = "self"
+"""The `replay.base` that stands for text of the base's own."""
+
 
 class BatchConfig(Section):
     """Blocks per optimizer step."""
@@ -45,8 +48,12 @@ class BatchConfig(Section):
 class ReplayConfig(Section):
     """What is rehearsed."""
 
-    base: str | None = None
-    """Shards of the base model's own distribution, rehearsed from phase 1 on."""
+    base: str = SELF
+    """What is rehearsed from phase 1 on: `self`, text that the unpatched base writes by itself before the first step;
+    or shards of text that it knows. `./self` is a folder of that name. The base writes a held-out part too, which is
+    a guarded probe set named `own_text`; both are kept in `build.folder`, for all runs of that base."""
+    own_blocks: Positive = 512
+    """Blocks that the base writes to be rehearsed; it writes an eighth as many, at least 16, to be held out."""
     blocks_per_phase: Positive = 4096
     """Blocks kept of each phase (a bottom-k sample) for the phases after it."""
 
@@ -75,7 +82,8 @@ class BuildConfig(Section):
     """How the shards of a raw source are built on first use, by rank 0, with the base's tokenizer and block_size."""
 
     folder: str = "data/built"
-    """Folder in which they are kept, each set in a folder named after its source and how it was built."""
+    """Folder in which they are kept, each set in a folder named after its source and how it was built; and the text
+    that a base writes by itself."""
     text_column: str = "text"
     """Field or column that holds the text."""
     holdout: Annotated[float, Field(ge=0, lt=1)] = 0.0

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from revpatch.config import SELF
 from revpatch.config_file import load_config
 from revpatch.ledger.history import JOURNAL_NAME, effective
 from revpatch.ledger.journal import Journal, JournalError, Sets
@@ -112,6 +113,8 @@ def read_history(run: Path) -> RunHistory:
             f"from a backup (`revpatch ledger verify {run}` looks at what is there)"
         )
     config = load_config(run / CONFIG_NAME)
+    if config.rehearses_own_text:
+        config = config.with_own_text(SELF)  # where it lies is not asked here
     names = [phase.name for phase in config.phases]
     found = RunHistory(run, confidence=config.rollback.confidence)
     for probe in config.probes.sets:

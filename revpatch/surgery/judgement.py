@@ -7,13 +7,15 @@ from pathlib import Path
 
 from revpatch.config import ProbeSetConfig, RollbackConfig, StreamConfig
 from revpatch.config_file import load_config
-from revpatch.ledger.journal import Sets
+from revpatch.ledger.history import JOURNAL_NAME
+from revpatch.ledger.journal import Journal, Sets
 from revpatch.patch.patched_model import Patch
 from revpatch.surgery.held_out import HeldOut, sets_of
 from revpatch.surgery.subject import Subject
 from revpatch.training.guard import Comparison, Keep, ProbeSet, compare_all, decide
 from revpatch.training.probe import Measurement
 from revpatch.training.resume import CONFIG_NAME
+from revpatch.training.startup import REHEARSED
 
 
 @dataclass(frozen=True)
@@ -26,14 +28,16 @@ class Probes:
 
     @classmethod
     def of(cls, run: Path | None, shards: list[str], blocks: int | None = None) -> Probes:
-        """Those that `shards` names; else the probe sets of the run's config. The rules are the run's in either case,
-        or the defaults where it has no config.
+        """Those that `shards` names; else the probe sets of the run's config, and what its base had written to be held
+        out. The rules are the run's in either case, or the defaults where it has no config.
 
         Raises:
             ValueError: neither names a set.
         """
         file = None if run is None else run / CONFIG_NAME
         config = load_config(file) if file is not None and file.is_file() else None
+        if run is not None and config is not None and config.rehearses_own_text and not shards:
+            config = config.with_own_text(_own_text_of(run))
         if shards:
             sets = sets_of(shards, blocks)
         elif config is None or not config.probes.sets:
@@ -89,6 +93,15 @@ def judge(probes: Probes, subject: Subject, before: list[Patch], after: Patch, g
         reason = "; ".join(f"{c.name} rose by {c.drift:.4f}, above its tolerance of {c.tolerance:g}" for c in above)
         return Judgement(verdict.good, reason, sets)
     return Judgement(False, verdict.reason.replace(" since the last good entry", ""), sets)
+
+
+def _own_text_of(run: Path) -> str:
+    """Where the run's base had written its own text, when it last trained."""
+    records = Journal(run / "ledger" / JOURNAL_NAME, readonly=True).records()
+    noted = [event["facts"][REHEARSED] for event in records if REHEARSED in event.get("facts", {})]
+    if not noted:
+        raise ValueError(f"{run}: its journal doesn't say where its base's own text lies: name shards with --shards")
+    return str(noted[-1])
 
 
 def _sets(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from revpatch.config import Config, ConfigError
+from revpatch.config import SELF, Config, ConfigError
 from revpatch.training.launch import Peers
 from revpatch.training.snapshot import Snapshot
 
@@ -26,7 +26,8 @@ PLACES = (
 
 def check_same_config(config: Config, peers: Peers) -> None:
     """Raises ConfigError, on all ranks, if a rank was started with another config: nodes with files of their own."""
-    found = peers.gather({key: value for key, value in _flat(config.model_dump(mode="json")).items() if _counts(key)})
+    flat = _flat(config.model_dump(mode="json"))
+    found = peers.gather({key: value for key, value in flat.items() if _counts(key, value)})
     for rank, other in enumerate(found):
         if wrong := [key for key in {**found[0], **other} if found[0].get(key) != other.get(key)]:
             lines = [f"  {key}: {found[0].get(key)!r} on rank 0, {other.get(key)!r} on rank {rank}" for key in wrong]
@@ -36,8 +37,8 @@ def check_same_config(config: Config, peers: Peers) -> None:
             )
 
 
-def _counts(key: str) -> bool:
-    return re.fullmatch(PLACES, key) is None
+def _counts(key: str, value: Any) -> bool:
+    return re.fullmatch(PLACES, key) is None or (key, value) == ("replay.base", SELF)
 
 
 def compare_configs(old: Config, new: Config, snapshot: Snapshot | None, named: str) -> dict[str, list[Any]]:
@@ -55,6 +56,8 @@ def compare_configs(old: Config, new: Config, snapshot: Snapshot | None, named: 
         if before.get(key) != after.get(key) and key not in appended
     }
     wrong = [key for key in changed if not any(re.fullmatch(pattern, key) for pattern in MAY_CHANGE)]
+    if SELF in changed.get("replay.base", []):  # no place: what the base writes is a probe set too
+        wrong.append("replay.base")
     for index, phase in enumerate(new.phases):
         key = f"phases.{index}.steps"
         if snapshot is None or key not in changed:

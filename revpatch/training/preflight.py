@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from revpatch.base import Base
-from revpatch.config import BaseConfig, Config, ConfigError, PhaseConfig, StreamConfig
+from revpatch.config import SELF, BaseConfig, Config, ConfigError, PhaseConfig, StreamConfig
 from revpatch.monitoring.trackers import check_trackers
 from revpatch.stream.corpus import Corpus
 from revpatch.stream.manifest import Manifest
@@ -17,7 +17,7 @@ from revpatch.stream.mixture import Mixture
 from revpatch.stream.remote import is_remote
 from revpatch.stream.shard_cache import ShardCache
 from revpatch.stream.shard_set import ShardSet
-from revpatch.stream.tokenizer import check_made_for, prompt_ids, read_tokenizer, tokenizer_fingerprint
+from revpatch.stream.tokenizer import check_made_for, prompt_ids, read_tokenizer, tokenizer_fingerprint, tokenizer_info
 from revpatch.training.zero_config import read_deepspeed_config
 
 
@@ -134,15 +134,20 @@ def check_base(config: Config, world: int) -> CheckedBase:
             prompt_ids(checked.tokenizer, prompt, architecture.vocab_size, f"monitoring.samples.prompts.{index}")
         except ValueError as error:
             raise ConfigError(str(error)) from error
+    if config.rehearses_own_text:
+        try:
+            tokenizer_info(checked.tokenizer)
+        except ValueError as error:
+            raise ConfigError(f"replay.base = {SELF}: {error}") from error
     return checked
 
 
 def locations(config: Config) -> Iterator[tuple[str, str]]:
-    """Every key that names shards, and what it names."""
+    """Every key that names shards, and what it names. Text that the base writes by itself has no name yet."""
     for index, phase in enumerate(config.phases):
         for key, part in zip(_part_keys(index, phase), phase.parts, strict=True):
             yield key, part.shards
-    if config.replay.base is not None:
+    if config.batch.replay_blocks and not config.rehearses_own_text:
         yield "replay.base", config.replay.base
     for index, probe in enumerate(config.probes.sets):
         yield f"probes.sets.{index}.shards", probe.shards

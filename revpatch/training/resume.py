@@ -47,6 +47,8 @@ class Standing:
     """Where a run stands."""
 
     directory: Path
+    config: Config
+    """As it was given."""
     begun: bool = False
     """It is there already."""
     snapshot: Snapshot | None = None
@@ -103,7 +105,7 @@ def stand(config: Config, fresh: bool, overwrite: bool) -> Standing:
             f"{named}: the folder can't be made ({error.strerror}, at {error.filename}): choose another one "
             "(--set output_dir=...), or give this user the right to make it"
         ) from error
-    standing = Standing(directory, lock=claim(directory, named))
+    standing = Standing(directory, config, lock=claim(directory, named))
     if has_begun(config) and not is_run:
         raise ConfigError(
             f"{named}: another process has begun a run there since this one looked. Nothing was overwritten: give the "
@@ -218,9 +220,9 @@ def check_shape(origin: Origin, sidecar: SidecarConfig) -> None:
         raise ConfigError(f"ledger/{origin.name} is a patch of another shape: it has {wrong}; set these in the config")
 
 
-def go_back(standing: Standing, config: Config, ledger: Ledger, **fields: Any) -> None:
+def go_back(standing: Standing, ledger: Ledger, **fields: Any) -> None:
     """Brings ledger and replay to where the snapshot is; what came after it is set aside, and will be made again."""
-    write_atomically(standing.directory / CONFIG_NAME, dump_config(config).encode())
+    write_atomically(standing.directory / CONFIG_NAME, dump_config(standing.config).encode())
     snapshot, origin = standing.snapshot, standing.origin
     orphans = ledger.set_aside_orphans()
     events = snapshot.events if snapshot is not None else 0 if origin is None else origin.events

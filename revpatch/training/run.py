@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from revpatch.config import Config
+from revpatch.config import Config, ConfigError
 from revpatch.monitoring.doing import doing
 from revpatch.monitoring.terminal import say
 from revpatch.training import startup
@@ -15,6 +15,7 @@ from revpatch.training.first_use import build_on_first_use, needs_building
 from revpatch.training.interrupt import Interruption
 from revpatch.training.launch import process_group
 from revpatch.training.launcher_variables import Launch
+from revpatch.training.own_text import build_own_text
 from revpatch.training.preflight import check, check_base
 from revpatch.training.record import Record
 from revpatch.training.resume import begins_anew, has_begun
@@ -64,13 +65,18 @@ def _train(config: Config, fresh: bool, overwrite: bool, interruption: Interrupt
             check_base(config, launch.world)
     with process_group(launch, device, config.engine.timeout_minutes) as peers:
         check_same_config(config, peers)
+        reads, not_built = config, dict[int, ConfigError]()
         if plan is None:
-            built, not_built = build_on_first_use(config, peers, begun)
-            plan = check(built, launch.world, begun, not_built)
+            reads, not_built = build_on_first_use(config, peers, begun)
+            plan = check(reads, launch.world, begun, not_built)
         with doing("waiting for the other ranks", say, first):
-            startup.check_same_data(config, plan, peers)
+            startup.check_same_data(reads, plan, peers)
         with doing(f"loading the base {config.base.model}", say, first):
             base, weights = startup.load_same_base(config.base, peers)  # first: one that fails leaves no folder behind
+        if config.rehearses_own_text:
+            reads = reads.with_own_text(str(build_own_text(config, base, weights, peers)))
+            plan = check(reads, launch.world, begun, not_built)
+            startup.check_same_data(reads, plan, peers)
         standing = startup.prepare_run(config, peers, fresh, overwrite)
         if standing.over:
             if peers.rank == 0:
@@ -81,7 +87,7 @@ def _train(config: Config, fresh: bool, overwrite: bool, interruption: Interrupt
         record = Record(standing.directory, peers.rank == 0, watched.tensorboard, standing.again, watched.trackers)
         try:
             with doing("hashing the base, reading the probe sets", log.info, first):
-                trainer = Trainer(config, plan, base, peers, record, standing.directory, interruption, weights)
+                trainer = Trainer(reads, plan, base, peers, record, standing.directory, interruption, weights)
             with doing("preparing the first step", log.info, first):
                 trainer.take_up(standing)
             interruption.training = True

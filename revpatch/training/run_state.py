@@ -133,9 +133,7 @@ class RunState:
         if standing.origin is not None and standing.snapshot is None:
             self._begin_with(standing.origin)
         if standing.begun and self.record.ledger is not None:
-            go_back(
-                standing, self.config, self.record.ledger, facts=facts, **{FIELD: place_now(self.config.base.model)}
-            )
+            go_back(standing, self.record.ledger, facts=facts, **{FIELD: place_now(self.config.base.model)})
         if standing.snapshot is None:
             began = {} if standing.origin is None else {"origin": standing.origin.name}
             known = {"base": self.identity["base"], "bare_base": self.bare_base}

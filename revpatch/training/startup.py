@@ -31,6 +31,9 @@ from revpatch.training.teacher_cache import TeacherCache
 
 log = logging.getLogger("revpatch")
 
+REHEARSED = "rehearsed at first"
+"""The fact that says where the shards of `replay.base` lie, those of the base's own text too."""
+
 
 def prepare_run(config: Config, peers: Peers, fresh: bool = False, overwrite: bool = False) -> Standing:
     """Claims the run's folder on rank 0 and finds out where the run stands; every rank is told, or gets the refusal.
@@ -162,6 +165,7 @@ def facts(config: Config, base: nn.Module, patch: Patch, engine: Engine, peers: 
     frozen = sum(p.numel() for p in base.parameters())
     accumulation = config.batch.accumulation(peers.world)
     device = torch.cuda.get_device_name(peers.device) if peers.device.type == "cuda" else "cpu"
+    rehearsed = {REHEARSED: config.replay.base} if config.batch.replay_blocks else {}
     zero = f", ZeRO {engine.zero_stage}" if engine.kind == "deepspeed" else ""
     return {
         "ranks": peers.world,
@@ -177,6 +181,7 @@ def facts(config: Config, base: nn.Module, patch: Patch, engine: Engine, peers: 
         "lanes": config.batch.new_blocks,
         "batch": f"{config.batch.new_blocks} new + {config.batch.replay_blocks} replayed blocks of "
         f"{config.base.block_size} tokens, in {accumulation} micro-batches a rank",
+        **rehearsed,
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, python "
         f"{platform.python_version()}",
     }

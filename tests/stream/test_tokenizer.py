@@ -320,7 +320,7 @@ def of_one_set(base: Path, folder: Path) -> dict[str, Any]:
     return {
         "base": {"model": str(base)},
         "phases": [{"name": "first", "steps": 6, "shards": str(folder)}],
-        "replay": {"base": None},
+        "replay": {"base": "self"},
         "batch": {"replay_blocks": 0},
         "probes": {"sets": [probe]},
     }

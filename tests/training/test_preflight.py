@@ -91,7 +91,7 @@ def test_parts_of_a_mixture_that_do_not_go_together(toy: Toy, refused: Refused, 
 
 
 def test_no_replay_and_no_probes_are_planned(toy: Toy, tmp_path: Path) -> None:
-    plan = check(toy.config(tmp_path, batch={"replay_blocks": 0}, replay={"base": None}, probes=NO_PROBES), 1)
+    plan = check(toy.config(tmp_path, batch={"replay_blocks": 0}, replay={"base": "self"}, probes=NO_PROBES), 1)
     assert plan.replay_base is None
     assert plan.probes == []
 

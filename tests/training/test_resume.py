@@ -9,12 +9,14 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from kill_moments import MOMENTS, QUICK
 from ranks import BIN, Runs, descendants, environment, free_port, rank_pid, torchrun
+from toy import Toy
 from waiting import until
 
 from revpatch.ledger.audit import verify
@@ -48,11 +50,11 @@ def test_a_run_that_was_killed_ends_with_the_same_commits(through: Runs, moment:
     assert (through.path(name) / replay).read_bytes() == (through.path("through") / replay).read_bytes()
 
 
-def test_what_is_written_anew_begins_after_the_snapshot_or_at_the_start() -> None:
-    folder = Path("run")
-    assert Standing(folder).again is None
-    assert Standing(folder, begun=True).again == 0, "killed before its first snapshot, it left curves"
-    assert Standing(folder, begun=True, snapshot=SimpleNamespace(step=5)).again == 6  # type: ignore[arg-type]
+def test_what_is_written_anew_begins_after_the_snapshot_or_at_the_start(toy: Toy, tmp_path: Path) -> None:
+    new = Standing(tmp_path, toy.config(tmp_path))
+    assert new.again is None
+    assert replace(new, begun=True).again == 0, "killed before its first snapshot, it left curves"
+    assert replace(new, begun=True, snapshot=SimpleNamespace(step=5)).again == 6  # type: ignore[arg-type]
 
 
 def test_a_third_resume_is_as_good_as_the_first(through: Runs) -> None:
