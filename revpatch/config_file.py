@@ -69,11 +69,24 @@ def read_text(path: Path) -> str:
 
 def dump_config(config: Config) -> str:
     """The resolved config as YAML that `load_config` reads back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    plain = config.model_dump(mode="json")
+    return yaml.dump(plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+_E = re.compile(r"^[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number, as people expect (YAML 1.1 asks for 1.0e-3), and a key given twice an error."""
+    """YAML in which numbers are what people expect, and a key given twice is an error.
+
+    1e-3 is a number (YAML 1.1 asks for 1.0e-3); 010 is none (there it is 8), nor is 1:30 (there it is 90).
+    """
+
+    yaml_implicit_resolvers = {  # noqa: RUF012  (as PyYAML has it)
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INT, _FLOAT)]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -83,11 +96,19 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Puts text in quotes that `_Loader`, or YAML 1.1, would take for a number."""
+
+
+_STARTS = list("-+.0123456789")
+_Loader.add_implicit_resolver(_INT, re.compile(r"^[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)$"), _STARTS)
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
-    list("-+.0123456789"),
+    _FLOAT,
+    re.compile(r"^(?:[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN))$"),
+    _STARTS,
 )
+for _each in (_Loader, _Dumper):
+    _each.add_implicit_resolver(_FLOAT, _E, _STARTS)
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -163,5 +184,7 @@ def _explain(path: Path, error: ValidationError) -> str:
             message = "is missing; add it"
         elif not isinstance(item["input"], dict):
             message += f"; found {item['input']!r} ({type(item['input']).__name__})"
+            if item["type"] == "string_type" and item["input"] is not None and not isinstance(item["input"], list):
+                message += "; put it in quotes"
         lines.append(f"  {key}: {message}")
     return "\n".join(lines)

@@ -65,21 +65,24 @@ class Writer:
         """A writer with the patch and the base that `load_patched` finds; raises as it does."""
         return cls(*load_patched(patch, base), sampling)
 
-    def check(self, prompt: str) -> tuple[Tensor, int]:
+    def check(self, prompt: str, where: str = "--prompt") -> tuple[Tensor, int]:
         """The prompt's token ids, (1, time), and how many tokens to write.
+
+        Args:
+            where: what a message calls the prompt.
 
         Raises:
             ValueError: the prompt is empty, or leaves no room to write.
         """
         embeddings = self.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-        ids = torch.tensor([prompt_ids(self.tokenizer, prompt, embeddings, "--prompt")], dtype=torch.int64)
+        ids = torch.tensor([prompt_ids(self.tokenizer, prompt, embeddings, where)], dtype=torch.int64)
         if ids.shape[1] == 0:
-            raise ValueError("--prompt is empty: give the model at least one token to go on from")
+            raise ValueError(f"{where} is empty: give the model at least one token to go on from")
         wanted, positions = self.sampling.max_new_tokens, int(self.model.config.max_position_embeddings)  # type: ignore[union-attr, arg-type]
         room = positions - ids.shape[1]
         if room < (wanted or 1):
             raise ValueError(
-                f"--prompt has {ids.shape[1]} tokens and the model reads at most {positions}, which leaves no room "
+                f"{where} has {ids.shape[1]} tokens and the model reads at most {positions}, which leaves no room "
                 f"for {wanted or 1} new ones: cut the prompt, or ask for at most {max(room, 0)} (--max-new-tokens)"
             )
         return ids.to(self.device), wanted or min(DEFAULT_NEW_TOKENS, room)

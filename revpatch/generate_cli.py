@@ -58,15 +58,16 @@ def generate(
     if greedy and given:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise ValueError(f"--greedy draws nothing, so {options} would change nothing: leave out one or the other")
-    prompts = [*(prompt or []), *(_lines(prompt_file) if prompt_file else [])]
+    places = [*((text, "--prompt") for text in prompt or []), *(_lines(prompt_file) if prompt_file else [])]
+    prompts = [text for text, _ in places]
     from revpatch.generate import Sampling, Writer
 
     always: dict[str, Any] = {"repetition_penalty": repetition_penalty, "no_repeat_ngram": no_repeat_ngram}
     sampling = Sampling(greedy, max_new_tokens, num_samples=num_samples, **always, **given)
     with doing("loading the base and the patch"):
         writer = Writer.load(patch, sampling, base)
-    for text in prompts:
-        writer.check(text)
+    for text, where in places:
+        writer.check(text, where)
     gates = COMPARED if compare else (gate or "learned",)
     if as_json:
         print_json({"patch": patch, "seed": sampling.seed, "texts": _texts(writer, prompts, gates)})
@@ -76,13 +77,13 @@ def generate(
         _print_texts(writer, prompts, gates[0])
 
 
-def _lines(file: Path) -> list[str]:
-    """The prompts of a file; ValueError if there are none."""
+def _lines(file: Path) -> list[tuple[str, str]]:
+    """The prompts of a file, and what a message calls each; ValueError if there are none."""
     from revpatch.stream.utf8 import decoded
 
     text = decoded(file.read_bytes(), f"--prompt-file {file}").replace("\r\n", "\n").replace("\r", "\n")
     # At line feeds alone: splitlines also cuts at U+2028 and its like, which are part of a text.
-    lines = [line for line in text.split("\n") if line.strip()]
+    lines = [(line, f"--prompt-file {file}:{n}") for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise ValueError(f"--prompt-file {file} is empty: give a text file, a prompt a line")
     return lines

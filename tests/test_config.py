@@ -52,7 +52,7 @@ def test_a_minimal_config_gets_the_defaults_of_the_design(tmp_path: Path) -> Non
         "scale_l2_weight": 1e-3,
         "stats_drift_weight": 0.0,
     }
-    assert (config.optimizer.lr, config.optimizer.gate_lr, config.optimizer.betas) == (3e-3, 1.5e-2, [0.9, 0.95])
+    assert (config.optimizer.lr, config.optimizer.gate_lr, config.optimizer.betas) == (6e-3, 1.5e-2, [0.9, 0.95])
     assert (config.optimizer.weight_decay, config.optimizer.warmup_steps, config.optimizer.schedule) == (
         0.0,
         100,
@@ -75,6 +75,34 @@ def test_a_number_may_be_written_as_people_write_it(tmp_path: Path, written: str
     path.write_text(yaml.safe_dump(MINIMAL) + f"optimizer: {{lr: {written}}}\n", encoding="utf-8")
     assert load_config(path).optimizer.lr == 1e-3
     assert load_config(write(tmp_path, MINIMAL), [f"optimizer.lr={written}"]).optimizer.lr == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("010", None),
+        ("1:30", None),
+        ("08", None),
+        ("1e2", None),
+        ("0x10", 16),
+        ("1_000", 1000),
+        ("+7", 7),
+        ("-0", None),
+    ],
+)
+def test_a_number_of_yaml_1_1_is_read_as_meant_or_refused(tmp_path: Path, written: str, read: int | None) -> None:
+    """There 010 is 8, and 1:30 is 90."""
+    if read is None:
+        assert "ledger.keep_good" in refusal(tmp_path, MINIMAL, [f"ledger.keep_good={written}"])
+    else:
+        assert load_config(write(tmp_path, MINIMAL), [f"ledger.keep_good={written}"]).ledger.keep_good == read
+
+
+@pytest.mark.parametrize("name", ["1e3", "010", "true", "null", "0x1", "1_0"])
+def test_a_name_that_looks_like_something_else_comes_back_as_it_was(tmp_path: Path, name: str) -> None:
+    config = load_config(write(tmp_path, MINIMAL), [f"phases.0.name='{name}'"])
+    (tmp_path / "again.yaml").write_text(dump_config(config), encoding="utf-8")
+    assert load_config(tmp_path / "again.yaml").phases[0].name == name
 
 
 def test_a_name_that_looks_like_a_number_with_an_e_in_it_can_be_quoted(tmp_path: Path) -> None:

@@ -70,6 +70,15 @@ def test_a_wrong_set_is_refused_in_words(tmp_path: Path, override: str, words: l
         (merged(rollback={"lr_factor": 2.0}), ["rollback.lr_factor", "2.0"]),
         (merged(engine={"kind": "fsdp"}), ["engine.kind", "'fsdp'", "deepspeed", "accelerate"]),
         (merged(probes=[1]), ["probes", "[1]"]),
+        (merged(teacher={"cache_gb": float("inf")}), ["teacher.cache_gb", "inf"]),
+        (merged(batch={"new_blocks": 10**30}), ["batch.new_blocks", str(10**30)]),
+        (merged(snapshot={"every": 2**63}), ["snapshot.every", str(2**63)]),
+        (merged(output_dir=""), ["output_dir", "is empty"]),
+        (merged(base={"model": " "}), ["base.model", "is empty"]),
+        (merged(base={"revision": 1234567}), ["base.revision", "1234567", "int", "in quotes"]),
+        (merged(phases=[{"name": True, "shards": "s", "steps": 500}]), ["phases.0.name", "True", "in quotes"]),
+        (merged(phases=[{"name": "a", "shards": "", "steps": 500}]), ["phases.0.shards", "is empty"]),
+        (merged(replay={"base": "a\0b"}), ["replay.base", "holds a NUL"]),
     ],
 )
 def test_one_wrong_value_is_named_with_file_key_and_what_was_found(

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -337,6 +338,37 @@ def test_a_part_that_fails_or_hangs_costs_itself_alone(
     assert check.done is (first["status"] == "done")
     left = subprocess.run(["pgrep", "-f", "sleep 321.5"], capture_output=True, text=True, check=False).stdout
     assert not left, "what a part has started ends with it"
+
+
+def test_what_was_measured_before_a_stop_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import gpu_check
+
+    monkeypatch.setattr(gpu_check, "TOOLS", tmp_path)
+    (tmp_path / "part.py").write_text(REPORTS + "import signal; os.kill(os.getppid(), signal.SIGINT); time.sleep(60)")
+    parts = [gpu_check.Part(name, "", 60, ("part.py",)) for name in ("one", "two")]
+    gpu_check.Check(parts, tmp_path / "gpu.json", minutes=2, cpu=False).run()
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert [part["status"] for part in found["parts"]] == ["stopped; what it had measured counts", "not run yet"]
+    assert [(row["name"], row["measured"]) for row in found["figures"]] == [("one: speed", 2.0)]
+
+
+def test_the_notice_of_the_mode_that_shows_waits_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch says it when the mode is set for the first time in a process."""
+    import gpu_parts
+    import torch
+
+    notice = "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing operations"
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: warnings.warn(notice, stacklevel=1))
+    assert gpu_parts.waits(lambda: None, "cuda") == []
+    wait = "called a synchronizing CUDA operation (Triggered internally)"
+    (found,) = gpu_parts.waits(lambda: warnings.warn(wait, stacklevel=1), "cuda")
+    assert found.startswith("test_tools.py:") and wait in found
+
+
+def test_a_rate_of_our_own_step_needs_no_package_of_the_others() -> None:
+    code = "import sys; sys.modules['peft'] = None; import bench_measure, bench_ours; bench_measure.rates"
+    subprocess.run([sys.executable, "-c", code], cwd=TOOLS, check=True)
 
 
 def test_the_time_is_one_for_all_parts_and_the_file_is_there_from_the_start(

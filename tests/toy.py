@@ -94,8 +94,9 @@ def make_it_look_trained(module: Module, seed: int = 1, strength: float = 1.0) -
                 parameter.copy_(strength * noise / parameter.shape[1] ** 0.5)
             else:
                 parameter.copy_(0.3 * strength * noise)
-        for _, channels in module.named_buffers():  # of a patch: no two channels alike
-            channels.copy_(torch.exp(0.5 * torch.randn(channels.shape, generator=generator, dtype=torch.float64)))
+        of_base = torch.Generator().manual_seed(0)
+        for _, channels in module.named_buffers():  # of a patch: no two channels alike, and the same for any weights
+            channels.copy_(torch.exp(0.5 * torch.randn(channels.shape, generator=of_base, dtype=torch.float64)))
     return module
 
 

@@ -124,7 +124,8 @@ def switching(model: nn.Module) -> list[Figure]:
             revpatch.set_patch(model, "other")
             revpatch.set_patch(model, "default")
         micros = (time.perf_counter() - start) / (2 * SWITCHES) * 1e6
-    copied = sum(max(event.self_cpu_memory_usage, 0) for event in record.key_averages())
+    kinds = ("self_cpu_memory_usage", "self_device_memory_usage")
+    copied = sum(max(getattr(event, kind), 0) for event in record.key_averages() for kind in kinds)
     stayed = places == [parameter.data_ptr() for parameter in model.parameters()]
     assert stayed, "the base was moved"
     revpatch.remove_patch(model, "other")

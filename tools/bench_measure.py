@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from bench_ours import Peer
-from bench_peers import PEERS
 from bench_workload import Workload, synchronize
 from progress import Progress
 from torch.utils.flop_counter import FlopCounterMode
@@ -129,6 +128,8 @@ def gpu_peak(name: str, workload: Workload) -> int:
 
 def _with_state(name: str, workload: Workload) -> Peer:
     """A peer whose optimizer has its state."""
+    from bench_peers import PEERS  # it needs peft, which rates and times of our own step do not
+
     peer = PEERS[name](workload)
     for parameter in peer.trainable():
         parameter.grad = torch.zeros_like(parameter)

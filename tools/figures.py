@@ -63,6 +63,7 @@ def machine(*packages: str) -> str:
 def show(title: str, rows: list[Figure], file: Path | None) -> None:
     """Prints the table and, if a file is named, writes the figures there."""
     from rich.console import Console  # here, as a worker process has no table to print, and a bare machine no rich
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
@@ -71,7 +72,7 @@ def show(title: str, rows: list[Figure], file: Path | None) -> None:
     for row in rows:
         measured = "not measured" if row.measured is None else row.measured
         measured = measured if isinstance(measured, str) else f"{measured:,g}"
-        table.add_row(row.name, row.asked, measured, row.unit, "yes" if row.holds else "NO")
+        table.add_row(escape(row.name), row.asked, escape(measured), row.unit, "yes" if row.holds else "NO")
     Console(width=None if os.isatty(1) else 120).print(table)
     if file is not None:
         write_figures(title, rows, file)

@@ -21,7 +21,7 @@ from revpatch.config.data import (
     WeightedShards,
 )
 from revpatch.config.model import BaseConfig, ObjectiveConfig, OptimizerConfig, SidecarConfig, TeacherConfig
-from revpatch.config.section import ConfigError, Section
+from revpatch.config.section import ConfigError, Section, Text
 from revpatch.config.watch import (
     EngineConfig,
     LedgerConfig,
@@ -67,7 +67,7 @@ OWN_TEXT = "own_text"
 class Config(Section):
     """A run."""
 
-    output_dir: str
+    output_dir: Text
     """Folder of the run. A run that is there already is gone on with, if it is this one."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of the sidecars' start, the order of the data and the replay."""

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from revpatch.config.section import ConfigError, Name, NonNegative, Positive, PositiveFloat, Section
+from revpatch.config.section import ConfigError, Name, NonNegative, Positive, PositiveFloat, Section, Text
 
 SELF = "self"
 """The `replay.base` that stands for text of the base's own."""
@@ -48,7 +48,7 @@ class BatchConfig(Section):
 class ReplayConfig(Section):
     """What is rehearsed."""
 
-    base: str = SELF
+    base: Text = SELF
     """What is rehearsed from phase 1 on: `self`, text that the unpatched base writes by itself before the first step;
     or shards of text that it knows. `./self` is a folder of that name. The base writes a held-out part too, which is
     a guarded probe set named `own_text`; both are kept in `build.folder`, for all runs of that base."""
@@ -70,7 +70,7 @@ class StreamConfig(Section):
     """A broken shard stops the run, or is taken out for all ranks alike and written in the journal."""
     shuffle_blocks: Positive = 8192
     """Blocks in the shuffling window."""
-    shard_cache: str | None = "~/.cache/revpatch/shards"
+    shard_cache: Text | None = "~/.cache/revpatch/shards"
     """Folder on local disk for shards that lie elsewhere, shared by all processes of a machine."""
     shard_cache_gb: PositiveFloat = 20.0
     """Size that the shard cache may reach, in 10⁹ bytes."""
@@ -81,10 +81,10 @@ class StreamConfig(Section):
 class BuildConfig(Section):
     """How the shards of a raw source are built on first use, by rank 0, with the base's tokenizer and block_size."""
 
-    folder: str = "data/built"
+    folder: Text = "data/built"
     """Folder in which they are kept, each set in a folder named after its source and how it was built; and the text
     that a base writes by itself."""
-    text_column: str = "text"
+    text_column: Text = "text"
     """Field or column that holds the text."""
     holdout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Fraction of the documents held out of a source that both a phase (or replay) and a probe set name: the one gets
@@ -96,7 +96,7 @@ class BuildConfig(Section):
 class WeightedShards(Section):
     """One part of a mixture."""
 
-    shards: str
+    shards: Text
     """Shards of this part."""
     weight: PositiveFloat = 1.0
     """Share of the phase's new blocks, relative to the other parts' weights."""
@@ -107,7 +107,7 @@ class PhaseConfig(Section):
 
     name: Name
     """Name of the phase; it names the files of the ledger."""
-    shards: str | Annotated[list[WeightedShards], Field(min_length=1)]
+    shards: Text | Annotated[list[WeightedShards], Field(min_length=1)]
     """Token shards, or a mixture of several sets with weights."""
     steps: Positive
     """Optimizer steps."""

@@ -6,15 +6,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from revpatch.config.section import NonNegative, Positive, PositiveFloat, Section, Weight
+from revpatch.config.section import NonNegative, Positive, PositiveFloat, Section, Text, Weight
 
 
 class BaseConfig(Section):
     """The frozen base model."""
 
-    model: str
+    model: Text
     """Hugging Face name or a local folder, as `AutoModelForCausalLM.from_pretrained` takes it."""
-    revision: str | None = None
+    revision: Text | None = None
     """Revision (branch, tag or commit) of a hub model; null is the default branch."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type in which the base is stored and run. The sidecars are float32 in either case."""
@@ -77,9 +77,9 @@ class ObjectiveConfig(Section):
 class TeacherConfig(Section):
     """What is kept of what the teacher says of replayed blocks, until the next commit."""
 
-    cache_gb: Annotated[float, Field(ge=0)] = 1.0
+    cache_gb: Weight = 1.0
     """CPU memory a rank for its last hidden states, in 10⁹ bytes; 0 computes them anew each time."""
-    spill: str | None = None
+    spill: Text | None = None
     """Folder on local disk for what the memory has no room for; null keeps none there."""
     spill_gb: PositiveFloat = 10.0
     """Size a rank that the spill may reach, in 10⁹ bytes."""
@@ -88,7 +88,7 @@ class TeacherConfig(Section):
 class OptimizerConfig(Section):
     """AdamW, with warm-up and decay anew in each phase."""
 
-    lr: PositiveFloat = 3.0e-3
+    lr: PositiveFloat = 6.0e-3
     """Peak learning rate of F, G and log s."""
     gate_lr: PositiveFloat = 1.5e-2
     """Peak learning rate of the gates."""

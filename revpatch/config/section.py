@@ -4,10 +4,21 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
+
+def _something(text: str) -> str:
+    """Return the text; raises ValueError for one that can name nothing, as a path or a column."""
+    if not text.strip():
+        raise ValueError("is empty; give a value, or remove the key")
+    if "\0" in text:
+        raise ValueError("holds a NUL, which no name has; take it out")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_something)]
+Positive = Annotated[int, Field(gt=0, lt=2**63)]
+NonNegative = Annotated[int, Field(ge=0, lt=2**63)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from revpatch.config.section import Fraction, Name, NonNegative, Positive, PositiveFloat, Section
+from revpatch.config.section import Fraction, Name, NonNegative, Positive, PositiveFloat, Section, Text
 
 
 class ProbeSetConfig(Section):
@@ -14,11 +14,11 @@ class ProbeSetConfig(Section):
 
     name: Name
     """Name under which its losses are logged."""
-    shards: str
+    shards: Text
     """Token shards that no phase trains on."""
     tolerance: PositiveFloat = 0.03
     """Nats per token by which the loss may rise from one good state to the next."""
-    guard_after: str | None = None
+    guard_after: Text | None = None
     """Name of the phase that teaches this corpus: the set is guarded after that phase, and only measured until then.
     Null guards it from the start."""
     max_blocks: Positive | None = None
@@ -70,7 +70,7 @@ class EngineConfig(Section):
 
     kind: Literal["deepspeed", "accelerate"] = "deepspeed"
     """DeepSpeed (ZeRO 0, 1 or 2), or plain data parallel through accelerate."""
-    deepspeed: str | None = None
+    deepspeed: Text | None = None
     """DeepSpeed's JSON file; null is ZeRO 0. Batch sizes, optimizer and precision are set by this config."""
     timeout_minutes: Annotated[float, Field(gt=0, le=10_080)] = 30.0
     """Ranks that wait longer than this for one another stop the run."""

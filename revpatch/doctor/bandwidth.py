@@ -24,6 +24,8 @@ from revpatch.training.launcher_variables import Launch
 
 BYTES = 16 * 2**20
 ROUNDS = 5
+_MEASURED = "revpatch-bandwidth"
+"""How the line of rank 0 begins."""
 SLOW = {"nccl": 5.0, "gloo": 0.1}
 """Bus bandwidth in 10⁹ bytes/s below which a step is likely to wait: PCIe has 10 or more, a 1 Gbit/s network 0.12."""
 
@@ -96,7 +98,11 @@ def between_local_ranks(ranks: int, command: Sequence[str], timeout: float = 120
                 process.wait()
         if wrong is not None:
             return failed(f"ranks on this machine: {(_said(err[wrong]) or ['ended without a word'])[-1][:300]}")
-        bandwidth, backend = _said(out[0])[-1].split()[-2:]
+        # nccl writes on standard output too, before and after (NCCL_DEBUG=INFO).
+        said = [line.split()[1:] for line in _said(out[0]) if line.startswith(f"{_MEASURED} ")]
+    if not said:
+        return failed("ranks on this machine ended without a figure")
+    bandwidth, backend = said[0]
     return judge(float(bandwidth), backend, ranks)
 
 
@@ -130,7 +136,7 @@ def main() -> None:
     with process_group(launch, device, timeout_minutes=1):
         bandwidth = measure(device)
         if launch.rank == 0:
-            sys.stdout.write(f"{bandwidth} {dist.get_backend()}\n")
+            sys.stdout.write(f"\n{_MEASURED} {bandwidth} {dist.get_backend()}\n")
 
 
 if __name__ == "__main__":

@@ -17,10 +17,11 @@ _SECONDS = 60
 
 
 def nvidia_smi(*arguments: str) -> str | None:
-    """What nvidia-smi prints; None where there is none, or no GPU that it sees.
+    """What nvidia-smi prints; None where there is none, or where it can't say that.
 
     Raises:
         TimeoutError: it does not answer.
+        ChildProcessError: it can't list the GPUs, and says why.
     """
     if shutil.which("nvidia-smi") is None:
         return None
@@ -29,6 +30,9 @@ def nvidia_smi(*arguments: str) -> str | None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
     except subprocess.TimeoutExpired:
         raise TimeoutError(f"`{' '.join(command)}` does not answer within {_SECONDS} s") from None
+    if done.returncode and arguments == ("-L",):
+        said = (done.stdout + done.stderr).strip().splitlines() or [f"exit code {done.returncode}"]
+        raise ChildProcessError(f"`{' '.join(command)}` fails: {said[0][:200]}")
     return done.stdout if done.returncode == 0 else None
 
 
@@ -46,6 +50,11 @@ def gpus_and_links(ask: Callable[..., str | None], usable: list[str]) -> list[Fi
     except TimeoutError as error:
         advice = "the driver hangs: `dmesg | grep -i nvrm` may say why; reset the GPU or start the machine anew"
         return [Finding("GPUs", "red", str(error), advice)]
+    except ChildProcessError as error:
+        if usable:
+            return [gpus(None, usable), links(None, len(usable))]
+        advice = "where this machine has a GPU, mend its driver (`dmesg | grep -i nvrm` may say why) or start it anew"
+        return [Finding("GPUs", "yellow", f"none, and {error}; ranks run on the CPU", advice)]
 
 
 def gpus(listed: str | None, usable: list[str]) -> Finding:
@@ -60,7 +69,8 @@ def gpus(listed: str | None, usable: list[str]) -> Finding:
         return Finding("GPUs", "green", f"{len(usable)}: {', '.join(sorted(set(usable)))}")
     if usable:
         found = f"torch sees {len(usable)} of {there}"
-        return Finding("GPUs", "yellow", found, "CUDA_VISIBLE_DEVICES hides the others: unset it to use them")
+        advice = "CUDA_VISIBLE_DEVICES hides the others: unset it to use them, unless each rank is shown its own"
+        return Finding("GPUs", "yellow", found, advice)
     if there:
         advice = "install a CUDA build of torch that the driver can run, or give the container the GPUs (--gpus all)"
         return Finding("GPUs", "red", f"{there}, and torch can use none", advice)

@@ -92,6 +92,9 @@ def _snapshots_heads(directory: Path, report: VerifyReport) -> dict[str, tuple[i
 
 
 def _check_journal(found: Scan, noted: dict[str, tuple[int, str]], expected: str | None, report: VerifyReport) -> None:
+    if not found.records and not found.problems and not found.torn:
+        advice = "The run has not begun its first step, or the journal was lost: then take it from a backup."
+        report.add(JOURNAL_NAME, "is empty", advice)
     for problem in found.problems:
         advice = "Take journal.jsonl from a backup; what follows this line can't be relied upon."
         report.add(JOURNAL_NAME, problem, advice)

@@ -105,6 +105,15 @@ class Journal:
         """The sha256 of the last line (without its newline); GENESIS while there is none."""
         return self._digests[-1] if self._digests else GENESIS
 
+    def some_records(self) -> list[dict[str, Any]]:
+        """All events, as `records` gives them. Raises JournalError where there is none: it is no run's history yet."""
+        if not self._records:
+            raise JournalError(
+                f"{self.path} is empty: the run has not begun its first step, or its journal was lost; then put it "
+                "back from a backup (`revpatch ledger verify RUN` looks at what is there)"
+            )
+        return self.records()
+
     def holds(self, head: str) -> bool:
         """Whether a head that was noted earlier is still part of this history."""
         return head == GENESIS or head in self._digests

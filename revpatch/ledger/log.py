@@ -70,10 +70,11 @@ def rows_of(events: list[dict[str, Any]]) -> Iterator[LogRow]:
 def as_json(run: Path) -> str:
     """The run, the journal's head and all events, each with its `state`, as one line of JSON.
 
-    The events are the journal's own lines, which are JSON already. Raises JournalError for a damaged journal.
+    The events are the journal's own lines, which are JSON already. Raises JournalError for a damaged or an empty
+    journal.
     """
     journal = Journal(ledger_of(run) / JOURNAL_NAME, readonly=True)
-    states = states_of(journal.records())
+    states = states_of(journal.some_records())
     events = ", ".join(
         f'{line.decode()[:-1]},"state":"{state}"}}' for line, state in zip(journal.lines(), states, strict=True)
     )

@@ -38,14 +38,15 @@ _SHORT_SHA256 = 12
 
 def print_log(run: Path, console: Console) -> None:
     """Prints every event of the run in `run`, oldest first, then what is kept. Raises JournalError for a damaged
-    journal."""
+    or an empty journal."""
     journal = Journal(ledger_of(run) / JOURNAL_NAME, readonly=True)
+    events = journal.some_records()
     paint, kept, commit = Painter(console), [], "none yet"
 
     def paragraphs() -> Iterator[str]:
         nonlocal commit
         probes, lines = None, [""]
-        for row in rows_of(journal.records()):
+        for row in rows_of(events):
             if row.state == KEPT:
                 kept.append(row)
                 commit = _file(row) if row.kind == "commit" else commit

@@ -9,7 +9,7 @@ from typing import Any
 from revpatch.config import SELF
 from revpatch.config_file import load_config
 from revpatch.ledger.history import JOURNAL_NAME, effective
-from revpatch.ledger.journal import Journal, JournalError, Sets
+from revpatch.ledger.journal import Journal, Sets
 from revpatch.training.resume import CONFIG_NAME
 
 _TRAINED_ON = ("probe", "rollback", "phase_start", "run_end")
@@ -107,11 +107,7 @@ def read_history(run: Path) -> RunHistory:
         FileNotFoundError, ConfigError: the config is missing, or isn't one.
     """
     journal = Journal(run / "ledger" / JOURNAL_NAME, readonly=True)
-    if not journal.records():
-        raise JournalError(
-            f"{journal.path} is empty: the run has not begun its first step, or its journal was lost; then put it back "
-            f"from a backup (`revpatch ledger verify {run}` looks at what is there)"
-        )
+    recorded = journal.some_records()
     config = load_config(run / CONFIG_NAME)
     if config.rehearses_own_text:
         config = config.with_own_text(SELF)  # where it lies is not asked here
@@ -122,7 +118,7 @@ def read_history(run: Path) -> RunHistory:
         found.tolerances[probe.name] = probe.tolerance
     first_steps = [sum(phase.steps for phase in config.phases[:index]) for index in range(len(names))]
     reader = _Reader(found, {phase.name: (first_steps[i], phase.steps) for i, phase in enumerate(config.phases)})
-    events = effective(journal.records())
+    events = effective(recorded)
     for number, event in enumerate(events):
         reader.take(event, events[number + 1 :])
     _describe(found, journal, events)

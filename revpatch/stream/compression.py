@@ -27,6 +27,10 @@ class BrokenCompression(Exception):
     """Says what is wrong with compressed bytes."""
 
 
+class EmptyCompressed(BrokenCompression):
+    """There are none, not even those of a compressed file with nothing in it."""
+
+
 @dataclass(frozen=True)
 class Compression:
     """A format: its name, its first bytes (all that they may be), and what decompresses one stream of it (`decompress`,
@@ -102,7 +106,7 @@ class _Decompressing(io.RawIOBase):
             read = self._file.read(_CHUNK)
             if not read:
                 if first:
-                    raise BrokenCompression("it is empty")
+                    raise EmptyCompressed("it is empty")
                 return b""
             data = read if first else read.lstrip(self._compression.padding)
         self._stream = self._compression.decompressor()

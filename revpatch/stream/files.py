@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
-from revpatch.stream.compression import BUFFER_BYTES, COMPRESSIONS, BrokenCompression, decompressed
+from revpatch.stream.compression import BUFFER_BYTES, COMPRESSIONS, BrokenCompression, EmptyCompressed, decompressed
 from revpatch.stream.documents import (
     BadDocument,
     Document,
@@ -42,6 +42,7 @@ from revpatch.stream.utf8 import check_characters, decoded, decoded_unchecked, f
 
 Documents = Iterator[Document | BadDocument]
 _MARK = b"\xef\xbb\xbf"
+_JSON_BEGINS = re.compile(rb"(\xef\xbb\xbf)?\s*\[?\s*\{\s*\"")
 _LONGEST_FIELD = 2**28  # characters of a CSV field; a quote that is never closed takes in all that follows
 
 
@@ -93,11 +94,17 @@ def read_stream(file: BinaryIO, ending: str, place: Place, reading: Reading) -> 
 def _read_file(path: Path, reading: Reading) -> Documents:
     ending = known_ending(path.name) or ""
     if ending == ".parquet":
+        if not path.stat().st_size:
+            yield from _nothing(Place(str(path), path.name), "a parquet file, found no bytes at all", reading)
+            return
         yield from read_parquet(path, reading)
         return
     with io.BufferedReader(_Metered(path, reading.meter), BUFFER_BYTES) as file:
         try:
             yield from read_stream(file, ending, Place(str(path), path.name), reading)
+        except EmptyCompressed:
+            kind = COMPRESSIONS[Path(ending).suffix].name
+            yield from _nothing(Place(str(path), path.name), f"a {kind} file, found no bytes at all", reading)
         except BrokenCompression as error:
             name = COMPRESSIONS[Path(ending).suffix].name
             with path.open("rb") as again:
@@ -113,6 +120,13 @@ def read_text(file: BinaryIO, place: Place, reading: Reading) -> Documents:
     One line end before a separator and one after it belong to neither document. Between two separators with nothing
     but white space there is no document.
     """
+    start: bytes = file.peek(1)[:4096]  # type: ignore[attr-defined]
+    if _JSON_BEGINS.match(start) and f'"{reading.text_column}":'.encode() in start.replace(b" ", b""):
+        if not reading.skip:
+            found = f"{place.where}: expected plain text, found JSON with the field {reading.text_column!r}"
+            remedy = "give its name the ending .jsonl (an object a line) or .json"
+            yield BadDocument(place.name, f"{found}; {remedy}")
+        return
     pieces = _between(file, [separator.encode() for separator in reading.separators if separator])
     number = 0
     for piece, is_whole in pieces:
@@ -201,6 +215,9 @@ def read_csv(file: BinaryIO, place: Place, reading: Reading, delimiters: str = "
     lines = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="")
     head = next(lines, "").removeprefix("\ufeff")
     if not head.strip():
+        if not any(line.strip() for line in lines):
+            yield from _nothing(place, "a first line that names the columns, found an empty file", reading)
+            return
         raise ValueError(f"{place.where}: expected a first line that names the columns, found none; add one")
     splits = {delimiter: next(csv.reader([head], delimiter=delimiter), []) for delimiter in delimiters}
     delimiter = next((each for each in delimiters if reading.text_column in splits[each]), delimiters[0])
@@ -248,6 +265,12 @@ READERS: dict[str, Callable[[BinaryIO, Place, Reading], Documents]] = {
     ".tsv": partial(read_csv, delimiters="\t"),
 }
 ENDINGS = f"{', '.join(READERS)} (each also with {', '.join(COMPRESSIONS)} after it) or .parquet"
+
+
+def _nothing(place: Place, found: str, reading: Reading) -> Documents:
+    """Yield that a file has nothing in it, as its one bad document: files beside it can be read."""
+    if not reading.skip:
+        yield BadDocument(place.name, f"{place.where}: expected {found}; copy it again, or delete it")
 
 
 def _refuse_at_once(file: BinaryIO, place: Place) -> None:

@@ -1,7 +1,7 @@
 """Bytes to text: UTF-8, or one line that says what the bytes are instead and what makes text of them.
 
 No encoding is guessed and used: what is found is named, and the person converts it. Text that is UTF-8 and yet junk
-(NULs, control characters, the leavings of a wrong conversion) is refused as well, as a model would learn it.
+(a NUL, many control characters, the leavings of a wrong conversion) is refused as well, as a model would learn it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Iterable
 from revpatch.stream.compression import COMPRESSIONS
 
 _CONTROLS = bytes({*range(9), *range(14, 27), *range(28, 32), 127})  # not tab, line ends, form feed, escape (colours)
-_NUL_RUN = b"\0" * 8
 _FEW, _SHARE = 2, 0.02  # so many junk characters, and so large a share of the bytes, may be there
 _SAMPLE = 2**16
 _SHOWN = 24
@@ -61,7 +60,7 @@ def decoded_unchecked(data: bytes, where: str) -> str:
 
 
 def check_characters(data: bytes, where: str) -> None:
-    """Raise ValueError where UTF-8 is mostly no text: NULs in a row, control characters, a format that is known.
+    """Raise ValueError where UTF-8 is no text: a NUL, many control characters, a format that is known.
 
     Args:
         data: the text in UTF-8.
@@ -69,17 +68,20 @@ def check_characters(data: bytes, where: str) -> None:
     """
     controls = len(data) - len(data.translate(None, _CONTROLS))
     replaced = data.count(b"\xef\xbf\xbd")
-    if _is_much(controls, data) or _NUL_RUN in data:
+    if _is_much(controls, data) or b"\0" in data:
         if wide := _wide_text(data):
             found, remedy = wide
         elif known := found_instead(data):
             found, remedy = known
-        elif (nuls := data.count(0)) > controls / 2:
-            found = f"{nuls} NULs among {len(data)} bytes, the first at offset {data.find(0)}"
-            remedy = "copy it again where a copy was cut off, or take them out: tr -d '\\000' < FILE > NEW"
-        else:
+        elif (nuls := data.count(0)) <= controls / 2 and _is_much(controls, data):
             found = f"{controls} control characters among {len(data)} bytes: it is binary"
             remedy = "leave it out, or make text of it with the program that wrote it"
+        else:
+            found = f"{nuls} NUL{'s' * (nuls > 1)} among {len(data)} bytes, the first at {_place(data, data.find(0))}"
+            remedy = (
+                "copy it again where a copy was cut off, or take them out: tr -d '\\000' < FILE > NEW (in JSON they "
+                "are written \\u0000: sed 's/\\\\u0000//g' FILE > NEW)"
+            )
         raise ValueError(f"{where}: expected text, found {found}; {remedy}")
     if _is_much(replaced, data):
         raise ValueError(
@@ -121,6 +123,12 @@ def _wide_text(data: bytes) -> tuple[str, str] | None:
     return None if encoding is None else (f"{encoding} without a mark", f"convert it: {_iconv(encoding)}")
 
 
+def _place(data: bytes, offset: int) -> str:
+    """Return where a byte lies, as a person looks for it."""
+    line = data.count(b"\n", 0, offset) + 1
+    return f"offset {offset}" + f" (line {line})" * (line > 1)
+
+
 def _is_much(count: int, data: bytes) -> bool:
     return count > _FEW and count > _SHARE * len(data)
 
@@ -130,7 +138,7 @@ def _iconv(encoding: str) -> str:
 
 
 def _not_utf8(data: bytes, offset: int, where: str) -> str:
-    found = f"{where}: expected UTF-8, found the byte 0x{data[offset]:02x} at offset {offset}"
+    found = f"{where}: expected UTF-8, found the byte 0x{data[offset]:02x} at {_place(data, offset)}"
     for mark, name in _MARKS:
         if data.startswith(mark):
             return f"{found}: it is {name.upper()}; convert it: {_iconv(name)}"

@@ -1,8 +1,8 @@
 """Which launcher started this process, and as which rank, read from the environment; training and doctor share it.
 
 torchrun, deepspeed and accelerate launch set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; Kubeflow sets
-all but LOCAL_RANK. srun and mpirun have variables of their own, and the five are derived from them. Plain python sets
-none, and is one process.
+all but LOCAL_RANK. srun, mpirun, jsrun, Flux and PALS have variables of their own, and the five are derived from them.
+Plain python sets none, and is one process.
 """
 
 from __future__ import annotations
@@ -21,12 +21,19 @@ if TYPE_CHECKING:
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _MPI = (
+    ("jsrun", "JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_LOCAL_RANK"),
+    ("Flux", "FLUX_TASK_RANK", "FLUX_JOB_SIZE", "FLUX_TASK_LOCAL_ID"),
+    ("PALS' mpiexec", "PALS_RANKID", "PMI_SIZE", "PALS_LOCAL_RANKID"),
     ("OpenMPI's mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
     ("MVAPICH's mpirun", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK"),
     ("MPICH's mpiexec", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
 )
-"""Launcher, and the names of its rank, size and local rank."""
-_MPI_HERE = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
+"""Launcher, and the names of its rank, size and local rank. The first three set MPI's own variables as well, which know
+nothing of a local rank or call it otherwise: theirs are read first."""
+_MPI_HERE = (
+    *("JSM_NAMESPACE_LOCAL_SIZE", "PALS_LOCAL_SIZE"),
+    *("OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"),
+)
 _ONE_ENVIRONMENT = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
 """What torchrun and deepspeed set, which start all ranks of a machine in one environment."""
 _MPI_PORT = 29500
@@ -105,7 +112,12 @@ def read_launch(environment: Mapping[str, str]) -> Launch:
         ValueError: variables are missing, malformed or contradict one another.
     """
     given = {name: environment[name].strip() for name in NAMES if name in environment}
-    tasks = _tasks(environment)
+    try:
+        tasks = _tasks(environment)
+    except ValueError:
+        if len(given) < len(NAMES):
+            raise
+        tasks = None  # the five say all that there is to say
     said = {"RANK", "WORLD_SIZE"} & given.keys()
     if not said and tasks is None:
         _refuse_torchruns(environment)
@@ -224,12 +236,14 @@ def _tasks(environment: Mapping[str, str]) -> _Tasks | None:
     """What MPI's launchers or srun say; None if this is no task of theirs."""
     slurm = _slurm_task(environment)
     for by, *names in _MPI:
-        if names[0] not in environment and names[1] not in environment:
+        if names[0] not in environment:
             continue
         rank, world = (_needed(environment, name, by) for name in names[:2])
         if slurm is not None and (slurm.rank, slurm.world) == (rank, world):
             return slurm  # srun sets MPI's as well, and says more
         here = next((_number(environment[name]) for name in _MPI_HERE if name in environment), None)
+        if by == "Flux" and environment.get("FLUX_JOB_NNODES") == "1":
+            here = world
         local_rank = _number(environment.get(names[2]))
         if local_rank is None:
             local_rank = rank if here == world else 0
@@ -276,6 +290,8 @@ def _first_host(tasks: _Tasks) -> str:
         "srun": 'export MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)" before srun',
         "MPICH's mpiexec": "mpiexec -genv MASTER_ADDR HOST -genv MASTER_PORT 29500, HOST being the machine of rank 0",
     }
+    handed_on = "export MASTER_ADDR=HOST MASTER_PORT=29500 before it, HOST being the machine of rank 0"
+    how |= dict.fromkeys(("jsrun", "Flux", "PALS' mpiexec"), handed_on)
     other = "mpirun -x MASTER_ADDR=HOST -x MASTER_PORT=29500, HOST being the machine of rank 0"
     raise ValueError(
         f"{tasks.by} started this process as task {tasks.rank} of {tasks.world}, and does not say on which machine "
@@ -347,7 +363,10 @@ def _needed(environment: Mapping[str, str], name: str, by: str) -> int:
     number = _number(environment.get(name))
     if number is None:
         found = f"{name}={environment[name]!r}" if name in environment else f"{name} is missing"
-        raise ValueError(f"{by} must say by {name}, a whole number, which task this is, and of how many; found {found}")
+        raise ValueError(
+            f"{by} must say by {name}, a whole number, which task this is, and of how many; found {found}: "
+            f"set {', '.join(NAMES)} by yourself"
+        )
     return number
 
 

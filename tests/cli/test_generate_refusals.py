@@ -37,6 +37,14 @@ def test_mistakes_in_generating_are_told_in_words(run: Run, toy: Toy, tmp_path: 
     for encoding in ("utf-16", "utf-16-le", "utf-32"):  # as PowerShell's > writes them, with a mark or without
         blank.write_bytes("the patch learns\nwhat a stream brings\n".encode(encoding))
         refused("--prompt-file", blank, f"iconv -f {encoding[:6]}", more=("--prompt-file", blank))
+    blank.write_text(f"{PROMPT}\n\n{long}\n", encoding="utf-8")
+    refused(f"--prompt-file {blank}:3 has", "cut the prompt", more=("--prompt-file", blank))
+    for junk, told in (
+        (b"\xff", "0xff at offset 5 (line 3)"),
+        (b"\0", "1 NUL among 7 bytes, the first at offset 5 (line 3)"),
+    ):
+        blank.write_bytes(b"a\n\nan" + junk + b"\n")
+        refused(f"--prompt-file {blank}: ", told, more=("--prompt-file", blank))
     refused("--prompt-file", tmp_path, "Is a directory", "name a file", more=("--prompt-file", tmp_path))
     refused("--prompt-file", tmp_path / "nowhere.txt", "spelling", more=("--prompt-file", tmp_path / "nowhere.txt"))
     refused(tmp_path / "none.pt", "no such file", patch=tmp_path / "none.pt")

@@ -154,6 +154,14 @@ def test_the_versions_of_this_environment_are_what_is_asked() -> None:
 # GPUs
 
 
+def test_nccl_may_write_where_the_figure_is_written(tmp_path: Path) -> None:
+    """As with NCCL_DEBUG=INFO, which the advice of a slow all-reduce names."""
+    noisy = "print('NCCL INFO begins'); import atexit; atexit.register(print, 'NCCL INFO comm Destroy COMPLETE');"
+    code = f"{noisy} from revpatch.doctor.bandwidth import main; main()"
+    found = bandwidth.between_local_ranks(2, [sys.executable, "-c", code])
+    assert "GB/s between 2 ranks, gloo" in found.found, found
+
+
 def test_gpus() -> None:
     two = "GPU 0: NVIDIA H100 (UUID: GPU-1)\nGPU 1: NVIDIA H100 (UUID: GPU-2)\n"
     assert gpus.gpus(two, ["NVIDIA H100"] * 2).colour == "green"
@@ -181,6 +189,10 @@ def test_a_driver_that_hangs_is_red(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setattr(gpus, "_SECONDS", 0.2)
     (found,) = gpus.gpus_and_links(gpus.nvidia_smi, ["NVIDIA H100"])
     assert (found.colour, found.found) == ("red", "`nvidia-smi -L` does not answer within 0.2 s")
+    hangs.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed: driver/library version mismatch'; exit 9\n")
+    (found,) = gpus.gpus_and_links(gpus.nvidia_smi, [])
+    assert found.colour == "yellow" and "driver/library version mismatch" in found.found and "driver" in found.advice
+    assert gpus.gpus_and_links(gpus.nvidia_smi, ["NVIDIA H100"])[0].colour == "green"
     answers = {"-L": "GPU 0: NVIDIA H100\nGPU 1: NVIDIA H100\n", "topo": None}
     found, links = gpus.gpus_and_links(lambda *words: answers[words[0]], ["NVIDIA H100"] * 2)
     assert (found.colour, links.colour) == ("green", "yellow")

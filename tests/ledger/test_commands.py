@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import Call
+from command import Call, one_line
 from past_run import BASE, SIDECAR, a_trained_run, metadata, tensors
 
 from revpatch.config import SidecarConfig
@@ -145,6 +145,16 @@ def test_a_journal_that_was_cut_reordered_or_edited(run: Path, ledger: Call, wha
         refused(ledger, run, command, message, "backup")
     verdict = ledger("verify", run)
     assert verdict.code == 1 and message in verdict.out
+
+
+def test_an_empty_journal(tmp_path: Path, ledger: Call, revpatch: Call) -> None:
+    """Of a run that was killed at its start, or that was lost: no command takes it for a history."""
+    (tmp_path / "ledger").mkdir()
+    (tmp_path / "ledger/journal.jsonl").write_bytes(b"")
+    for result in (ledger("log", tmp_path), ledger("log", tmp_path, "--json"), revpatch("report", tmp_path)):
+        one_line(result, f"{tmp_path}/ledger/journal.jsonl is empty", "first step", "backup")
+    verdict = ledger("verify", tmp_path)
+    assert verdict.code == 1 and "is empty" in verdict.out
 
 
 def test_lines_missing_at_the_end(run: Path, ledger: Call) -> None:

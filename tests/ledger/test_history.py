@@ -63,7 +63,7 @@ def test_the_path_and_sha256_that_are_returned_open_the_entry(tmp_path):
 def test_an_empty_ledger(tmp_path):
     ledger = Ledger(tmp_path / "ledger")
     assert (ledger.entries(), ledger.newest(), ledger.set_aside_orphans(), ledger.prune_good(1)) == ([], None, [], [])
-    assert verify(tmp_path).ok
+    assert [problem.what for problem in verify(tmp_path).problems] == ["is empty"]
 
 
 def test_recording_the_same_again_is_fine_and_other_content_is_refused(tmp_path):

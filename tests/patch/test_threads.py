@@ -322,3 +322,12 @@ def test_patched_blocks_that_are_recomputed_in_the_backward_pass_are_refused(pat
     loss = model(ids, use_cache=False).logits.square().mean()
     with pytest.raises(ValueError, match=r"computed anew in the backward pass.*gradient_checkpointing_enable"):
         loss.backward()
+
+
+@pytest.mark.parametrize("order", [[1, 0], [1]], ids=["exchanged", "the first taken out"])
+def test_blocks_that_were_moved_are_refused(patched: Patched, logits: Logits, order: list[int]) -> None:
+    model, ids = patched("gpt2"), some_ids()
+    blocks = list(model.transformer.h)
+    model.transformer.h = torch.nn.ModuleList(blocks[number] for number in order)
+    with pytest.raises(ValueError, match="block 1 is called before block 0: the model's blocks were moved or removed"):
+        model(ids)

@@ -39,7 +39,7 @@ def files_of(directory: Path) -> dict[str, bytes]:
 
 
 def test_blocks_are_the_documents_each_ended_by_eos(corpus: Corpus, tokenizer: Any, tmp_path: Path) -> None:
-    texts = ["first", "", "second, with 😀 and \x00", "third " * 50]
+    texts = ["first", "", "second, with 😀 and \x1b", "third " * 50]
     manifest = build_shards([corpus(texts)], tokenizer, 8, tmp_path / "out", licence="mine", note="why")
     expected: list[int] = []
     for text in texts:

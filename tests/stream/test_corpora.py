@@ -151,6 +151,7 @@ STORIES: dict[str, tuple[str, list[tuple[str, str]]]] = {
         [("a.txt:1", "one"), ("a.txt:2", "two")],
     ),
     "the tokenizer's own": (f"one</s>two{EOT}", [("a.txt:1", "one"), ("a.txt:2", "two")]),
+    "an example of JSON": ('{"id": 3}\ntext: three\n', [("a.txt", '{"id": 3}\ntext: three\n')]),
     "almost": ("one<|endoftext|two", [("a.txt", "one<|endoftext|two")]),
 }
 
@@ -197,6 +198,8 @@ JUNK: dict[str, tuple[bytes, str, str]] = {  # what the message says, and how th
     "a broken byte, Russian": (with_a_broken_byte(RUSSIAN), "bytes are broken", "iconv -c -f utf-8 -t utf-8"),
     "a broken byte, English": (with_a_broken_byte(ENGLISH), "1 bytes are broken", "iconv -c -f utf-8 -t utf-8"),
     "a run of NULs": (ENGLISH.encode() + bytes(600), "600 NULs", "tr -d '\\000'"),
+    "one NUL": (ENGLISH.encode() + b"\0", "1 NUL among 297 bytes, the first at offset 296 (line 5)", "tr -d '\\000'"),
+    "NULs of few": (b"a\0b" + ENGLISH.encode() * 9 + b"\1\1\1", "1 NUL", "tr -d '\\000'"),
 }
 
 
@@ -286,6 +289,18 @@ ONE_BAD: dict[str, tuple[str, bytes, int, list[tuple[str, str]]]] = {  # good do
     ),
     "null": ("a.jsonl", lines({"text": "a"}, {"text": None}), 1, [("a.jsonl:2", "found NoneType (null)")]),
     "NULs": ("a.jsonl", lines({"text": "a"}, {"text": "b" + "\0" * 50}), 1, [("a.jsonl:2", "50 NULs")]),
+    "a NUL": ("a.jsonl", lines({"text": "a"}, {"text": ENGLISH + "\0"}), 1, [("a.jsonl:2", "1 NUL")]),
+    "a NUL in a row": ("a.parquet", parquet(["a", ENGLISH + "\0"]), 1, [("a.parquet:2", "1 NUL")]),
+    "JSON in a .txt": ("a.txt", lines(*ONE_TWO), 0, [("a.txt", "found JSON with the field 'text'; give its name")]),
+    "an empty file": (
+        "a.csv",
+        b"",
+        0,
+        [("a.csv", "expected a first line that names the columns, found an empty file")],
+    ),
+    "blank lines": ("a.csv", b"\xef\xbb\xbf \n\n", 0, [("a.csv", "found an empty file; copy it again, or delete it")]),
+    "nothing compressed": ("a.txt.gz", b"", 0, [("a.txt.gz", "expected a gzip file, found no bytes at all")]),
+    "nothing of parquet": ("a.parquet", b"", 0, [("a.parquet", "expected a parquet file, found no bytes at all")]),
     "no object": (
         "a.json",
         b'[{"text": "a"}, 3, {"text": "c\xff"}, {"text": "d"}]',
@@ -346,7 +361,7 @@ CUT = {
     "a.jsonl.xz": (lzma.compress(lines(*ONE_TWO))[:-20], "the xz file is broken or cut short"),
     "a.jsonl.bz2": (bz2.compress(b"x" * 99) + b"BZh9" + b"junk" * 9, "the bzip2 file is broken or cut short"),
     "a.txt.gz": (zstandard.compress(b"text"), "found zstd; give its name the ending .zst"),
-    "b.txt.gz": (b"", "it is empty"),
+    "b.txt.gz": (b"", "expected a gzip file, found no bytes at all; copy it again, or delete it. Or leave such"),
     "a.csv": (b"a,b\n1,2\n", "expected the field 'text', found 'a', 'b'"),
     "b.csv": (b"text,text\n1,2\n", "expected one column 'text', found 2"),
     "a.parquet": (parquet(pyarrow.array([["a", "b"]])), "expected text, found list<element: string>"),
@@ -436,6 +451,30 @@ def test_tars_of_many_kinds(tmp_path: Path, case: str, caplog: pytest.LogCapture
         return
     assert texts(f"wds:{path}") == [f"text {i}" for i in range(6)]
     assert ("2 tars one after another; all are read" in caplog.text) == ("one after another" in case)
+
+
+def test_empty_files_do_not_cost_a_folder_its_build(tmp_path: Path, toy: Toy, revpatch: Call) -> None:
+    """As a failed export or a full disk leaves them."""
+    (tmp_path / "in").mkdir()
+    for name in ("a.csv", "b.jsonl.gz", "c.parquet", "d.txt.zst"):
+        (tmp_path / "in" / name).write_bytes(b"")
+    (tmp_path / "in/e.txt").write_text("the patch learns what a stream brings " * 50)
+    command = (
+        "shards",
+        "build",
+        tmp_path / "in",
+        "--tokenizer",
+        toy.base,
+        "--block-size",
+        16,
+        "--out",
+        tmp_path / "out",
+    )
+    one_line(revpatch(*command), tmp_path / "in/a.csv", "--on-bad skip")
+    assert revpatch(*command, "--on-bad", "skip").code == 0
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert (manifest["documents"], manifest["bad_documents"]) == (1, 4)
+    assert [reason.split(":")[0] for reason in manifest["bad"]] == ["a.csv", "b.jsonl.gz", "c.parquet", "d.txt.zst"]
 
 
 def test_a_bad_member_does_not_cost_the_others(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from revpatch.stream.hub import parse_hub_spec
 from revpatch.stream.manifest import Manifest
 from revpatch.stream.sources import find_inputs, is_raw_source, name_of_source, read_documents
 
-TEXTS = ["first", "", "the second, with 😀, \x00 and \u2028", *(f"text {i} " * 9 for i in range(300))]
+TEXTS = ["first", "", "the second, with 😀, \x1b and \u2028", *(f"text {i} " * 9 for i in range(300))]
 
 
 def texts_of(*sources: str | Path, column: str = "text") -> list[str]:

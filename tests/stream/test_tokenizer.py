@@ -492,6 +492,10 @@ def test_a_prompt_without_embedding(padded: Path, toy: Toy, revpatch: Call, tmp_
     package.save_patch(package.Patch(32, 2, SidecarConfig(bottleneck=2)), tmp_path / "mine.safetensors")
     command = ("generate", "--patch", tmp_path / "mine.safetensors", "--base", padded, "--max-new-tokens", 2)
     one_line(revpatch(*command, "--prompt", f"a {PAD} b"), "--prompt", "'<pad>'", "300 embeddings")
+    (tmp_path / "prompts.txt").write_text(f"a b\n\na {PAD} b\n")
+    one_line(
+        revpatch(*command, "--prompt-file", tmp_path / "prompts.txt"), f"{tmp_path}/prompts.txt:3 holds", "'<pad>'"
+    )
     assert revpatch(*command, "--prompt", "a b").code == 0
     samples = {"prompts": [f"x{PAD}"], "max_new_tokens": 4}
     config = toy.config(tmp_path, base={"model": str(padded)}, monitoring={"samples": samples})

@@ -108,6 +108,9 @@ OMPI = {
     "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
 }
 PMI = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0"}
+JSM = {"JSM_NAMESPACE_RANK": "3", "JSM_NAMESPACE_SIZE": "4", "JSM_NAMESPACE_LOCAL_RANK": "1"}
+FLUX = {"FLUX_TASK_RANK": "3", "FLUX_JOB_SIZE": "4", "FLUX_TASK_LOCAL_ID": "1", "FLUX_JOB_NNODES": "2"}
+PALS = {"PALS_RANKID": "3", "PALS_LOCAL_RANKID": "1", "PMI_RANK": "3", "PMI_SIZE": "4", "PALS_LOCAL_SIZE": "2"}
 THERE = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
 
 
@@ -135,6 +138,12 @@ THERE = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
         ({**STEP, **OMPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, "1/2 1 node03:29500"),
         ({**PMI, **THERE}, "1/2 0 10.0.0.1:29500 MPICH"),
         ({**STEP, "PMI_RANK": "3", "PMI_SIZE": "4"}, "3/4 1 node03:20123 srun"),
+        ({**JSM, **OMPI, **THERE}, "3/4 1 10.0.0.1:29500 jsrun"),
+        ({**FLUX, "PMI_RANK": "3", "PMI_SIZE": "4", **THERE}, "3/4 1 10.0.0.1:29500 Flux"),
+        ({**FLUX, "FLUX_JOB_NNODES": "1"}, "3/4 1 127.0.0.1:29500 Flux"),
+        ({**PALS, **THERE}, "3/4 1 10.0.0.1:29500 PALS"),
+        ({**PALS, "PALS_LOCAL_SIZE": "4"}, "3/4 1 127.0.0.1:29500 PALS"),
+        ({"PALS_RANKID": "3", "PALS_LOCAL_RANKID": "1", **WHOLE}, "3/8 1 10.0.0.1:29500 as set"),
         ({"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}, "0/1 0 --multi_gpu"),
         ({"ACCELERATE_USE_CPU": "True"}, "0/1 0"),
     ],
@@ -174,6 +183,10 @@ def test_what_launchers_say(variables: dict[str, str], expected: str) -> None:
         ({k: v for k, v in OMPI.items() if "LOCAL" not in k}, "mpirun -x MASTER_ADDR=HOST"),
         ({"OMPI_COMM_WORLD_RANK": "1"}, "OMPI_COMM_WORLD_SIZE is missing"),
         (PMI, "-genv MASTER_ADDR HOST"),
+        (JSM, "jsrun started .* export MASTER_ADDR=HOST"),
+        (FLUX, "Flux started .* export MASTER_ADDR=HOST"),
+        (PALS, "PALS' mpiexec started .* export MASTER_ADDR=HOST"),
+        ({"PALS_RANKID": "3", "PALS_LOCAL_RANKID": "1"}, "PMI_SIZE is missing: set RANK, WORLD_SIZE"),
         ({**{k: v for k, v in WHOLE.items() if k != "LOCAL_RANK"}, "PET_NPROC_PER_NODE": "8"}, "8 ranks a pod"),
         ({"PET_NNODES": "2", "PET_NODE_RANK": "0"}, "PET_NNODES=2 asks torchrun"),
     ],

@@ -54,6 +54,7 @@ def snapshot(step: int, in_phase: bool = True) -> Snapshot:
         quarantine=[Broken("d", 3, 12, "http://x/y", "torn")],
         committed=MEASURED,
         first={},
+        buffers={"00.channels": torch.tensor([0.5, 3.0])},
         random=random_state(torch.device("cpu")),
     )
 
@@ -123,9 +124,9 @@ def test_where_none_can_be_read_a_run_is_not_begun_again(tmp_path: Path, monkeyp
     (tmp_path / "step000000000004.pt").write_bytes(snapshot(4).pack())
     found = newest_snapshot(tmp_path)
     assert found is not None and found.step == 4
-    monkeypatch.setattr("revpatch.training.snapshot.VERSION", 2)
+    monkeypatch.setattr("revpatch.training.snapshot.VERSION", 3)
     with pytest.raises(
-        ConfigError, match="expected a snapshot of version 2, found 1: go on with the revpatch that wrote"
+        ConfigError, match="expected a snapshot of version 3, found 2: go on with the revpatch that wrote"
     ):
         newest_snapshot(tmp_path)
     assert (tmp_path / "step000000000004.pt").exists(), "the revpatch that wrote it finds it"
