@@ -84,8 +84,8 @@ def state_sha256_of(trainer: Trainer, state: Any) -> str:
     """The hash that a patch would have whose parameters are the state's masters."""
 
     class Stand:
-        def named_parameters(self) -> Any:
-            return state.master.items()
+        def state_dict(self) -> Any:
+            return {**state.master, **dict(trainer.patch.named_buffers())}
 
     return state_sha256(Stand(), state)  # type: ignore[arg-type]
 
