@@ -9,9 +9,9 @@ rehearsal alone would keep the harm within tolerance; clean kinds rehearse the b
 Trials of a kind differ in the seed. Whether a kind really hurts is measured too: its control is the first seed's run
 with tolerances that nothing exceeds. Finished trials are kept in the store, so that a call that was killed goes on.
 
-No probe is before step 20. In the first ten steps or so of a phase, at any warm-up, the gates open on old text as well,
-and clean runs forget more than the tolerance until the gates can tell old from new: a probe just then rolls them back.
-By default the first is at step 500.
+No probe is before step 20. In the first steps of a phase, about 10 here and more with the default warm-up, the gates
+open on old text as well, and clean runs forget more than the tolerance until the gates tell old from new: a probe just
+then rolls them back. By default the first is at step 500.
 """
 
 from __future__ import annotations

@@ -45,7 +45,8 @@ def a_journal(drifts: dict[int, float | str], back: list[int], kept: float) -> l
         events.append({"event": "probe", "step": step, "sets": sets})
         if step in back:
             events.append({"event": "rollback", "step": step, "reason": f"own_text rose by {drift}"})
-    return [*events, {"event": "commit", "step": max(drifts), "sets": {"own_text": a_set(kept)}}]
+    sets = {"own_text": a_set(kept), "new": a_set(9.0, guarded=False)}
+    return [*events, {"event": "commit", "step": max(drifts), "sets": sets}]
 
 
 def a_trial(kind: str, seed: int, journal: list[dict[str, Any]], guarded: bool = True) -> dict[str, Any]:
