@@ -45,7 +45,7 @@ def test_a_minimal_config_gets_the_defaults_of_the_design(tmp_path: Path) -> Non
     }
     assert config.objective.model_dump() == {
         "replay_loss_weight": 1.0,
-        "distill_kl_weight": 1.0,
+        "distill_kl_weight": 8.0,
         "distill_temperature": 1.0,
         "gate_l1_weight": 0.0,
         "patch_l2_weight": 0.0,
@@ -58,7 +58,7 @@ def test_a_minimal_config_gets_the_defaults_of_the_design(tmp_path: Path) -> Non
         100,
         "cosine",
     )
-    assert (config.batch.new_blocks, config.batch.replay_blocks, config.batch.micro_blocks) == (32, 16, 4)
+    assert (config.batch.new_blocks, config.batch.replay_blocks, config.batch.micro_blocks) == (32, 8, 5)
     assert (config.rollback.max_rollbacks, config.rollback.confidence, config.rollback.lr_factor) == (5, 0.95, 0.5)
     assert (config.engine.kind, config.engine.deepspeed) == ("deepspeed", None)
     assert config.phases[0].repeat

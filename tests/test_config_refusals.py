@@ -114,7 +114,7 @@ PROBE = {"name": "p", "shards": "s"}
         ),
         (
             merged(objective={"replay_loss_weight": 0.0, "distill_kl_weight": 0.0}),
-            ["batch.replay_blocks", "16", "replay_loss_weight", "distill_kl_weight", "stats_drift_weight"],
+            ["batch.replay_blocks", "8", "replay_loss_weight", "distill_kl_weight", "stats_drift_weight"],
         ),
         (merged(batch={"replay_blocks": 0}), ["replay.base", "batch.replay_blocks = 0", "leave out"]),
         (merged(optimizer={"warmup_steps": 300}), ["optimizer.warmup_steps = 300", "'news'", "300 steps", "fewer"]),

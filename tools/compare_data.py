@@ -71,7 +71,8 @@ def config_data(tier: Tier, cell: Cell, output: Path) -> dict[str, Any]:
     }
     if cell.rehearses:
         data["replay"] = {"base": place(str(replay)), "blocks_per_phase": 512}
-        data["objective"] = {"distill_kl_weight": float(cell.distils)}
+        if not cell.distils:
+            data["objective"] = {"distill_kl_weight": 0.0}
     return data
 
 
@@ -116,6 +117,7 @@ def key_of(tier: Tier, cell: Cell, facts: dict[str, Any]) -> dict[str, Any]:
     settings: dict[str, Any] = {section: dict(config[section]) for section in sections}
     if cell.family != "ours":
         del settings["optimizer"]["gate_lr"]  # a peer has no gates
+        settings["kl_weight"] = config["objective"]["distill_kl_weight"] if cell.distils else 0.0
     settings["probes"] = {
         name: [digests[shards], tier.main_blocks if name in tier.main else tier.other_blocks]
         for name, shards in tier.held_out.items()

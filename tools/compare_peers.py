@@ -189,9 +189,14 @@ class Teacher:
 
 
 def loss_of(
-    student: Student, teacher: Teacher | None, new: Tensor, replay: Tensor | None, keys: Sequence[tuple[str, int]]
+    student: Student,
+    teacher: Teacher | None,
+    new: Tensor,
+    replay: Tensor | None,
+    keys: Sequence[tuple[str, int]],
+    kl_weight: float,
 ) -> Tensor:
-    """LM(new) + LM(replay) + KL(teacher ‖ student on replay), nats per token, as our objective has it."""
+    """LM(new) + LM(replay) + kl_weight·KL(teacher ‖ student on replay), nats per token, as our objective has it."""
     tokens = new if replay is None else torch.cat([new, replay])
     hidden, count = student.hidden(tokens), len(new)
     taught = None if teacher is None or replay is None else _flat(teacher.hidden(replay, keys))
@@ -199,8 +204,9 @@ def loss_of(
     if not student.head_learns:
         loss: Tensor = frozen_head_loss(_flat(hidden[:count]), _targets(new), head)[0]
         if replay is not None:
-            kl = float(taught is not None)
-            loss = loss + frozen_head_loss(_flat(hidden[count:]), _targets(replay), head, taught, kl_weight=kl)[0]
+            weight = 0.0 if taught is None else kl_weight
+            states, targets = _flat(hidden[count:]), _targets(replay)
+            loss = loss + frozen_head_loss(states, targets, head, taught, kl_weight=weight)[0]
         return loss
     loss = F.cross_entropy(F.linear(_flat(hidden[:count]), head), _targets(new))
     if replay is not None:
@@ -208,7 +214,8 @@ def loss_of(
         loss = loss + F.cross_entropy(logits, _targets(replay))
         if teacher is not None and taught is not None:
             target = F.log_softmax(F.linear(taught, head_of(teacher.student.model).weight), dim=-1)
-            loss = loss + F.kl_div(F.log_softmax(logits, dim=-1), target, log_target=True, reduction="batchmean")
+            kl = F.kl_div(F.log_softmax(logits, dim=-1), target, log_target=True, reduction="batchmean")
+            loss = loss + kl_weight * kl
     return loss
 
 
@@ -254,7 +261,7 @@ def run_peer(tier: Tier, cell: Cell) -> dict[str, Any]:
         student = make_student(cell, config)
         sets, rows = course.held_out(student.model), 2 * config.batch.micro_blocks
         checks = [check_of(0, 0, measure(student, sets, rows), ends=True)]
-        seconds: list[float] = []
+        kl_weight, seconds = config.objective.distill_kl_weight, list[float]()
         flops = 0
         for index, phase in enumerate(config.phases):
             teacher = Teacher(student) if cell.distils else None
@@ -264,11 +271,11 @@ def run_peer(tier: Tier, cell: Cell) -> dict[str, Any]:
             )
             for step, (new, replay, keys) in enumerate(course.steps(index), start=1):
                 if not flops:
-                    flops = _flops(student, teacher, new, replay, keys)
+                    flops = _flops(student, teacher, new, replay, keys, kl_weight)
                 began = time.perf_counter()
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(config.optimizer, step, phase.steps)
-                loss = loss_of(student, teacher, new, replay, keys)
+                loss = loss_of(student, teacher, new, replay, keys, kl_weight)
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(student.learns, config.optimizer.max_grad_norm)
                 optimizer.step()
@@ -289,13 +296,18 @@ def run_peer(tier: Tier, cell: Cell) -> dict[str, Any]:
 
 
 def _flops(
-    student: Student, teacher: Teacher | None, new: Tensor, replay: Tensor | None, keys: Sequence[tuple[str, int]]
+    student: Student,
+    teacher: Teacher | None,
+    new: Tensor,
+    replay: Tensor | None,
+    keys: Sequence[tuple[str, int]],
+    kl_weight: float,
 ) -> int:
     """Counted operations of a step whose rehearsed blocks the teacher has been asked about before."""
     with torch.no_grad():
-        loss_of(student, teacher, new, replay, keys)
+        loss_of(student, teacher, new, replay, keys, kl_weight)
     with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
-        loss_of(student, teacher, new, replay, keys).backward()
+        loss_of(student, teacher, new, replay, keys, kl_weight).backward()
     for parameter in student.learns:
         parameter.grad = None
     return int(counter.get_total_flops())

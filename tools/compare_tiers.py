@@ -33,8 +33,8 @@ class Tier:
     steps: int = 60
     """Optimizer steps a phase."""
     warmup: int = 10
-    new_blocks: int = 8
-    replay_blocks: int = 4
+    new_blocks: int = 10
+    replay_blocks: int = 2
     checks: int = 4
     """Measurements a phase, evenly spread."""
     main_blocks: int = 32

@@ -17,9 +17,9 @@ class BatchConfig(Section):
 
     new_blocks: Positive = 32
     """New blocks per optimizer step over all ranks; also the number of lanes."""
-    replay_blocks: NonNegative = 16
+    replay_blocks: NonNegative = 8
     """Replayed blocks per optimizer step over all ranks."""
-    micro_blocks: Positive = 4
+    micro_blocks: Positive = 5
     """At most this many blocks, new and replayed together, go through the model at once on a rank."""
 
     def accumulation(self, world: int) -> int:

@@ -60,7 +60,7 @@ class ObjectiveConfig(Section):
 
     replay_loss_weight: Weight = 1.0
     """Weight of the LM loss on replayed blocks."""
-    distill_kl_weight: Weight = 1.0
+    distill_kl_weight: Weight = 8.0
     """Weight of T²·KL(teacher ‖ student) on replayed blocks."""
     distill_temperature: PositiveFloat = 1.0
     """T, the temperature of both distributions in the KL."""
