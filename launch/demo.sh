@@ -18,8 +18,8 @@ export HF_HUB_OFFLINE=1
 OPTIONS=()
 RANKS="$(python -c 'import torch; print(torch.cuda.device_count())')"
 if [ "$RANKS" -gt 0 ]; then
-    # The demo's 16 new and 16 replayed blocks split over 1, 2, 4, 8 or 16 ranks.
-    for r in 16 8 4 2 1; do [ "$r" -le "$RANKS" ] && RANKS="$r" && break; done
+    # The demo's 16 new and 8 replayed blocks split over 1, 2, 4 or 8 ranks.
+    for r in 8 4 2 1; do [ "$r" -le "$RANKS" ] && RANKS="$r" && break; done
     LAUNCH=(deepspeed --quiet --num_gpus "$RANKS")
 else
     export DS_ACCELERATOR=cpu OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((($(nproc) + 1) / 2))}"

@@ -148,7 +148,7 @@ def test_cached_generation_on_real_weights(randomize: Randomize, logits: Logits,
     ids = tokenizer("My fellow citizens, the state of the Union", return_tensors="pt").input_ids
     knobs = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
     base = model.generate(ids, **knobs)
-    randomize(attach(model, SidecarConfig(bottleneck=16, gate=gate)), 1, 0.3)
+    randomize(attach(model, SidecarConfig(bottleneck=16, gate=gate)), 1, 0.5)
     text = model.generate(ids, **knobs)
     assert torch.equal(text, model.generate(ids, **knobs, use_cache=False))
     assert not torch.equal(text, base)

