@@ -36,7 +36,7 @@ from revpatch.stream.documents import (
     missing_column,
     readable,
 )
-from revpatch.stream.json_values import json_values
+from revpatch.stream.json_values import Repeating, json_values, object_of
 from revpatch.stream.parquet import read_parquet
 from revpatch.stream.utf8 import check_characters, decoded, decoded_unchecked, found_instead, refuse_other_formats
 
@@ -282,7 +282,7 @@ def _refuse_at_once(file: BinaryIO, place: Place) -> None:
 def _document_of_line(line: bytes, where: str, name: str, text_column: str) -> Document:
     text = decoded_unchecked(line, where)
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=object_of)
     except (ValueError, RecursionError) as error:
         check_characters(line, where)  # of a line that is JSON the text alone counts, and is checked by itself
         spread = text.strip() in ("{", "[", "[{") or text.lstrip().startswith("[")
@@ -298,6 +298,11 @@ def _document_of_object(value: Any, where: str, name: str, text_column: str, tex
         array = "; name the file .json" if isinstance(value, list) else ""
         raise ValueError(
             f"{where}: expected an object with the field {text_column!r}, found {excerpt(text)}; mend it{array}"
+        )
+    if isinstance(value, Repeating) and value.times[text_column] > 1:
+        raise ValueError(
+            f"{where}: expected the field {text_column!r} once, found it {value.times[text_column]} times; keep one of "
+            "them"
         )
     inner = next(
         (key for key, held in value.items() if isinstance(held, list) and held and isinstance(held[0], dict)), None

@@ -5,11 +5,26 @@ from __future__ import annotations
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 _CHARACTERS = 2**18
 _SPACE = re.compile(r"[ \t\r\n]*")
+
+
+class Repeating(dict[str, Any]):
+    """An object that has a key more than once, which JSON allows: `times` says how often each. The last value stays."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        self.times = Counter(key for key, _ in pairs)
+
+
+def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object's keys and values as a dict: the `object_pairs_hook` of whatever reads documents."""
+    held = dict(pairs)
+    return held if len(held) == len(pairs) else Repeating(pairs)
 
 
 def json_values(file: BinaryIO, where: str) -> Iterator[tuple[str, Any, bool]]:
@@ -58,7 +73,7 @@ class _Scanner:
         self._file, self._where = file, where
         self._text = file.read(_CHARACTERS).removeprefix("\ufeff")
         self._at, self._before = 0, 0
-        self._decoder = json.JSONDecoder()
+        self._decoder = json.JSONDecoder(object_pairs_hook=object_of)
 
     @property
     def ended(self) -> bool:

@@ -267,6 +267,11 @@ def parquet(column: Any) -> bytes:
 BROKEN_STRINGS = pyarrow.Array.from_buffers(
     pyarrow.string(), 3, pyarrow.array([b"a", b"b\xff", b"c"], pyarrow.binary()).buffers()
 )
+TWICE = (
+    lines({"text": "a"})
+    + b'{"text": "b", "text": "c"}\n'
+    + b'{"text": "d", "n": 1, "n": 2, "more": {"text": 1, "text": 2}}\n'
+)
 ONE_BAD: dict[str, tuple[str, bytes, int, list[tuple[str, str]]]] = {  # good documents, and the bad ones
     "broken JSON": (
         "a.jsonl",
@@ -287,6 +292,20 @@ ONE_BAD: dict[str, tuple[str, bytes, int, list[tuple[str, str]]]] = {  # good do
         2,
         [("a.jsonl:2", "expected the field 'text', found 'body'")],
     ),
+    **{
+        f"the text twice, {name}": (
+            name,
+            data,
+            2,
+            [(f"{name}:2", "expected the field 'text' once, found it 2 times; keep one of them")],
+        )
+        for name, data in (
+            ("a.jsonl", TWICE),
+            ("a.ndjson", TWICE),
+            ("a.jsonl.gz", gzip.compress(TWICE)),
+            ("a.json", b"[" + TWICE.strip().replace(b"\n", b",") + b"]"),
+        )
+    },
     "null": ("a.jsonl", lines({"text": "a"}, {"text": None}), 1, [("a.jsonl:2", "found NoneType (null)")]),
     "NULs": ("a.jsonl", lines({"text": "a"}, {"text": "b" + "\0" * 50}), 1, [("a.jsonl:2", "50 NULs")]),
     "a NUL": ("a.jsonl", lines({"text": "a"}, {"text": ENGLISH + "\0"}), 1, [("a.jsonl:2", "1 NUL")]),
