@@ -160,11 +160,6 @@ def past_of(cache: Cache, patch: Owner, layer: int, hidden: Tensor, mask: Tensor
     gates = 2 if patch.config.placement == "coupled" else 1
     if slot == 0:
         _begin(cache, patch, gates * len(patch.layers), hidden, mask)
-    elif kind == "prefix" and not hasattr(cache, "revpatch_layer"):
-        raise ValueError(
-            f"block {layer} is called before block {patch.layers[0]}: the model's blocks were moved or removed since "
-            "the patch was put on it; detach it, and attach a patch to the model as it is now"
-        )
     sums = cast(RunningSums, cache.layers[cache.revpatch_layer]) if kind == "prefix" else None
     return Past(sums, slot * gates, gates)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import cast
 
 import torch
@@ -53,6 +55,12 @@ def body_of(model: nn.Module) -> nn.Module:
 def blocks_of(model: nn.Module) -> nn.ModuleList:
     """The transformer blocks, first to last."""
     return cast(nn.ModuleList, model.get_submodule(family_of(model).blocks))
+
+
+def blocks_within(model: nn.Module) -> Callable[[nn.Module], nn.ModuleList]:
+    """What finds the blocks in the model's body, or in a copy's."""
+    family = family_of(model)
+    return attrgetter(family.blocks.removeprefix(f"{family.body}."))
 
 
 def head_of(model: nn.Module) -> nn.Linear:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from revpatch.config import SidecarConfig
 from revpatch.patch.block import PatchedBlock, Recorder
-from revpatch.patch.families import blocks_of, body_of, family_of, width_of
+from revpatch.patch.families import blocks_of, blocks_within, body_of, family_of, width_of
 from revpatch.patch.padding import PaddingReader
 from revpatch.patch.sidecars import Patch as Patch
 from revpatch.patch.switchboard import SWITCHING, Choice, Generate, Switchboard
@@ -75,7 +75,7 @@ def wrap(model: nn.Module, patch: Patch | SidecarConfig, name: str = DEFAULT_NAM
         patch.to(next(model.parameters()).device)
         body = body_of(model)
         trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-        board = Switchboard(name, patch, trained, PaddingReader(body))
+        board = Switchboard(name, patch, trained, PaddingReader(body), blocks_within(model))
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         board.hooks = [

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -71,7 +71,14 @@ class Here(threading.local):
 class Switchboard:
     """What the patched blocks of one model share."""
 
-    def __init__(self, name: str, patch: Patch, trained: dict[str, bool], padding: PaddingReader) -> None:
+    def __init__(
+        self,
+        name: str,
+        patch: Patch,
+        trained: dict[str, bool],
+        padding: PaddingReader,
+        blocks: Callable[[nn.Module], Iterable[nn.Module]],
+    ) -> None:
         self.patches = {name: patch}
         self.attached = patch
         """The chosen one of them."""
@@ -85,6 +92,9 @@ class Switchboard:
         # Recompute what is inside the sidecars in the backward pass: it is little work, and many float32 copies.
         self.recompute_sidecars = True
         self.padding = padding
+        self.blocks = blocks
+        """Of the body, as they are now. No list of them, as a circle would keep their memory."""
+        self.layers: list[int | None] = list(range(patch.blocks))
         self.required_grad = trained
         self.hooks: list[RemovableHandle] = []
 
@@ -131,7 +141,18 @@ class Switchboard:
             self.held.remove(held)
 
     def begin_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A pre-hook of the body: notes what this call's blocks are to know."""
+        """A pre-hook of the body: notes what this call's blocks are to know.
+
+        Raises:
+            ValueError: as `current`, or the blocks are not those that the patch was put on.
+        """
+        layers = [getattr(block, "layer", None) for block in self.blocks(module)]
+        if layers != self.layers and layers != [None] * len(self.layers):  # while another thread attaches or detaches
+            found = ", ".join("none" if layer is None else str(layer) for layer in layers)
+            raise ValueError(
+                "the model's blocks were moved or removed since the patch was put on it: expected blocks 0 to "
+                f"{len(self.layers) - 1} in their order, found {found}: put them back, or load the model anew"
+            )
         patch, gate_open = self.choice if not self.held else self.current()
         averages = patch is not None and not gate_open and patch.config.gate != "token"
         mask = self.padding(args, kwargs) if averages else None

@@ -324,10 +324,28 @@ def test_patched_blocks_that_are_recomputed_in_the_backward_pass_are_refused(pat
         loss.backward()
 
 
-@pytest.mark.parametrize("order", [[1, 0], [1]], ids=["exchanged", "the first taken out"])
-def test_blocks_that_were_moved_are_refused(patched: Patched, logits: Logits, order: list[int]) -> None:
-    model, ids = patched("gpt2"), some_ids()
+MOVED: dict[str, tuple[Callable[[list[Any]], list[Any]], str]] = {
+    "exchanged": (lambda blocks: [blocks[1], blocks[0], blocks[2]], "1, 0, 2"),
+    "the first taken out": (lambda blocks: blocks[1:], "1, 2"),
+    "the last taken out": (lambda blocks: blocks[:-1], "0, 1"),
+    "one within taken out": (lambda blocks: [blocks[0], blocks[2]], "0, 2"),
+    "one twice": (lambda blocks: [*blocks, blocks[2]], "0, 1, 2, 2"),
+    "one without the patch": (lambda blocks: [*blocks[:2], blocks[2].block], "0, 1, none"),
+    "fewer, without the patch": (lambda blocks: [block.block for block in blocks[:-1]], "none, none"),
+}
+
+
+@pytest.mark.parametrize("mode", ["learned", "off"])
+@pytest.mark.parametrize("case", MOVED)
+def test_blocks_that_were_moved_are_refused(patched: Patched, case: str, mode: Any) -> None:
+    model, ids = patched("gpt2", gate="token"), some_ids()
+    move, found = MOVED[case]
+    set_gate(model, mode)
     blocks = list(model.transformer.h)
-    model.transformer.h = torch.nn.ModuleList(blocks[number] for number in order)
-    with pytest.raises(ValueError, match="block 1 is called before block 0: the model's blocks were moved or removed"):
-        model(ids)
+    del model.transformer.h[:]
+    model.transformer.h.extend(move(blocks))
+    for call in (lambda: model(ids), lambda: model.generate(ids, max_new_tokens=2)):
+        with pytest.raises(ValueError, match=f"expected blocks 0 to 2 in their order, found {found}: put them back"):
+            call()
+    model.transformer.h = torch.nn.ModuleList(blocks)
+    model(ids)

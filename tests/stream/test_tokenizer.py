@@ -114,6 +114,11 @@ def a_link_to_nothing(folder: Path) -> None:
     (folder / "tokenizer.json").symlink_to("../blobs/4d7a")
 
 
+def without(state: dict[str, Any], token: str) -> None:
+    del state["model"]["vocab"][token]
+    state["added_tokens"].clear()
+
+
 CODE = {"AutoTokenizer": ["code.Mine", None]}
 DAMAGED: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "cut off": (cut, ("tokenizer.json", "cut off", "copy it again")),
@@ -132,6 +137,23 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         ("tokenizer.model", "git lfs pull"),
     ),
     "no EOS": (write("tokenizer_config.json", "{}"), ("no end-of-text token",)),
+    "an EOS that is not in it": (
+        lambda folder: folder_of(folder, eos_token="<eos>"),
+        ("tokenizer_config.json: eos_token", "'<eos>'", "tokenizer.json", "name the one that ends a text"),
+    ),
+    "an EOS that is not in it, in the map": (
+        lambda folder: (
+            folder_of(folder, eos_token=None),
+            write("special_tokens_map.json", '{"eos_token": {"content": "<eos>"}}')(folder),
+        ),
+        ("special_tokens_map.json: eos_token", "'<eos>'"),
+    ),
+    "an EOS of its class that is not in it": (
+        lambda folder: folder_of(
+            folder, lambda state: without(state, EOS), tokenizer_class="GPT2Tokenizer", eos_token=None
+        ),
+        ("tokenizer_config.json: eos_token", "'<|endoftext|>'"),
+    ),
 }
 
 
@@ -152,7 +174,7 @@ def test_a_name_of_nothing_and_of_a_file(revpatch: Call, tmp_path: Path) -> None
     one_line(build(revpatch, folder / "tokenizer.json", tmp_path / "out"), "tokenizer.json is a file", "folder")
 
 
-@pytest.mark.parametrize("case", ["cut off", "a git-LFS pointer", "of a newer version"])
+@pytest.mark.parametrize("case", ["cut off", "a git-LFS pointer", "of a newer version", "an EOS that is not in it"])
 def test_preflight_and_the_base_of_a_patch_say_the_same(case: str, toy: Toy, revpatch: Call, tmp_path: Path) -> None:
     spoil, words = DAMAGED[case]
     base = tmp_path / "base"
