@@ -27,7 +27,8 @@ from revpatch.stream.spelling import Spelling
 
 _FILE = "tokenizer.json"
 _CONFIG = "tokenizer_config.json"
-_FILES = (_FILE, _CONFIG, "special_tokens_map.json", "added_tokens.json")
+_MAP = "special_tokens_map.json"
+_FILES = (_FILE, _CONFIG, _MAP, "added_tokens.json")
 _WITHOUT_FILE = ("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model")
 """What transformers makes a tokenizer of where there is no tokenizer.json."""
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -94,7 +95,8 @@ def read_tokenizer(name: str, revision: str | None = None) -> tuple[Any, list[st
     is used without that class. BPE dropout, truncation and padding are off, and decoding cleans no spaces up. Code that
     a folder brings along is never run.
 
-    Raises ValueError, with the file, for whatever is missing, damaged, or no fast tokenizer.
+    Raises ValueError, with the file, for whatever is missing, damaged, or no fast tokenizer, and an EOS that is in no
+    vocabulary.
     """
     from transformers import AutoTokenizer
 
@@ -116,6 +118,7 @@ def read_tokenizer(name: str, revision: str | None = None) -> tuple[Any, list[st
         return _without_file(name, loaded, refusal), []
     dropout = _settle(own)
     used, notices = _as_the_file_says(name, revision, path, own, loaded, refusal)
+    _check_end(path, own, used)
     used.clean_up_tokenization_spaces = False
     asked = _config_beside(path).get("add_bos_token")
     if asked is not None and bool(asked) != bool(_before_a_text(used.backend_tokenizer)):
@@ -396,8 +399,21 @@ def _as_the_file_says(
     return used, []
 
 
-def _config_beside(path: Path) -> dict[str, Any]:
-    config = path.with_name(_CONFIG)
+def _check_end(path: Path, own: Tokenizer, used: Any) -> None:
+    """Raise ValueError for an EOS that is in no vocabulary: transformers makes up an id for it, which no base knows."""
+    end = used.eos_token
+    declared = _config_beside(path).get("added_tokens_decoder", {}).get(str(used.eos_token_id), {})
+    if end is None or own.token_to_id(end) is not None or declared.get("content") == end:
+        return
+    named = next((name for name in (_CONFIG, _MAP) if _config_beside(path, name).get("eos_token")), _CONFIG)
+    raise ValueError(
+        f"{path.with_name(named)}: eos_token: expected a token of {_FILE}, found {end!r}, which is not in it: name the "
+        "one that ends a text there"
+    )
+
+
+def _config_beside(path: Path, name: str = _CONFIG) -> dict[str, Any]:
+    config = path.with_name(name)
     found: dict[str, Any] = json.loads(config.read_bytes()) if config.is_file() else {}
     return found
 

@@ -244,6 +244,11 @@ FILES: dict[str, tuple[Edit, dict[str, Any], tuple[str, ...]]] = {
         ("no BOS before a text", "add_bos_token"),
     ),
     "tokens in the config alone": (lambda _: None, {"additional_special_tokens": ["<|im_start|>"]}, ()),
+    "an EOS that the config adds": (
+        lambda _: None,
+        {"eos_token": "<eos>", "added_tokens_decoder": {"300": {"content": "<eos>", "special": True}}},
+        (),
+    ),
     "dropout": (lambda state: state["model"].update(dropout=0.5), {}, ("dropout is off",)),
     "upper case is dropped": (lambda state: state.update(normalizer=LOWER), {}, ("no upper case",)),
 }
@@ -261,7 +266,8 @@ def test_the_ids_are_those_of_the_file(case: str, revpatch: Call, said: list[str
     own.no_truncation()
     own.no_padding()
     own.model.dropout = None
-    expected = [id_ for text in TEXTS for id_ in (*own.encode(text, add_special_tokens=False).ids, 0)]
+    end = 300 if "added_tokens_decoder" in config else 0
+    expected = [id_ for text in TEXTS for id_ in (*own.encode(text, add_special_tokens=False).ids, end)]
     found = tokens_of(tmp_path / "one")
     assert found == tokens_of(tmp_path / "two") == expected[: len(found)]
     lines = [line for line in said if str(folder) in line]
