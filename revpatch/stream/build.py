@@ -352,7 +352,7 @@ class LostText:
 
     def refuse(self, rows: Rows) -> None:
         """Raise ValueError where it is more."""
-        characters, lost, _ = rows.text_counts()
+        characters, lost, _, _ = rows.text_counts()
         if lost <= self.max_lost * characters:
             return
         refusal = (
@@ -370,11 +370,18 @@ class LostText:
     def check(self, rows: Rows) -> None:
         """Refuse a whole build that lost too much, and log what is worth knowing of its text."""
         self.refuse(rows)
-        characters, lost, special = rows.text_counts()
+        characters, lost, special, pages = rows.text_counts()
         if lost > _MANY_LOST * characters:
             _log.warning("%s", self._words(characters, lost))
         if special:
             _log.warning("%s: the text spells special tokens %d times, and they became these tokens", self.out, special)
+        if pages:
+            _log.warning(
+                "%s: %d documents are pages of HTML, and their tags are learned as text: unless that is meant, strip "
+                "the tags (pandoc -f html -t plain FILE -o NEW.txt) and build anew",
+                self.out,
+                pages,
+            )
 
     def _words(self, characters: int, lost: int) -> str:
         return (
@@ -386,6 +393,7 @@ class LostText:
 def _manifest(split: str, row: Row, recipe: dict[str, Any], last_added: int) -> Manifest:
     is_last_held = row.highest_id + 1 >= recipe["tokenizer"].vocab_size
     counted: dict[str, Any] = dict(zip(COUNTED, row.counts.tolist(), strict=True))
+    del counted["pages"]  # told once, when they are built
     return Manifest(
         version=MANIFEST_VERSION,
         split=split,

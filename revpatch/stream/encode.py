@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import re
 import signal
 import threading
 from array import array
@@ -61,7 +62,7 @@ class Encoded:
     """What `Work` became: all ids, one document after another, each framed by BOS and EOS unless it is empty.
 
     `lengths` counts them by document, BOS and EOS included; `held_out` says which documents are. Both are (documents,).
-    `counts` is (documents, 3) int64, the columns of `COUNTED`.
+    `counts` is (documents, 4) int64, the columns of `COUNTED`.
     A piece has no BOS and no EOS and is not said to be held out.
     """
 
@@ -71,8 +72,10 @@ class Encoded:
     counts: np.ndarray[Any, np.dtype[np.int64]]
 
 
-COUNTED = ("characters", "lost_characters", "special_tokens")
-"""Characters, and those that are lost (both 0 where the tokenizer can spell everything); special tokens in the text."""
+COUNTED = ("characters", "lost_characters", "special_tokens", "pages")
+"""Characters, and those that are lost (both 0 where the tokenizer can spell everything); special tokens in the text;
+and 1 for a page of HTML."""
+_PAGE = re.compile(r"\ufeff?\s*<(!doctype\s+html|html)\b", re.IGNORECASE)
 
 
 class Encoder:
@@ -116,6 +119,7 @@ class Encoder:
                 row.append(eos)
                 counts[i, 2] -= self._special_eos
             lengths[i] = len(row) - before
+            counts[i, 3] = not work.context and _PAGE.match(work.texts[i]) is not None
             if self._spelling.can_lose:
                 counts[i, :2] = len(work.texts[i]), self._spelling.lost(work.texts[i], ids)
         ids_of_all = np.frombuffer(row, dtype=np.uint32)

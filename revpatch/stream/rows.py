@@ -65,7 +65,8 @@ class Row:
         self.tokens = state["tokens"]
         # Not in what an older revpatch left: then nothing is known of the ids.
         self.highest_id = state.get("highest_id", np.iinfo(self.rest.dtype).max)
-        self.counts = np.array(state.get("counts", [0] * len(COUNTED)), dtype=np.int64)
+        counts = state.get("counts", [])  # an older revpatch counted less
+        self.counts[: len(counts)] = counts
         self.rest = np.array(state["rest"], dtype=self.rest.dtype)
         shards = [Shard(**shard) for shard in state["shards"]]
         if is_whole:
@@ -120,10 +121,10 @@ class Rows:
         )
         return sum(documents), sum(tokens), sum(blocks)
 
-    def text_counts(self) -> tuple[int, int, int]:
+    def text_counts(self) -> tuple[int, int, int, int]:
         """Return the columns of `COUNTED`, of both sides together."""
-        characters, lost, special = np.sum([row.counts for row in self.sides], axis=0).tolist()
-        return characters, lost, special
+        characters, lost, special, pages = np.sum([row.counts for row in self.sides], axis=0).tolist()
+        return characters, lost, special, pages
 
     def add_documents(self, encoded: Encoded, bad: Sequence[tuple[int, str]] = ()) -> None:
         """Take whole documents, in order, until the training side is full.

@@ -472,6 +472,28 @@ def test_special_tokens_that_the_text_spells_are_counted(revpatch: Call, said: l
     assert [line for line in said if "special tokens 2 times" in line]
 
 
+@pytest.mark.parametrize(
+    ("text", "pages"),
+    [
+        ("<!DOCTYPE html>\n<p>a b</p>", 1),
+        ("\ufeff\n <!doctype HTML PUBLIC>a b", 1),
+        ("<html lang='en'>a b</html>", 1),
+        ("<HTML> and so on\n" * 200, 1),
+        ("write <html> at the beginning", 0),
+        ("<htmlx> a b", 0),
+    ],
+    ids=["doctype", "after a mark", "html", "a long one", "within a text", "another tag"],
+)
+def test_pages_of_html_are_counted(
+    text: str, pages: int, revpatch: Call, said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("revpatch.stream.pieces.PIECE_CHARACTERS", 400)
+    monkeypatch.setattr("revpatch.stream.chunks.LONG_CHARACTERS", 1000)
+    assert build(revpatch, folder_of(tmp_path / "base"), tmp_path / "out", "one", text, "a b", text).code == 0
+    lines = [line for line in said if "pages of HTML" in line]
+    assert [f"{tmp_path}/out: {2 * pages} documents" in line and "pandoc" in line for line in lines] == [True] * pages
+
+
 def test_a_tokenizer_that_fails_on_text(revpatch: Call, tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "base", model("WordLevel", numbered("the"), SPLIT, unk_token="<none>"))
     one_line(build(revpatch, folder, tmp_path / "out"), "tokenizer", "[UNK]")
