@@ -1,7 +1,7 @@
 """Ours against the other ways to teach a model: how much of the old is forgotten at the same learning of the new.
 
     python tools/compare.py tiny [--short | --smoke] [--list] [--only REGEX] [--also METHOD] [--budget-minutes N]
-                                 [--store FILE.jsonl] [--json FILE] [--plot FILE.png]
+                                 [--phases N] [--store FILE.jsonl] [--json FILE] [--plot FILE.png]
     python tools/compare.py real [--data FOLDER] ...          # what tools/real_tier.py makes
     python tools/compare.py custom --base FOLDER --corpus NAME=FILE.jsonl... --old NAME=FILE... [--never NAME=FILE] ...
 
@@ -163,6 +163,7 @@ def parse(words: list[str] | None = None) -> tuple[argparse.ArgumentParser, argp
         words_ = f"of custom: documents, {said}"
         parser.add_argument(f"--{name}", action="append", default=[], type=named_file, metavar="NAME=FILE", help=words_)
     parser.add_argument("--also", action="append", default=[], metavar="METHOD", help="e.g. ours[sidecar.gate=token]")
+    parser.add_argument("--phases", type=int, metavar="N", help="teach the first N corpora alone")
     parser.add_argument("--list", action="store_true", help="the cells, done or not, with their time; runs none")
     parser.add_argument("--only", default="", metavar="REGEX", help="of the cells' names, as --list prints them")
     parser.add_argument("--budget-minutes", type=float, help="begin no cell that would end later than this")
@@ -220,6 +221,8 @@ def main(words: list[str] | None = None) -> None:
         for variant in arguments.also:
             variant_of(variant)
         tier = tier_of(arguments)
+        if arguments.phases is not None:
+            tier = tier.begun(arguments.phases)
         file = arguments.store or ROOT / f"docs/evidence/{tier.name}.jsonl"
         comparison = Comparison(tier, Store(file), arguments.short, arguments.also)
         for cell in comparison.cells(arguments.only):

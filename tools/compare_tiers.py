@@ -57,6 +57,17 @@ class Tier:
         taught = {name: probe for name, (_, probe) in self.corpora.items()}
         return {OWN: self.own[1], **taught, **self.old, **self.never}
 
+    def begun(self, phases: int) -> Tier:
+        """The tier whose first corpora alone are taught; the others are held-out sets that the base knew before.
+
+        Raises ValueError for a number of phases that it has not.
+        """
+        if not 1 <= phases <= len(self.corpora):
+            raise ValueError(f"--phases {phases}: expected 1 to {len(self.corpora)}")
+        taught = list(self.corpora)[:phases]
+        rest = {name: probe for name, (_, probe) in self.corpora.items() if name not in taught}
+        return replace(self, corpora={name: self.corpora[name] for name in taught}, old={**self.old, **rest})
+
     @property
     def main(self) -> tuple[str, ...]:
         """The sets that are measured on `main_blocks`."""
