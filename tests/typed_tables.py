@@ -63,6 +63,10 @@ ELSEWHERE = {
         "it runs this test",
         "tests/test_typed_docs.py::test_the_tests_that_contributing_names_are_there",
     ),
+    "docs/EVIDENCE.md: python tools/compare.py tiny --json tiny.json --plot tiny.png": (
+        "hours",
+        "tests/tools/test_compare.py::test_the_smallest_comparison_ends_with_its_table_and_is_not_run_twice",
+    ),
     "docs/OPERATIONS.md: revpatch doctor": (
         "measures for a minute",
         "tests/doctor/test_command.py::test_alone_it_starts_two_ranks_to_measure",

@@ -195,7 +195,7 @@ def test_a_text_is_shown_while_it_is_written(run: Run, monkeypatch: pytest.Monke
     monkeypatch.setattr(TextStreamer, "on_finalized_text", showing)
     command = ["generate", "--patch", run.directory, "--prompt", PROMPT, "--max-new-tokens", "24"]
     result = revpatch(*command)
-    assert len([text for text, _ in seen if text]) > 3
+    assert len([text for text, _ in seen if text]) > 1
     assert "".join(text for text, _ in seen) + "\n" == result.out
     seen.clear()
     revpatch(*command, "--num-samples", "2")
