@@ -29,8 +29,8 @@ class ProbesConfig(Section):
     """Held-out losses, measured at each phase's start and end and every so many steps."""
 
     every: Positive = 500
-    """Optimizer steps between probes. In the first tens of steps of a phase old text suffers until the gates can tell it
-    from new, so a probe there may roll back what would have come right by itself."""
+    """Optimizer steps between probes. In the first tens of steps of a phase old text suffers until the gates can tell
+    it from new, so a probe there may roll back what would have come right by itself."""
     placement: Literal["rank0", "all"] = "rank0"
     """Rank 0 measures while the others wait, or every rank measures a share of the blocks: for many ranks."""
     sets: list[ProbeSetConfig] = []
