@@ -55,6 +55,13 @@ class Demo:
     def end(self, phase: str) -> int:
         return self.first_step(phase) + next(each.steps for each in self.config.phases if each.name == phase)
 
+    def trained(self, phase: str) -> int:
+        """Steps made in this phase: a regression after the last rollback that is allowed ends it."""
+        steps = [event["step"] for event in self.events("rollback") if event["phase"] == phase]
+        if len(steps) > self.config.rollback.max_rollbacks:
+            return int(steps[-1])
+        return self.end(phase) - self.first_step(phase)
+
     def probed(self) -> dict[int, dict[str, Any]]:
         """What each probe set was last measured as, by step of the run: TensorBoard keeps the last of a step."""
         starts = {self.first_step(e["phase"]): e["sets"] for e in self.events("entry") if e["kind"] == "start"}
@@ -130,7 +137,11 @@ def numbers_are_those_of_the_log(demo: Demo, charts: dict[str, Any]) -> None:
     lines = LOGGED.findall((demo.run / "train.log").read_text())
     steps = [demo.first_step(phase) + int(step) for phase, step, *_ in lines]
     every = demo.config.monitoring.every
-    due = {demo.first_step(p.name) + step for p in demo.config.phases for step in range(every, p.steps + 1, every)}
+    due = {
+        demo.first_step(p.name) + step
+        for p in demo.config.phases
+        for step in range(every, demo.trained(p.name) + 1, every)
+    }
     assert due <= set(steps)
     loss = series_of(charts["training loss on new text, nats per token"], "tensorboard", "loss/lm")
     speed = series_of(charts["tokens a second"], "tensorboard", "speed/tokens_per_second")
