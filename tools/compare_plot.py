@@ -35,6 +35,7 @@ def plot(tier: Tier, results: Sequence[Result], file: Path) -> None:
         panel.set_title(f"{tier.name}, after {corpus}")
         panel.set_xlabel("learned: fall of the taught corpora's loss, nats/token")
         panel.set_ylabel("forgotten: rise of own text's loss, nats/token")
+        panel.set_yscale("symlog", linthresh=0.02)  # methods differ by powers of ten
         panel.axhline(0, color="grey", linewidth=0.5)
     panels[0][0].legend(fontsize=7)
     figure.tight_layout()
