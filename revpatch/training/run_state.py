@@ -109,6 +109,8 @@ class RunState:
 
     def take_up(self, standing: Standing) -> None:
         """Brings model, teacher, probes, replay and ledger to where the run stands, and puts down that it goes on."""
+        if standing.snapshot is None and standing.origin is None:
+            self._measure_channels()
         facts = startup.facts(self.config, self.base, self.patch, self.engine, self.peers)
         if self.config.sidecar.check_invertibility and standing.snapshot is None:
             facts["inverse error, weights ± 0.02"] = str(self.invertibility(self.plan.phases[0], noise=0.02))
@@ -126,8 +128,6 @@ class RunState:
             self.record.costs = self._costs(peak)
             if self.config.base.dtype == "bfloat16" and self.peers.device.type == "cpu" and bfloat16_is_slow():
                 log.warning("this CPU is slower in bfloat16 than in float32: --set base.dtype=float32 is faster here")
-        if standing.snapshot is None and standing.origin is None:
-            self._measure_channels()
         if standing.begun:
             self._go_on(standing)
         if standing.origin is not None and standing.snapshot is None:
@@ -221,12 +221,24 @@ class RunState:
         return costs
 
     def _measure_channels(self) -> None:
-        """Rank 0 measures the base's channels on replayed text, or where nothing is replayed on the first phase's."""
+        """Rank 0 measures the base's channels on replayed text, or where nothing is replayed on the first phase's.
+
+        Raises ValueError, on all ranks, for what kept it from that, such as a broken shard.
+        """
         corpus = Corpus(self.replay) if self.replay else self.plan.phases[0]
         rows = max(8, CHANNEL_TOKENS // self.config.base.block_size)
+        refusal: Exception | None = None
         if self.peers.rank == 0:
-            measure_channels(self.base, torch.from_numpy(self._some_blocks(corpus, rows)))
-        buffers = self.peers.from_rank0({name: value.cpu() for name, value in self.patch.named_buffers()})
+            try:
+                with torch.compiler.set_stance("force_eager"):  # once in a run
+                    measure_channels(self.base, torch.from_numpy(self._some_blocks(corpus, rows)))
+            except (OSError, ValueError) as error:
+                refusal = error
+        refusal, buffers = self.peers.from_rank0(
+            (refusal, {name: value.cpu() for name, value in self.patch.named_buffers()})
+        )
+        if refusal is not None:
+            raise refusal
         for name, buffer in self.patch.named_buffers():
             buffer.copy_(buffers[name])
 
