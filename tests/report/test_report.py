@@ -65,7 +65,9 @@ def test_the_report_is_of_the_journal(run: Path) -> None:
     assert [h.step for h in found.run.happenings if h.kind == "rollback"] == [6, 30, 36]
     assert [after for after, _ in found.run.samples] == ["base", "first", "second"]
     texts = [[sample["text"] for sample in texts] for _, texts in found.run.samples]
-    assert texts[0] != texts[1] == texts[2]
+    samples = [event["texts"] for event in events if event["event"] == "samples"]
+    assert texts == [[sample["text"] for sample in texts] for texts in samples]
+    assert texts[1] == texts[2], "the second phase was given up"
     assert found.run.environment["ranks"] == "1"
     assert found.run.phases[0].probes[1].training["lm"] > 0
 
