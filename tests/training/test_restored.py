@@ -50,6 +50,8 @@ def test_it_begins_with_the_patch_and_is_held_to_it(runs: Runs) -> None:
     committed, _ = locate(old).load()
     start, told = locate(f"{new}@start").load()
     assert all(torch.equal(start[name], tensor) for name, tensor in committed.items())
+    sizes = committed["00.channels"]
+    assert (sizes > 0).all() and not torch.allclose(sizes, torch.ones_like(sizes), atol=0.05), "measured, not assumed"
     assert told["parent"] == locate(f"{new}@origin").file_sha256()
     entries = {(e.kind, run): e.fields["sets"]["base"] for run in (old, new) for e in ledger(run) if e.kind != "origin"}
     assert entries["start", new]["loss"] == pytest.approx(entries["commit", old]["loss"], abs=1e-6)
