@@ -33,7 +33,7 @@ fi
     train configs/demo.yaml --set "output_dir='$OUT'" "${OPTIONS[@]}"
 
 say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
-PATCH="$OUT/ledger/001_devil_commit.pt"
+PATCH="$OUT/ledger/001_devil_commit.safetensors"
 PROMPT="LIBERTY, n."
 for gate in learned off; do
     say "\"$PROMPT\", gate $gate:"

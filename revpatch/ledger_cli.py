@@ -153,11 +153,13 @@ def ledger_restore(
     from revpatch.ledger.restoring import restore
 
     restored = restore(reference, run)
+    assert restored.event is not None
+    source = restored.event.fields["restored"]
     if as_json:
-        print_json(asdict(restored))
+        print_json({"run": str(run), "name": restored.path.name, "sha256": restored.sha256, "source": source})
         return
-    say(f"{restored.run}: a new run that begins with {restored.source['file']} (sha256 {restored.source['sha256']})")
-    say(f"to train on from there: revpatch train CONFIG --set output_dir={restored.run}")
+    say(f"{run}: a new run that begins with {source['file']} (sha256 {source['sha256']})")
+    say(f"to train on from there: revpatch train CONFIG --set output_dir={run}")
 
 
 @app.command("prune")

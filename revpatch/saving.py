@@ -7,13 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from revpatch.ledger.entry import write_entry
-from revpatch.ledger.folder import write_folder
+from revpatch.ledger.patch_file import write_entry, write_folder
 from revpatch.patch.patched_model import Patch, base_sha256, patch_state, switchboard
 
 
 def save_patch(patch: Patch | nn.Module, file: str | Path) -> None:
-    """Writes a patch, or the one that is chosen on a model, to one .pt or .safetensors file.
+    """Writes a patch, or the one that is chosen on a model, to one .safetensors file.
 
     Of a model, the base's name, dtype and sha256 go with it, and loading holds the base against them; a patch by itself
     knows nothing of its base but the shape.

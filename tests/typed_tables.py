@@ -36,7 +36,7 @@ INSTEAD: dict[str, dict[str, str]] = {
         r"\[--dry-run\]": "--dry-run",
     },
     "docs/PATCHES.md": {
-        r"FILE_OR_FOLDER": "runs/demo/ledger/000_wiki_commit.pt",
+        r"FILE_OR_FOLDER": "runs/demo/ledger/000_wiki_commit.safetensors",
         r"(revpatch generate .*?)(  +#|$)": rf"\1{FEW}\2",
     },
     "docs/RUNS.md": {r"\bRUN\b": "runs/a", r"\[--html\] \[--out FILE\] \[--json\]": "--html --out page.html --json"},
@@ -115,25 +115,25 @@ SHOWN = {
 TYPED: dict[str, list[str]] = {
     "README.md: source .venv/bin/activate": [
         "data/mine: ",
-        "commit 000_mine_commit.pt",
+        "commit 000_mine_commit.safetensors",
     ],
     'README.md: revpatch generate --patch runs/gpt2_own_text --prompt "Once" --compare': [
         "learned",
         "plasticity",
-        "000_mine_commit.pt",
+        "000_mine_commit.safetensors",
         "journal",
         "can be removed",
     ],
     "README.md: revpatch shards build SOURCE... --tokenizer NAME --out FOLDER [--text-column text] [--holdout 0.05] "
     "[--max-tokens N]": ["data/both", "data/both", "data/both"],
-    "README.md: revpatch train CONFIG": ["is over", "Nothing was overwritten", "commit 000_mine_commit.pt"],
-    "docs/LEDGER.md: revpatch ledger log RUN": ["000_wiki_commit.pt"],
+    "README.md: revpatch train CONFIG": ["is over", "Nothing was overwritten", "commit 000_mine_commit.safetensors"],
+    "docs/LEDGER.md: revpatch ledger log RUN": ["000_wiki_commit.safetensors"],
     "docs/LEDGER.md: revpatch ledger show REF": ["000_wiki_good"],
     "docs/LEDGER.md: revpatch ledger diff A B": ["cosine"],
     "docs/LEDGER.md: revpatch ledger verify RUN [--head SHA256] [--no-hash]": ["journal"],
     "docs/LEDGER.md: revpatch ledger restore runs/a@000_wiki_commit --as-new-run runs/b": [
         "runs/b",
-        "000_wiki_commit.pt",
+        "000_wiki_commit.safetensors",
     ],
     "docs/LEDGER.md: revpatch ledger prune RUN --keep 1 [--dry-run]": ["000_wiki_good"],
     'docs/PATCHES.md: revpatch generate --patch runs/demo --prompt "Once"': [
@@ -150,7 +150,7 @@ TYPED: dict[str, list[str]] = {
     ],
     "docs/SURGERY.md: revpatch ledger verify runs/mine --removal": ["can be removed"],
     "docs/SURGERY.md: revpatch ledger bisect runs/mine --shards data/general_probe [--above 3.45]": [
-        "000_wiki_start.pt"
+        "000_wiki_start.safetensors"
     ],
     "docs/SURGERY.md: revpatch ledger revert runs/mine PHASE": ["commit", "commit"],
     "docs/SURGERY.md: revpatch ledger merge runs/a runs/b --weights 0.5,0.5 --out runs/merged": ["runs/merged"],

@@ -33,8 +33,8 @@ from progress import Progress
 
 from revpatch.durable import sha256_of
 from revpatch.ledger.audit import verify
-from revpatch.ledger.entry import entry_name
 from revpatch.ledger.journal import Journal
+from revpatch.ledger.patch_file import entry_name
 
 ROOT = Path(__file__).resolve().parent.parent
 LARGE = 4_800_000
@@ -118,7 +118,7 @@ def reading(run: Path, entries: int, rounds: int, progress: Progress) -> list[Fi
 
 def hashing(run: Path, label: str, rounds: int, progress: Progress) -> Figure:
     """Bytes/s of verify over those of sha256sum; each round measures both, so that a busy machine is busy for both."""
-    names = sorted(path.name for path in (run / "ledger").glob("*.pt"))
+    names = sorted(path.name for path in (run / "ledger").glob("*.safetensors"))
     total = sum((run / "ledger" / name).stat().st_size for name in names)
 
     def sha256sum() -> None:

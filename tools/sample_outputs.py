@@ -16,7 +16,8 @@ from progress import Progress
 
 from revpatch.generate import Sampling, Writer
 from revpatch.ledger.history import Ledger
-from revpatch.loading import load_patched, read_patch
+from revpatch.ledger.references import read_patch
+from revpatch.loading import load_patched
 from revpatch.monitoring.terminal import quiet_libraries
 from revpatch.patch.patched_model import load_tensors
 

@@ -9,11 +9,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from revpatch.durable import TEMPORARY_SUFFIX, sha256_of_file
-from revpatch.ledger.entry import EntryError
-from revpatch.ledger.headers import read_metadata
-from revpatch.ledger.history import JOURNAL_NAME, Recorded, live_entries, pruned_names, stray_files
+from revpatch.ledger.history import (
+    JOURNAL_NAME,
+    Recorded,
+    ledger_of,
+    live_entries,
+    pruned_names,
+    run_of,
+    stray_files,
+)
 from revpatch.ledger.journal import GENESIS, Scan, scan
-from revpatch.ledger.references import ledger_of, run_of
+from revpatch.ledger.patch_file import EntryError, read_metadata
 
 SNAPSHOTS = "snapshot"
 """A run's folder of snapshots. Each notes the journal's head as it was then."""
@@ -81,7 +87,7 @@ def verify(run: Path, expected_head: str | None = None, hash_files: bool = True)
 def _snapshots_heads(directory: Path, report: VerifyReport) -> dict[str, tuple[int, str]]:
     """By the snapshot's name: how many events the journal had, and its head."""
     noted = {}
-    for path in sorted(directory.glob("step*.pt")) if directory.is_dir() else []:
+    for path in sorted(directory.glob("step*.safetensors")) if directory.is_dir() else []:
         try:
             metadata = read_metadata(path)
             noted[f"{SNAPSHOTS}/{path.name}"] = int(metadata["events"]), str(metadata["head"])

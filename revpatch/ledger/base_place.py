@@ -15,7 +15,8 @@ from typing import Any
 
 import yaml
 
-from revpatch.ledger.references import Located, run_of
+from revpatch.ledger.history import run_of
+from revpatch.ledger.patch_file import PatchFile
 
 FIELD = "base_at"
 CONFIG_NAME = "config.yaml"
@@ -26,13 +27,13 @@ def place_now(model: str) -> dict[str, str | None]:
     return {"model": model, "folder": str(Path(model).absolute()) if Path(model).is_dir() else None}
 
 
-def folder_noted(located: Located, model: str) -> str | None:
+def folder_noted(patch: PatchFile, model: str) -> str | None:
     """Return the absolute path of the base's folder as the journal last noted it, whether it is still there or not; of
     a file without a journal, of the folder of that name here. None if there is none, or it is a hub's name."""
-    return (place_now(model) if located.ledger is None else _noted(located, model) or {}).get("folder")
+    return (place_now(model) if patch.ledger is None else _noted(patch, model) or {}).get("folder")
 
 
-def base_place(located: Located, model: str) -> str:
+def base_place(patch: PatchFile, model: str) -> str:
     """Return what the base of a patch that is called `model` is to be loaded from.
 
     That is the folder that the journal notes; if it is not there, the folder of that name beside the run as it was
@@ -43,9 +44,9 @@ def base_place(located: Located, model: str) -> str:
     """
     if Path(model).is_absolute():
         return model
-    noted = None if located.ledger is None else _noted(located, model)
+    noted = None if patch.ledger is None else _noted(patch, model)
     folder = None if noted is None else noted["folder"]
-    beside = _project_of(located)
+    beside = _project_of(patch)
     places = [Path(folder)] if folder is not None else []
     places += [] if beside is None else [beside / model]
     places.append(Path(model))
@@ -56,27 +57,27 @@ def base_place(located: Located, model: str) -> str:
         return model
     looked = ", ".join(dict.fromkeys(str(place.absolute()) for place in places))
     raise FileNotFoundError(
-        f"base {model}: it was a folder when {located.path} was made, and is not there any more (looked for {looked}); "
+        f"base {model}: it was a folder when {patch.path} was made, and is not there any more (looked for {looked}); "
         "the hub was not asked: name the folder with --base (base=)"
     )
 
 
-def _noted(located: Located, model: str) -> dict[str, Any] | None:
+def _noted(patch: PatchFile, model: str) -> dict[str, Any] | None:
     """Return the newest note of a base of that name."""
-    assert located.ledger is not None
-    for event in reversed(located.ledger.journal.records()):
+    assert patch.ledger is not None
+    for event in reversed(patch.ledger.journal.records()):
         place = event.get(FIELD)
         if isinstance(place, dict) and place.get("model") == model and isinstance(place.get("folder"), str | None):
             return {"folder": place.get("folder")}
     return None
 
 
-def _project_of(located: Located) -> Path | None:
+def _project_of(patch: PatchFile) -> Path | None:
     """Return the folder that paths in the run's config begin at, found by where the run lies and what its config calls
     that place: /here/runs/x whose `output_dir` is runs/x was trained in /here."""
-    if located.ledger is None:
+    if patch.ledger is None:
         return None
-    run = run_of(located.ledger.directory).resolve()
+    run = run_of(patch.ledger.directory).resolve()
     try:
         said = yaml.safe_load((run / CONFIG_NAME).read_text(encoding="utf-8"))["output_dir"]
         own = Path(os.path.normpath(said))

@@ -1,7 +1,7 @@
 """A run's ledger: entry files and the journal that vouches for them, kept in step.
 
     RUN/ledger/journal.jsonl      one `entry` event for each file: its name, sha256, kind, phase, step
-    RUN/ledger/*.pt               the entries
+    RUN/ledger/*.safetensors      the entries
 
 An entry's file is written first and its journal line second, so a crash between the two leaves a file that nothing
 vouches for: an orphan, which `set_aside_orphans` names and sets aside. Removing goes the other way round: first the
@@ -17,8 +17,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from revpatch.durable import TEMPORARY_SUFFIX, sha256_of_file, sync_directory
-from revpatch.ledger.entry import KINDS, SUFFIXES, EntryError, check_name, entry_name, read_entry, write_entry
 from revpatch.ledger.journal import EVENT_FIELDS, Journal, JournalError
+from revpatch.ledger.patch_file import (
+    KINDS,
+    OLD_SUFFIX,
+    OLD_VERSION,
+    SUFFIX,
+    EntryError,
+    PatchFile,
+    check_name,
+    entry_name,
+    read_entry,
+    write_entry,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,6 +90,19 @@ def _names(value: Any) -> list[str]:
     return [str(name) for name in value] if isinstance(value, list) else []
 
 
+def ledger_of(run: Path) -> Path:
+    """The folder of a run's ledger: `run`/ledger, or `run` itself where it is a ledger, whatever it is called."""
+    inside = run / "ledger"
+    return run if (run / JOURNAL_NAME).is_file() and not (inside / JOURNAL_NAME).is_file() else inside
+
+
+def run_of(ledger: Path) -> Path:
+    """The folder of the run that a ledger is of: the one it lies in, or itself where it was copied by itself under
+    another name; then there is nothing else of a run in it."""
+    ledger = ledger.absolute()
+    return ledger.parent if ledger.name == "ledger" else ledger
+
+
 def effective(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The events that count: without those that a run went back before when it went on from a snapshot."""
     kept: list[dict[str, Any]] = []
@@ -104,11 +128,21 @@ def live_entries(events: list[dict[str, Any]], problems: list[str] | None = None
                     raise
                 problems.append(str(error))
                 continue
+            check_suffix(entry.name)
             live.pop(entry.name, None)  # recorded again, after a resume: it moves to its new place in time
             live[entry.name] = entry
         for name in (*pruned_in(event), *superseded_in(event)):
             live.pop(name, None)
     return live
+
+
+def check_suffix(name: str) -> None:
+    """Raise JournalError, with the version that reads it, if an entry's file is of an earlier version."""
+    if name.endswith(OLD_SUFFIX):
+        raise JournalError(
+            f"{JOURNAL_NAME}: its entries are {OLD_SUFFIX} files ({name}), so revpatch {OLD_VERSION} wrote this run, "
+            f"and that version reads it and resumes it: pip install revpatch=={OLD_VERSION}"
+        )
 
 
 def pruned_names(events: list[dict[str, Any]]) -> set[str]:
@@ -119,20 +153,19 @@ def pruned_names(events: list[dict[str, Any]]) -> set[str]:
 def stray_files(directory: Path, live: dict[str, Recorded]) -> list[Path]:
     """Files in `directory` that no live entry vouches for: orphans, half-written temporary files, half-done prunes."""
     with os.scandir(directory) as found:
-        names = [each.name for each in found if each.name.endswith((*SUFFIXES, TEMPORARY_SUFFIX)) and each.is_file()]
+        names = [each.name for each in found if each.name.endswith((SUFFIX, TEMPORARY_SUFFIX)) and each.is_file()]
     return [directory / name for name in sorted(names) if name not in live]
 
 
 class Ledger:
     """The ledger in `directory` (RUN/ledger): opened for writing, or `readonly`, which changes nothing on disk.
 
-    `suffix` is the format of new entries, `.pt` or `.safetensors`; both are read. Raises JournalError when the
-    journal is damaged (see `Journal`). One process may write; call `set_aside_orphans()` before anything else then.
+    Raises JournalError when the journal is damaged (see `Journal`) or of an earlier version. One process may write;
+    call `set_aside_orphans()` before anything else then.
     """
 
-    def __init__(self, directory: Path, readonly: bool = False, suffix: str = ".pt") -> None:
+    def __init__(self, directory: Path, readonly: bool = False) -> None:
         self.directory = directory
-        self.suffix = suffix
         self.journal = Journal(directory / JOURNAL_NAME, readonly=readonly)
         self._live = live_entries(self.journal.records())
 
@@ -156,7 +189,7 @@ class Ledger:
         if clash := sorted(set(journal_fields) & set(_ENTRY_FIELDS)):
             raise JournalError(f"the field {clash[0]!r} is the ledger's own; choose another name")
         numbered = kind in ("good", "rollback")
-        name = entry_name(phase_index, phase, kind, step if numbered else None, self.suffix)
+        name = entry_name(phase_index, phase, kind, step if numbered else None)
         path = self.directory / name
         sha256 = write_entry(path, tensors, metadata)
         event = self.journal.append(
@@ -187,8 +220,8 @@ class Ledger:
             raise EntryError(f"kind {kind!r} is none of {', '.join(KINDS)}")
         return next((entry for entry in reversed(self.entries()) if kind in (None, entry.kind)), None)
 
-    def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The tensors (CPU) and metadata of an entry, its file checked against the journal's sha256 first.
+    def read(self, name: str, reference: str = "") -> PatchFile:
+        """Read an entry, its file checked against the journal's sha256 first. `reference` is what a person called it.
 
         Raises EntryError for a name that isn't in the journal or was pruned, and as `read_entry` does.
         """
@@ -198,7 +231,9 @@ class Ledger:
                 f"{name!r} {'was pruned from' if gone else 'is not in'} {self.directory}. "
                 f"Entries there: {', '.join(self._live) or 'none'}"
             )
-        return read_entry(self.directory / name, self._live[name].sha256)
+        event, path = self._live[name], self.directory / name
+        tensors, metadata = read_entry(path, event.sha256)
+        return PatchFile(path, event.sha256, metadata, tensors, reference or name, self, event)
 
     def set_aside_orphans(self) -> list[str]:
         """Deals with what a crash left, and returns the names of the files that no journal line vouches for.

@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from revpatch.ledger.layers import LayerDifference, LayerFacts, check_comparable, check_patch, differences, layers_of
+from revpatch.ledger.patch_file import PatchFile
 from revpatch.ledger.plain import to_plain
-from revpatch.ledger.references import Located, locate
+from revpatch.ledger.references import read_patch
 
 
 @dataclass(frozen=True)
@@ -50,18 +51,17 @@ def inspect(reference: str) -> PatchFacts:
     """What a patch is, its file checked against the journal first.
 
     Raises:
-        FileNotFoundError, EntryError, JournalError: as `locate` and `Located.load` do; or it is no patch.
+        FileNotFoundError, EntryError, JournalError: as `read_patch` does; or it is no patch.
     """
-    located = locate(reference)
-    tensors, metadata = located.load()
-    check_patch(located.path.name, metadata)
+    patch = read_patch(reference)
+    check_patch(patch.path.name, patch.metadata)
     return PatchFacts(
-        located.path.name,
-        str(located.path),
-        metadata,
-        None if located.recorded is None else asdict(located.recorded),
-        _parent(located, metadata),
-        layers_of(tensors),
+        patch.path.name,
+        str(patch.path),
+        patch.metadata,
+        None if patch.event is None else asdict(patch.event),
+        _parent(patch),
+        layers_of(patch.tensors),
     )
 
 
@@ -71,24 +71,23 @@ def compare(first: str, second: str) -> PatchDifference:
     Raises:
         FileNotFoundError, EntryError, JournalError: as `inspect`; or they are of two bases or shapes.
     """
-    located = locate(first), locate(second)
-    (ours, our_metadata), (theirs, their_metadata) = (each.load() for each in located)
-    check_comparable((first, second), (our_metadata, their_metadata), (ours, theirs))
-    return PatchDifference((first, second), differences(ours, theirs), _probes(located))
+    a, b = read_patch(first), read_patch(second)
+    check_comparable((first, second), (a.metadata, b.metadata), (a.tensors, b.tensors))
+    return PatchDifference((first, second), differences(a.tensors, b.tensors), _probes(a, b))
 
 
-def _parent(located: Located, metadata: dict[str, Any]) -> str | None:
-    sha256 = metadata.get("parent")
-    if sha256 is None or located.ledger is None:
+def _parent(patch: PatchFile) -> str | None:
+    sha256 = patch.metadata.get("parent")
+    if sha256 is None or patch.ledger is None:
         return sha256
     # Entries with the same content have the same sha256: the latest before this one is the parent.
-    before = located.recorded.seq if located.recorded is not None else 0
-    named = [entry.name for entry in located.ledger.entries() if entry.sha256 == sha256 and entry.seq < before]
+    before = patch.event.seq if patch.event is not None else 0
+    named = [entry.name for entry in patch.ledger.entries() if entry.sha256 == sha256 and entry.seq < before]
     return named[-1] if named else str(sha256)
 
 
-def _probes(located: tuple[Located, Located]) -> dict[str, dict[str, list[float | None]]]:
-    sets = [{} if each.recorded is None else each.recorded.fields.get("sets", {}) for each in located]
+def _probes(*patches: PatchFile) -> dict[str, dict[str, list[float | None]]]:
+    sets = [{} if each.event is None else each.event.fields.get("sets", {}) for each in patches]
     names = {**sets[0], **sets[1]}
     return {
         name: {key: [_number(found.get(name, {}).get(key)) for found in sets] for key in ("loss", "gate")}

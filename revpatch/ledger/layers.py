@@ -15,7 +15,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from revpatch.ledger.entry import EntryError
+from revpatch.ledger.patch_file import EntryError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,9 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from revpatch.ledger.history import JOURNAL_NAME, pruned_in, superseded_in
+from revpatch.ledger.history import JOURNAL_NAME, ledger_of, pruned_in, superseded_in
 from revpatch.ledger.journal import EVENT_FIELDS, Journal
-from revpatch.ledger.references import ledger_of
 
 KEPT, PRUNED, SUPERSEDED, AGAIN, UNDONE = "kept", "pruned", "superseded", "recorded again", "undone"
 _IN_COLUMNS = frozenset(("kind", "phase", "phase_index", "step", "bytes", "sha256", "sets", *EVENT_FIELDS))

@@ -13,15 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from revpatch.ledger.audit import SNAPSHOTS
-from revpatch.ledger.entry import SUFFIXES
-from revpatch.ledger.headers import read_metadata
-from revpatch.ledger.history import JOURNAL_NAME, Ledger, effective, superseded_in
+from revpatch.ledger.history import JOURNAL_NAME, Ledger, effective, ledger_of, run_of, superseded_in
 from revpatch.ledger.journal import JournalError
-from revpatch.ledger.references import ledger_of, run_of
+from revpatch.ledger.patch_file import SUFFIX, read_metadata
 from revpatch.ledger.run_lock import lock_run
 
-_ENDS = "|".join(map(re.escape, SUFFIXES))
-_SUPERSEDED = re.compile(rf"(.*(?:{_ENDS}))\.superseded(?:-(\d+))?")
+_SUPERSEDED = re.compile(rf"(.*{re.escape(SUFFIX)})\.superseded(?:-(\d+))?")
 
 
 @dataclass(frozen=True)
@@ -78,7 +75,7 @@ def _needed(run: Path, ledger: Ledger) -> dict[str, str]:
             needed[str(event.get("to_file"))] = f"the rollback of journal line {event['seq'] + 1} went back to it"
     by_sha256 = {entry.sha256: entry.name for entry in ledger.entries()}
     snapshots = run / SNAPSHOTS
-    for path in sorted(snapshots.glob("step*.pt")) if snapshots.is_dir() else []:
+    for path in sorted(snapshots.glob("step*.safetensors")) if snapshots.is_dir() else []:
         for text in _texts(read_metadata(path)):  # names and sha256s, wherever they stand
             needed.setdefault(by_sha256.get(text, text), f"snapshot {path.name} goes on from it")
     return needed

@@ -1,7 +1,7 @@
 """A new run that begins with an entry of an old one: a folder with a ledger whose first event is an `origin` entry.
 
     NEW/ledger/journal.jsonl                line 1: the entry, and `restored`: where it came from
-    NEW/ledger/000_wikitext_origin.pt       the patch; its parent is the entry it was restored from
+    NEW/ledger/000_wikitext_origin.safetensors       the patch; its parent is the entry it was restored from
 
 NEW appears when it is whole: until then it is `.NEW.unfinished` beside it, or, in a NEW that is there and empty, its
 ledger is `NEW/.ledger.unfinished`. What a process that was killed leaves of these goes when NEW is restored again.
@@ -12,72 +12,48 @@ ledger is `NEW/.ledger.unfinished`. What a process that was killed leaves of the
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from revpatch.durable import new_folder, unfinished
 from revpatch.ledger.base_place import FIELD, folder_noted
 from revpatch.ledger.history import JOURNAL_NAME, Ledger
 from revpatch.ledger.layers import check_patch, layers_of
-from revpatch.ledger.references import locate
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from revpatch.ledger.patch_file import PatchFile
+from revpatch.ledger.references import read_patch
 
 KIND = "origin"
 
 
-@dataclass(frozen=True)
-class Origin:
-    """The patch that a restored run begins with; `events` is how many lines of the journal it takes."""
+def restore(reference: str, run: Path) -> PatchFile:
+    """Return the new entry in the folder `run`, which must not exist or be empty: the patch that `reference` names.
 
-    name: str
-    sha256: str
-    tensors: dict[str, Tensor]
-    metadata: dict[str, Any]
-    events: int
-
-
-@dataclass(frozen=True)
-class Restored:
-    """What was restored: the new entry, and the one it came from."""
-
-    run: str
-    name: str
-    sha256: str
-    source: dict[str, Any]
-
-
-def restore(reference: str, run: Path) -> Restored:
-    """Makes the folder `run`, which must not exist or be empty, with the patch that `reference` names.
+    What it came from is in the event's field `restored`.
 
     Raises:
         FileExistsError: there is something in the folder, or another process is writing it; nothing is overwritten.
-        FileNotFoundError, EntryError, JournalError: as `locate` and `Located.load` do; or it is no patch.
+        FileNotFoundError, EntryError, JournalError: as `read_patch` does; or it is no patch.
         OSError: the disk fails.
     """
     place, there = run / "ledger", run.exists()
     if there and (not run.is_dir() or any(path != unfinished(place) for path in run.iterdir())):
         raise FileExistsError(f"{run}: it exists and is not an empty folder. Nothing was overwritten: name another")
-    located = locate(reference)
-    tensors, metadata = located.load()
+    patch = read_patch(reference)
+    metadata = patch.metadata
     check_patch(reference, metadata)
-    layers_of(tensors)  # refuses what is no sidecar's
+    layers_of(patch.tensors)  # refuses what is no sidecar's
     where = {key: metadata.get(key) for key in ("kind", "phase", "phase_index", "step")}
-    sha256 = located.recorded.sha256 if located.recorded is not None else located.file_sha256()
-    head = None if located.ledger is None else located.ledger.journal.head
-    source = {"from": reference, "file": located.path.name, "sha256": sha256, **where, "head": head}
+    head = None if patch.ledger is None else patch.ledger.journal.head
+    source = {"from": reference, "file": patch.path.name, "sha256": patch.sha256, **where, "head": head}
     phase = str(metadata.get("phase", "patch"))
     model = metadata["base"].get("model")
-    lay = folder_noted(located, model) if isinstance(model, str) else None
+    lay = folder_noted(patch, model) if isinstance(model, str) else None
     base_at = {} if lay is None else {FIELD: {"model": model, "folder": lay}}
-    own = {"kind": KIND, "phase": phase, "phase_index": 0, "step": 0, "parent": sha256, "restored": where}
+    own = {"kind": KIND, "phase": phase, "phase_index": 0, "step": 0, "parent": patch.sha256, "restored": where}
     # A folder that is there keeps its owner and rights, and may be where a disk is mounted or a shell stands.
     with new_folder(place if there else run, f"--as-new-run {run}") as folder:
         ledger = Ledger(folder if there else folder / place.name)
-        path, new = ledger.record(KIND, 0, phase, 0, tensors, {**metadata, **own}, restored=source, **base_at)
-    return Restored(str(run), path.name, new, source)
+        path, _ = ledger.record(KIND, 0, phase, 0, patch.tensors, {**metadata, **own}, restored=source, **base_at)
+    return Ledger(place, readonly=True).read(path.name)
 
 
 def is_restored(run: Path) -> bool:
@@ -94,7 +70,12 @@ def is_restored(run: Path) -> bool:
     return isinstance(event, dict) and event.get("event") == "entry" and event.get("kind") == KIND
 
 
-def origin_of(run: Path) -> Origin | None:
+def events_of(origin: PatchFile | None) -> int:
+    """Return how many lines of the journal an origin takes; 0 without one."""
+    return 0 if origin is None or origin.event is None else origin.event.seq + 1
+
+
+def origin_of(run: Path) -> PatchFile | None:
     """The patch that the run was restored with, checked against its journal; None if it was not restored.
 
     Raises:
@@ -103,5 +84,4 @@ def origin_of(run: Path) -> Origin | None:
     if not is_restored(run):
         return None
     ledger = Ledger(run / "ledger", readonly=True)
-    entry = ledger.entries()[0]
-    return Origin(entry.name, entry.sha256, *ledger.load(entry.name), events=entry.seq + 1)
+    return ledger.read(ledger.entries()[0].name)

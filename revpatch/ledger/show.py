@@ -1,7 +1,7 @@
 """A ledger printed for people: its log, an event a paragraph, and its verification as a verdict with what to do.
 
     #3  2025-01-31 12:00:00  wikitext step 500  good entry  1.2 MB  ecd1d3ed27fd
-        000_wikitext_good_step000000500.pt
+        000_wikitext_good_step000000500.safetensors
         base 3.420 (+0.020 / 0.03)      held-out loss in nats per token (its rise / its tolerance)
 
 Lines and no table: they stay readable in a narrow terminal, can be searched, and print several times as fast. What no
@@ -17,11 +17,10 @@ from rich.console import Console
 from rich.text import Text
 
 from revpatch.ledger.audit import VerifyReport
-from revpatch.ledger.history import JOURNAL_NAME
+from revpatch.ledger.history import JOURNAL_NAME, ledger_of
 from revpatch.ledger.journal import Journal
 from revpatch.ledger.log import AGAIN, KEPT, PRUNED, SUPERSEDED, UNDONE, LogRow, ProbeReading, rows_of
 from revpatch.ledger.paint import Painter
-from revpatch.ledger.references import ledger_of
 
 _COLOURS = {
     "good": "cyan",

@@ -9,13 +9,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from revpatch.ledger.history import Ledger, Recorded
-from revpatch.ledger.references import ledger_of
+from revpatch.ledger.history import Ledger, Recorded, ledger_of
+from revpatch.ledger.patch_file import PatchFile
 from revpatch.surgery.arithmetic import bypassed, layers_of
 from revpatch.surgery.held_out import HeldOut, sets_of
 from revpatch.surgery.losses import Losses, interval
 from revpatch.surgery.search import Crossing, fewest_to_blame, first_above
-from revpatch.surgery.subject import Entry, Subject
+from revpatch.surgery.subject import Subject, of_base
 
 BASE = "the base alone"
 
@@ -176,9 +176,9 @@ class _Search:
         self.report(evaluation)
         return loss
 
-    def _entry(self, index: int) -> Entry | None:
+    def _entry(self, index: int) -> PatchFile | None:
         state = self.states[index]
-        return None if state is None else Entry.recorded(self.ledger, state)
+        return None if state is None else of_base(self.ledger.read(state.name))
 
     def _name(self, index: int) -> str:
         state = self.states[index]

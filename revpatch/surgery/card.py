@@ -11,9 +11,8 @@ import transformers
 from torch import nn
 
 from revpatch.ledger.history import Ledger
-from revpatch.ledger.references import Located
+from revpatch.ledger.patch_file import PatchFile
 from revpatch.surgery.modeling import FILE_NAME
-from revpatch.surgery.subject import Entry
 
 _CARD = """---
 library_name: transformers
@@ -55,13 +54,12 @@ To be filled in: it depends on the licence of {base} and on the rights in the te
 """
 
 
-def model_card(name: str, entry: Entry, located: Located, model: nn.Module, sizes: dict[str, int]) -> str:
+def model_card(name: str, entry: PatchFile, model: nn.Module, sizes: dict[str, int]) -> str:
     """The card as Markdown.
 
     Args:
         name: the exported folder's name.
         entry: what was exported.
-        located: where it was found, with its ledger if it has one.
         model: the base.
         sizes: bytes of the folder's files, by name.
     """
@@ -74,19 +72,19 @@ def model_card(name: str, entry: Entry, located: Located, model: nn.Module, size
         blocks=int(model.config.num_hidden_layers),  # type: ignore[union-attr, arg-type]
         code=FILE_NAME,
         cache=seq,
-        history=_history(entry, located),
+        history=_history(entry),
         facts=_rows(_facts(entry, model, sizes)),
         **{key: getattr(entry.sidecar, key) for key in ("gate", "placement", "bottleneck")},
     )
 
 
-def base_name(entry: Entry) -> str:
+def base_name(entry: PatchFile) -> str:
     """A hub name as it is; of a folder the last part, as where it lay says nothing on another machine."""
     model = str(entry.base["model"])
     return Path(model).name if Path(model).is_absolute() or model.startswith(".") else model
 
 
-def _facts(entry: Entry, model: nn.Module, sizes: dict[str, int]) -> Iterable[tuple[str, str]]:
+def _facts(entry: PatchFile, model: nn.Module, sizes: dict[str, int]) -> Iterable[tuple[str, str]]:
     patch = sum(tensor.numel() for tensor in entry.tensors.values())
     yield "parameters of the patch", f"{patch:,} in float32, {4 * patch:,} bytes"
     yield "parameters of the base", f"{sum(p.numel() for p in model.parameters()):,} in {entry.base['dtype']}"
@@ -103,9 +101,9 @@ def _facts(entry: Entry, model: nn.Module, sizes: dict[str, int]) -> Iterable[tu
         yield f"`{file}`", f"{size:,} bytes"
 
 
-def _history(entry: Entry, located: Located) -> str:
+def _history(entry: PatchFile) -> str:
     """The commits that led here, and their held-out losses; or what the entry alone says."""
-    ledger, recorded = located.ledger, located.recorded
+    ledger, recorded = entry.ledger, entry.event
     if ledger is None or recorded is None:
         probes = {name: {"loss": loss} for name, loss in dict(entry.metadata.get("probes", {})).items()}
         return _losses(str(entry.metadata.get("phase", "")), probes) or "No journal came with this patch."

@@ -19,16 +19,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from revpatch.durable import new_folder, sha256_of
-from revpatch.ledger.entry import tensors_digest, write_entry
+from revpatch.ledger.patch_file import PatchFile, tensors_digest, write_entry, write_torch
 from revpatch.ledger.plain import canonical_json, to_plain
-from revpatch.ledger.references import Located, locate
+from revpatch.ledger.references import read_patch
 from revpatch.patch.patched_model import GateMode, set_gate, switchboard
 from revpatch.surgery import load_back
 from revpatch.surgery.card import base_name, model_card
 from revpatch.surgery.modeling import FILE_NAME, MODEL_TYPE, PREFIX, modeling_source
-from revpatch.surgery.subject import Entry, Subject
+from revpatch.surgery.subject import Subject, of_base
 
-FORMATS = ("safetensors", "hf")
+FORMATS = ("safetensors", "hf", "pt")
 
 
 def export(
@@ -36,7 +36,8 @@ def export(
 ) -> list[Path]:
     """Writes a patch into a new folder and returns its files.
 
-    `safetensors` writes the entry, as `write_entry` packs it, without its base. `hf` writes config.json, the weights of
+    `safetensors` writes the entry as the ledger keeps it, without its base; `pt` the same as torch.save does, for other
+    programs alone. `hf` writes config.json, the weights of
     base and patch, modeling_revpatch.py, the tokenizer and a model card, for
     `AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)`. Before the folder gets its name it is loaded in
     a fresh process, and what it says is compared with the patched model, to the bit.
@@ -55,24 +56,25 @@ def export(
     """
     if to not in FORMATS:
         raise ValueError(f"--to {to}: expected one of {', '.join(FORMATS)}")
-    located = locate(reference)
-    entry = Entry.located(located, reference)
+    entry = of_base(read_patch(reference))
     if out.exists():
         raise FileExistsError(f"--out {out}: it exists. Nothing was overwritten: name a folder that is not there")
     with new_folder(out, f"--out {out}") as folder:
         if to == "safetensors":
-            write_entry(folder / f"{located.path.stem}.safetensors", entry.tensors, entry.metadata)
+            write_entry(folder / f"{entry.path.stem}.safetensors", entry.tensors, entry.metadata)
+        elif to == "pt":
+            write_torch(folder / f"{entry.path.stem}.pt", entry.tensors, entry.metadata)
         else:
             subject = Subject.of(reference, base)
             report("writing base and patch")
-            _write_hf(folder, entry, located, subject, out.name)
+            _write_hf(folder, entry, subject, out.name)
             report("loading what was written in a fresh process, to compare it with the patched model")
             prove(folder, subject, entry)
             report("it is the patched model to the bit: logits, a greedy text and token ids")
     return sorted(path for path in out.iterdir())
 
 
-def _write_hf(folder: Path, entry: Entry, located: Located, subject: Subject, name: str) -> None:
+def _write_hf(folder: Path, entry: PatchFile, subject: Subject, name: str) -> None:
     model: Any = subject.model
     weights = dict(model.state_dict())  # named as the blocks are wrapped, and so they are in the exported class
     weights |= {f"{PREFIX}{key}": tensor for key, tensor in entry.tensors.items()}
@@ -106,10 +108,10 @@ def _write_hf(folder: Path, entry: Entry, located: Located, subject: Subject, na
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-    (folder / "README.md").write_text(model_card(name, entry, located, model, sizes), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(name, entry, model, sizes), encoding="utf-8")
 
 
-def prove(folder: Path, subject: Subject, entry: Entry) -> None:
+def prove(folder: Path, subject: Subject, entry: PatchFile) -> None:
     """Hold what an exported folder says where there is no revpatch against what the patched model says here.
 
     Raises:

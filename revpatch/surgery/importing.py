@@ -10,14 +10,22 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from revpatch.durable import sha256_of, sha256_of_file
-from revpatch.ledger.entry import SUFFIXES, EntryError, check_name, entry_name, tensors_digest
-from revpatch.ledger.folder import CONFIG_NAME, WEIGHTS_NAME, is_patch_folder, read_folder
+from revpatch.durable import sha256_of
+from revpatch.ledger.patch_file import (
+    FOLDER_WEIGHTS,
+    SUFFIX,
+    EntryError,
+    PatchFile,
+    check_name,
+    entry_name,
+    tensors_digest,
+)
 from revpatch.ledger.plain import canonical_json
+from revpatch.ledger.references import read_patch
 from revpatch.surgery.arithmetic import check_finite
 from revpatch.surgery.modeling import PREFIX
 from revpatch.surgery.new_entry import Made, claimed, write
-from revpatch.surgery.subject import Entry, check_one_kind
+from revpatch.surgery.subject import check_one_kind, of_base
 
 _CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
@@ -32,7 +40,7 @@ def import_patch(source: Path, run: Path) -> Made:
     Raises:
         ValueError, OSError: it is damaged, no patch, or not finite; or of another base or shape than the run's.
     """
-    entry = _read_folder(source) if source.is_dir() else Entry.read(str(source))
+    entry = _read_folder(source) if source.is_dir() else of_base(read_patch(str(source)))
     phase = str(entry.metadata.get("phase", "imported"))
     try:
         entry_name(0, phase, "commit")  # before a folder is made
@@ -47,31 +55,30 @@ def import_patch(source: Path, run: Path) -> Made:
     check_finite(entry.tensors, str(source))
     with claimed(run, create=True) as ledger:
         if (newest := ledger.newest()) is not None:
-            there = Entry.recorded(ledger, newest)
+            there = of_base(ledger.read(newest.name))
             check_one_kind(there, entry)
             # The same base, by the name under which this run finds it.
             said = {**entry.metadata, "base": there.base}
-            entry = replace(entry, metadata=said, base=there.base, base_folder=there.base_folder)
+            entry = replace(entry, metadata=said, ledger=there.ledger, event=there.event)
         return write(ledger, phase, entry.tensors, entry, made_by, judgement=None)
 
 
-def _read_folder(folder: Path) -> Entry:
+def _read_folder(folder: Path) -> PatchFile:
     """Of the three kinds that there are: of save_pretrained, of `--to hf`, of `--to safetensors`."""
-    if is_patch_folder(folder):
-        return Entry.of(str(folder), *read_folder(folder), sha256_of_file(folder / WEIGHTS_NAME))
+    if (folder / FOLDER_WEIGHTS).is_file():
+        return of_base(read_patch(folder))
     if (folder / _CONFIG).is_file():
         return _read_hf(folder)
-    files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
+    files = sorted(path for path in folder.iterdir() if path.suffix == SUFFIX)
     if len(files) != 1:
         raise FileNotFoundError(
             f"{folder}: expected a patch file, or a folder that `revpatch ledger export` or save_pretrained wrote, "
-            f"found a folder without {_CONFIG} and {CONFIG_NAME}, and {len(files)} files ending in "
-            f"{' or '.join(SUFFIXES)}"
+            f"found a folder without {_CONFIG} and {FOLDER_WEIGHTS}, and {len(files)} files ending in {SUFFIX}"
         )
-    return Entry.read(str(files[0]))
+    return of_base(read_patch(str(files[0])))
 
 
-def _read_hf(folder: Path) -> Entry:
+def _read_hf(folder: Path) -> PatchFile:
     config = folder / _CONFIG
     try:
         said = json.loads(config.read_text(encoding="utf-8"))["revpatch"]
@@ -96,7 +103,7 @@ def _read_hf(folder: Path) -> Entry:
             f"{folder}: its sidecars should hash to {expected}, found {found}: they were damaged or edited; take the "
             "folder from where it came again"
         )
-    return Entry.of(str(folder), tensors, metadata, sha256)
+    return of_base(PatchFile(folder, sha256, metadata, tensors, str(folder)))
 
 
 def _sidecars(folder: Path) -> dict[str, Tensor]:

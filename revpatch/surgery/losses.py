@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from revpatch.ledger.references import read_patch
 from revpatch.patch.patched_model import switchboard
 from revpatch.surgery.held_out import HeldOut, sets_of
-from revpatch.surgery.subject import Entry, Subject
+from revpatch.surgery.subject import Subject, of_base
 from revpatch.training.guard import mean_interval
 from revpatch.training.launch import Peers
 from revpatch.training.probe import Measurement, put_together
@@ -108,7 +109,7 @@ def losses_of(
     Raises:
         ValueError, OSError: as `probe`; patches of different bases.
     """
-    entries = [Entry.read(reference) for reference in references]
+    entries = [of_base(read_patch(reference)) for reference in references]
     subject = Subject.of(references[0], base)
     patches = [subject.patch_of(entry) for entry in entries]
     held_out = HeldOut(subject, sets_of(shards, blocks))

@@ -6,11 +6,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-from revpatch.ledger.references import locate
+from revpatch.ledger.references import read_patch
 from revpatch.surgery.arithmetic import check_finite, weighted
 from revpatch.surgery.judgement import Probes, judge
 from revpatch.surgery.new_entry import Made, claimed, write
-from revpatch.surgery.subject import Entry, Subject, check_one_kind
+from revpatch.surgery.subject import Subject, check_one_kind, of_base
 
 
 def merge(
@@ -39,10 +39,9 @@ def merge(
     """
     if not all(math.isfinite(weight) for weight in weights) or not any(weights):
         raise ValueError(f"--weights {weights[0]},{weights[1]}: expected two finite numbers that are not both 0")
-    found = [locate(reference) for reference in references]
-    a, b = (Entry.located(at, reference) for at, reference in zip(found, references, strict=True))
+    a, b = (of_base(read_patch(reference)) for reference in references)
     check_one_kind(a, b)
-    run = None if found[0].ledger is None else found[0].ledger.directory.parent
+    run = None if a.ledger is None else a.ledger.directory.parent
     probes = Probes.of(run, shards or [], blocks)
     subject = Subject.of(references[0], base)
     tensors = weighted([a.tensors, b.tensors], weights)
@@ -58,5 +57,5 @@ def merge(
         return Made(str(out), made_by, False, judgement.reason, judgement.sets)
     with claimed(out, create=True) as ledger:
         if (newest := ledger.newest()) is not None:
-            check_one_kind(Entry.recorded(ledger, newest), a)
+            check_one_kind(of_base(ledger.read(newest.name)), a)
         return write(ledger, "merge", tensors, a, made_by, judgement, force)

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from revpatch.config_file import load_config
-from revpatch.ledger.base_place import FIELD
+from revpatch.ledger.base_place import FIELD, folder_noted
 from revpatch.ledger.history import JOURNAL_NAME, Ledger
 from revpatch.ledger.journal import Sets
+from revpatch.ledger.patch_file import PatchFile
 from revpatch.ledger.run_lock import LOCK_NAME
 from revpatch.surgery.arithmetic import Tensors
 from revpatch.surgery.judgement import Judgement
-from revpatch.surgery.subject import Entry
 from revpatch.training.resume import CONFIG_NAME, claim
 
 _KEPT = ("base", "tokenizer", "sidecar", "seed")
@@ -72,7 +72,7 @@ def write(
     ledger: Ledger,
     name: str,
     tensors: Tensors,
-    of: Entry,
+    of: PatchFile,
     made_by: dict[str, Any],
     judgement: Judgement | None,
     force: bool = False,
@@ -81,7 +81,7 @@ def write(
 
     Args:
         ledger: open for writing.
-        name: what stands in the place of a phase's name, as in `002_NAME_commit.pt`.
+        name: what stands in the place of a phase's name, as in `002_NAME_commit.safetensors`.
         tensors: the new patch, all of it finite (see `check_finite`).
         of: the entry that it descends from, and whose base, tokenizer and sidecar it has.
         made_by: the operation and the sha256 of all that went into it.
@@ -110,8 +110,9 @@ def write(
         "made_by": made_by,
     }
     known: dict[str, Any] = {"sets": sets, "made_by": made_by}
-    if of.base_folder is not None:  # so that a new folder's journal says it too
-        known[FIELD] = {"model": of.base["model"], "folder": of.base_folder}
+    model = of.base["model"]
+    if model is not None and (folder := folder_noted(of, model)) is not None:  # a new folder's journal says it too
+        known[FIELD] = {"model": model, "folder": folder}
     path, sha256 = ledger.record("commit", index, name, 0, tensors, metadata, **known)
     return Made(str(run), made_by, agrees, reason, sets, path.name, sha256)
 

@@ -10,10 +10,11 @@ from typing import Any
 
 from revpatch.ledger.base_place import base_place
 from revpatch.ledger.history import effective
-from revpatch.ledger.references import locate
+from revpatch.ledger.patch_file import PatchFile
+from revpatch.ledger.references import read_patch
 from revpatch.monitoring.doing import doing
 from revpatch.patch.patched_model import active_patch, attach, base_sha256, detach, set_gate
-from revpatch.surgery.subject import Entry, Subject
+from revpatch.surgery.subject import Subject, of_base
 from revpatch.training.bare_base import bare_base, logits_of, logits_sha256
 
 MOMENTS = {"run": "the run's start", "run_end": "the run's end"}
@@ -104,11 +105,10 @@ def prove_removal(reference: str, base: str | None = None) -> RemovalReport:
     Raises:
         ValueError, OSError: there is no such patch or base, or one of them is damaged.
     """
-    located = locate(reference)
-    entry = Entry.located(located, reference)
-    events = [] if located.ledger is None else effective(located.ledger.journal.records())
+    entry = of_base(read_patch(reference))
+    events = [] if entry.ledger is None else effective(entry.ledger.journal.records())
     then = {e["event"]: e["bare_base"] for e in events if e["event"] in MOMENTS and "bare_base" in e}
-    name = base or base_place(located, entry.base["model"])
+    name = base or base_place(entry, entry.base["model"])
     revision = entry.base.get("revision") if base is None else None
     report: RemovalReport | None = None
     for dtype in dict.fromkeys((entry.base["dtype"], "float32")):
@@ -128,7 +128,7 @@ def prove_removal(reference: str, base: str | None = None) -> RemovalReport:
     return report
 
 
-def _check(subject: Subject, entry: Entry, dtype: str) -> RemovalCheck:
+def _check(subject: Subject, entry: PatchFile, dtype: str) -> RemovalCheck:
     model, patch = subject.model, subject.patch_of(entry)
     before, untouched = base_sha256(model), logits_of(model)
     attach(model, patch)

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from revpatch.ledger.history import Ledger, Recorded
+from revpatch.ledger.patch_file import PatchFile
 from revpatch.surgery.arithmetic import Tensors, bypassed, check_finite, taken_out
 from revpatch.surgery.judgement import Probes, judge
 from revpatch.surgery.new_entry import Made, claimed, write
-from revpatch.surgery.subject import Entry, Subject, check_one_kind
+from revpatch.surgery.subject import Subject, check_one_kind, of_base
 
 
 def revert(
@@ -41,7 +42,7 @@ def revert(
     with claimed(run) as ledger:
         commits = [entry for entry in ledger.entries() if entry.kind == "commit"]
         found = _commits_of(commits, phase, run)
-        newest = Entry.recorded(ledger, commits[-1])
+        newest = of_base(ledger.read(commits[-1].name))
         made_by: dict[str, Any] = {"operation": "revert", "phase": phase, "newest": newest.sha256}
         if layers is None:
             commit = _trained(found, run)
@@ -96,7 +97,7 @@ def _refuse_twice(commits: list[Recorded], commit: Recorded, force: bool) -> Non
 
 
 def _difference(
-    ledger: Ledger, commits: list[Recorded], commit: Recorded, newest: Entry
+    ledger: Ledger, commits: list[Recorded], commit: Recorded, newest: PatchFile
 ) -> tuple[Tensors, dict[str, Any]]:
     """The tensors, and the sha256 of what was subtracted."""
     starts = [e for e in ledger.entries() if e.kind == "start" and e.phase_index == commit.phase_index]
@@ -106,7 +107,7 @@ def _difference(
             f"{ledger.directory} has neither a start entry of phase {commit.phase!r} nor an earlier commit, so what "
             "the phase changed is unknown; bypass sidecars instead (--layers)"
         )
-    after, before = Entry.recorded(ledger, commit), Entry.recorded(ledger, state)
+    after, before = of_base(ledger.read(commit.name)), of_base(ledger.read(state.name))
     check_one_kind(newest, after, before)
     tensors = taken_out(newest.tensors, after.tensors, before.tensors)
     return tensors, {"commit": after.sha256, "before": before.sha256}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,72 +10,34 @@ from torch import Tensor, nn
 
 from revpatch.base import DTYPES, BaseNotFoundError, load_base
 from revpatch.config import SidecarConfig
-from revpatch.durable import sha256_of_file
-from revpatch.ledger.base_place import folder_noted
-from revpatch.ledger.entry import EntryError
-from revpatch.ledger.history import Ledger, Recorded
 from revpatch.ledger.layers import check_comparable
-from revpatch.ledger.references import Located, locate
-from revpatch.loading import load_hashed, whose
+from revpatch.ledger.patch_file import EntryError, PatchFile
+from revpatch.loading import load_hashed
 from revpatch.monitoring.doing import doing
 from revpatch.patch.families import blocks_of, width_of
 from revpatch.patch.patched_model import Patch, attach, base_sha256, check_fits, load_tensors
 from revpatch.stream.tokenizer import load_tokenizer
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A patch that was read: its tensors, and what it says of itself."""
-
-    reference: str
-    """What a person called it."""
-    tensors: dict[str, Tensor]
-    metadata: dict[str, Any]
-    sha256: str
-    """Of its file."""
-    base: dict[str, Any] = field(default_factory=dict)
-    """Model, revision, dtype and sha256 of the base it belongs to."""
-    sidecar: SidecarConfig = field(default_factory=SidecarConfig)
-    base_folder: str | None = None
-    """Where the base lay, if it is known to have been a folder."""
-
-    @classmethod
-    def of(cls, reference: str, tensors: dict[str, Tensor], metadata: dict[str, Any], sha256: str) -> Entry:
-        """The entry, once its metadata says whose patch it is. Raises EntryError if it doesn't."""
-        base, sidecar = whose(reference, metadata)
-        if base["sha256"] is None:
-            raise EntryError(
-                f"{reference} doesn't say which base it is a patch of: save it from the model that it is on"
-            )
-        if base["dtype"] not in ("bfloat16", "float32"):
-            raise EntryError(f"{reference}: expected a base of dtype bfloat16 or float32, found {base['dtype']!r}")
-        return cls(reference, tensors, metadata, sha256, base, sidecar)
-
-    @classmethod
-    def read(cls, reference: str) -> Entry:
-        """What `reference` (FILE, RUN or RUN@REF) names. Raises as `locate` and `read_entry` do."""
-        return cls.located(locate(reference), reference)
-
-    @classmethod
-    def located(cls, located: Located, reference: str) -> Entry:
-        """The same, of what was found already."""
-        tensors, metadata = located.load()
-        recorded = located.recorded
-        entry = cls.of(reference, tensors, metadata, recorded.sha256 if recorded else sha256_of_file(located.path))
-        model = entry.base["model"]
-        return entry if model is None else replace(entry, base_folder=folder_noted(located, model))
-
-    @classmethod
-    def recorded(cls, ledger: Ledger, entry: Recorded) -> Entry:
-        """An entry of a ledger, checked against its journal."""
-        return cls.located(Located(ledger.directory / entry.name, ledger, entry), entry.name)
+def of_base(patch: PatchFile) -> PatchFile:
+    """Return the patch, once its metadata says which base it belongs to. Raises EntryError if it doesn't."""
+    _ = patch.sidecar
+    if patch.base["sha256"] is None:
+        raise EntryError(
+            f"{patch.reference} doesn't say which base it is a patch of: save it from the model that it is on"
+        )
+    if patch.base["dtype"] not in ("bfloat16", "float32"):
+        raise EntryError(
+            f"{patch.reference}: expected a base of dtype bfloat16 or float32, found {patch.base['dtype']!r}"
+        )
+    return patch
 
 
 def _first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def check_one_kind(first: Entry, *others: Entry) -> None:
+def check_one_kind(first: PatchFile, *others: PatchFile) -> None:
     """Raises EntryError, naming both sides, unless all are patches of one base whose weights mean the same."""
     for other in others:
         pair = first, other
@@ -123,7 +84,7 @@ class Subject:
         attach(model, SidecarConfig(bottleneck=1))
         return cls(model, load_tokenizer(name, revision), None, device)
 
-    def patch_of(self, entry: Entry) -> Patch:
+    def patch_of(self, entry: PatchFile) -> Patch:
         """The entry's patch on this base's device, to be put on with `active_patch`.
 
         Raises:
@@ -136,7 +97,7 @@ class Subject:
             )
         return self.patch_from(entry, entry.tensors)
 
-    def patch_from(self, entry: Entry, tensors: dict[str, Tensor]) -> Patch:
+    def patch_from(self, entry: PatchFile, tensors: dict[str, Tensor]) -> Patch:
         """A patch of that entry's kind with other tensors. Raises ValueError if they don't fit."""
         try:
             patch = Patch(width_of(self.model), len(blocks_of(self.model)), entry.sidecar)

@@ -8,24 +8,24 @@ from pathlib import Path
 from typing import Any
 
 from revpatch.config import ConfigError
-from revpatch.ledger.entry import EntryError
 from revpatch.ledger.history import JOURNAL_NAME, Ledger, effective
 from revpatch.ledger.journal import Journal
-from revpatch.ledger.restoring import Origin
+from revpatch.ledger.patch_file import EntryError, PatchFile
+from revpatch.ledger.restoring import events_of
 from revpatch.training.snapshot import ANEW, Snapshot, snapshots_in
 
 
-def how_anew(directory: Path, origin: Origin | None) -> str:
+def how_anew(directory: Path, origin: PatchFile | None) -> str:
     """What to do where a run can't be gone on with. One that was restored would lose its patch by --fresh."""
     if origin is None:
         return ANEW
     return (
         "or begin another run with the patch that this one began with: `revpatch ledger restore "
-        f"{_reference(directory, origin.name)} --as-new-run NEW`, then train with --set output_dir=NEW"
+        f"{_reference(directory, origin.path.name)} --as-new-run NEW`, then train with --set output_dir=NEW"
     )
 
 
-def check_history(directory: Path, origin: Origin | None, snapshot: Snapshot | None) -> None:
+def check_history(directory: Path, origin: PatchFile | None, snapshot: Snapshot | None) -> None:
     """Raises ConfigError if a snapshot and the journal are of two histories, or a snapshot is missing."""
     journal = Journal(directory / "ledger" / JOURNAL_NAME)
     if snapshot is None and (past := next(filter(_needs_snapshot, effective(journal.records())), None)) is not None:
@@ -46,9 +46,9 @@ def check_history(directory: Path, origin: Origin | None, snapshot: Snapshot | N
         )
 
 
-def check_nothing_made(directory: Path, origin: Origin | None, snapshot: Snapshot | None, named: str) -> None:
+def check_nothing_made(directory: Path, origin: PatchFile | None, snapshot: Snapshot | None, named: str) -> None:
     """Raises ConfigError if to go on would set aside a patch that was made since by other means than training."""
-    made = _made_since(directory, (0 if origin is None else origin.events) if snapshot is None else snapshot.events)
+    made = _made_since(directory, events_of(origin) if snapshot is None else snapshot.events)
     if not made:
         return
     place = "its beginning" if snapshot is None else f"snapshot {snapshot.name}"

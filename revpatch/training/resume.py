@@ -15,7 +15,8 @@ from revpatch.durable import write_atomically
 from revpatch.ledger.history import JOURNAL_NAME, Ledger
 from revpatch.ledger.journal import Journal
 from revpatch.ledger.layers import SAME_MAP
-from revpatch.ledger.restoring import Origin, is_restored, origin_of
+from revpatch.ledger.patch_file import PatchFile
+from revpatch.ledger.restoring import events_of, is_restored, origin_of
 from revpatch.ledger.run_lock import LOCK_NAME, lock_run
 from revpatch.monitoring.terminal import log_to
 from revpatch.monitoring.trackers import IDS_NAME
@@ -55,7 +56,7 @@ class Standing:
     """What it goes on from; None begins it anew."""
     over: bool = False
     """There is nothing left to do."""
-    origin: Origin | None = None
+    origin: PatchFile | None = None
     """The patch that it begins with, if it was restored from an entry of another run."""
     changed: dict[str, list[Any]] = field(default_factory=dict)
     """Config keys whose values are others than before: [old, new]."""
@@ -193,13 +194,13 @@ def check_identity(snapshot: Snapshot, identity: dict[str, Any]) -> None:
             )
 
 
-def check_origin(origin: Origin, identity: dict[str, Any]) -> None:
+def check_origin(origin: PatchFile, identity: dict[str, Any]) -> None:
     """Holds the patch that a restored run begins with against the base that is used.
 
     Raises:
         ConfigError: it is a patch of another family, base or tokenizer.
     """
-    found, name = origin.metadata, f"ledger/{origin.name}"
+    found, name = origin.metadata, f"ledger/{origin.path.name}"
     families = [of["base"].get("family") for of in (found, identity)]
     if all(families) and families[0] != families[1]:
         raise ConfigError(f"{name} is a patch of a {families[0]} model, and base.model is a {families[1]}")
@@ -212,12 +213,14 @@ def check_origin(origin: Origin, identity: dict[str, Any]) -> None:
         raise ConfigError(f"{name} was trained with another tokenizer than base.model has: name the right base")
 
 
-def check_shape(origin: Origin, sidecar: SidecarConfig) -> None:
+def check_shape(origin: PatchFile, sidecar: SidecarConfig) -> None:
     """Raises ConfigError if the patch that a restored run begins with has other sidecars than the config."""
     then, now = origin.metadata["sidecar"], sidecar.model_dump(mode="json")
     if other := [key for key in (*SAME_MAP, "layers") if then.get(key) != now[key]]:
         wrong = ", ".join(f"sidecar.{key} = {then.get(key)!r}, not {now[key]!r}" for key in other)
-        raise ConfigError(f"ledger/{origin.name} is a patch of another shape: it has {wrong}; set these in the config")
+        raise ConfigError(
+            f"ledger/{origin.path.name} is a patch of another shape: it has {wrong}; set these in the config"
+        )
 
 
 def go_back(standing: Standing, ledger: Ledger, **fields: Any) -> None:
@@ -225,7 +228,7 @@ def go_back(standing: Standing, ledger: Ledger, **fields: Any) -> None:
     write_atomically(standing.directory / CONFIG_NAME, dump_config(standing.config).encode())
     snapshot, origin = standing.snapshot, standing.origin
     orphans = ledger.set_aside_orphans()
-    events = snapshot.events if snapshot is not None else 0 if origin is None else origin.events
+    events = snapshot.events if snapshot is not None else events_of(origin)
     ledger.resume(
         events,
         snapshot=None if snapshot is None else snapshot.name,

@@ -14,7 +14,7 @@ from torch import nn
 
 from revpatch.config import Config
 from revpatch.ledger.base_place import FIELD, place_now
-from revpatch.ledger.restoring import Origin
+from revpatch.ledger.patch_file import PatchFile
 from revpatch.patch.channels import measure_channels
 from revpatch.patch.patched_model import attach, load_tensors, switchboard
 from revpatch.stream.corpus import Corpus
@@ -135,7 +135,7 @@ class RunState:
         if standing.begun and self.record.ledger is not None:
             go_back(standing, self.record.ledger, facts=facts, **{FIELD: place_now(self.config.base.model)})
         if standing.snapshot is None:
-            began = {} if standing.origin is None else {"origin": standing.origin.name}
+            began = {} if standing.origin is None else {"origin": standing.origin.path.name}
             known = {"base": self.identity["base"], "bare_base": self.bare_base}
             known[FIELD] = place_now(self.config.base.model)
             self.record.event("run", **known, seed=self.config.seed, facts=facts, **began)
@@ -256,15 +256,15 @@ class RunState:
                 broken = error
         raise broken
 
-    def _begin_with(self, origin: Origin) -> None:
+    def _begin_with(self, origin: PatchFile) -> None:
         """Takes up the patch of a restored run: the first phase starts from it, and is held to it as to a commit."""
         check_origin(origin, self.identity)
         self.watch.measure()  # the base: the patch is still the identity
         load_tensors(self.patch, origin.tensors)
         self.teacher.follow(self.patch)
-        self.record.parent, self.begins_with = origin.sha256, origin.name
+        self.record.parent, self.begins_with = origin.sha256, origin.path.name
         if self.peers.rank == 0:
-            log.info("beginning with %s, restored from another run", origin.name)
+            log.info("beginning with %s, restored from another run", origin.path.name)
 
     def _go_on(self, standing: Standing) -> None:
         snapshot = standing.snapshot

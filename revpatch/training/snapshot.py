@@ -1,11 +1,11 @@
 """What a run that was killed needs to go on as though it had not been: one file, written atomically, beside the step.
 
-    RUN/snapshot/step000000000300.pt        at step 300 of the run, in the middle of a phase
-    RUN/snapshot/step000000000300_end.pt    the same, after the phase that ends there was committed
-    RUN/snapshot/step000000000300_start.pt  the same, in the phase after that, before its first step
+    RUN/snapshot/step000000000300.safetensors        at step 300 of the run, in the middle of a phase
+    RUN/snapshot/step000000000300_end.safetensors    the same, after the phase that ends there was committed
+    RUN/snapshot/step000000000300_start.safetensors  the same, in the phase after that, before its first step
 
 A snapshot knows no world size and no ZeRO stage: the patch and Adam's moments are by parameter name, the place in the
-data is the step. It is packed as an entry of the ledger is (tensors and plain values, hashed, read without unpickling),
+data is the step. It is packed as an entry of the ledger is (tensors and plain values, hashed),
 and names the journal's head, so that it can't be taken for one of another history.
 """
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from revpatch.config import ConfigError
 from revpatch.durable import write_atomically
-from revpatch.ledger.entry import EntryError, read_entry, serialise
+from revpatch.ledger.patch_file import EntryError, read_entry, serialise
 from revpatch.stream.quarantine import Broken
 from revpatch.training.engine_state import MOMENTS, EngineState
 from revpatch.training.guard import Comparison
@@ -89,7 +89,7 @@ class Snapshot:
     def name(self) -> str:
         """Its file's name; they sort by age."""
         place = "_end" if self.phase is None else "" if self.phase.step else "_start"
-        return f"step{self.step:012d}{place}.pt"
+        return f"step{self.step:012d}{place}.safetensors"
 
     def pack(self) -> bytes:
         """The bytes of its file."""
@@ -239,7 +239,7 @@ def set_random_state(state: dict[str, Tensor]) -> None:
 
 def snapshots_in(directory: Path) -> list[Path]:
     """The files of the snapshots in a folder, the newest first."""
-    return sorted(directory.glob("step*.pt"), reverse=True)
+    return sorted(directory.glob("step*.safetensors"), reverse=True)
 
 
 def newest_snapshot(directory: Path, anew: str = ANEW) -> Snapshot | None:

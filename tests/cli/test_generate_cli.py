@@ -17,7 +17,7 @@ from toy import POSITIONS, Toy
 from trained_run import PROMPT, Run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from revpatch.ledger.entry import read_entry, serialise
+from revpatch.ledger.patch_file import read_entry, serialise
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def text(run: Run, revpatch: Call) -> Callable[..., str]:
         result = revpatch(
             "generate",
             "--patch",
-            run.entry("001_second_commit.pt"),
+            run.entry("001_second_commit.safetensors"),
             "--prompt",
             PROMPT,
             "--max-new-tokens",
@@ -77,7 +77,7 @@ def test_the_seed_decides_what_is_drawn(text: Callable[..., str]) -> None:
 def test_the_other_name_of_the_option_and_safetensors_give_the_same(
     run: Run, text: Callable[..., str], revpatch: Call, tmp_path: Path
 ) -> None:
-    entry = run.entry("001_second_commit.pt")
+    entry = run.entry("001_second_commit.safetensors")
     exported = tmp_path / "patch.safetensors"
     exported.write_bytes(serialise(*read_entry(entry), suffix=".safetensors"))
     for path in (entry, exported):
@@ -87,7 +87,9 @@ def test_the_other_name_of_the_option_and_safetensors_give_the_same(
 
 def test_generating_in_a_process_of_its_own_prints_the_text_alone(run: Run, text: Callable[..., str]) -> None:
     result = in_a_process(
-        *("generate", "--patch", str(run.entry("001_second_commit.pt")), "--prompt", PROMPT), "--max-new-tokens", "16"
+        *("generate", "--patch", str(run.entry("001_second_commit.safetensors")), "--prompt", PROMPT),
+        "--max-new-tokens",
+        "16",
     )
     assert result == Result(0, text(), "")
 
@@ -95,7 +97,15 @@ def test_generating_in_a_process_of_its_own_prints_the_text_alone(run: Run, text
 def test_text_is_printed_to_the_letter(run: Run, revpatch: Call) -> None:
     prompt = ":bug: [bold]x[/bold]\ta\\b"
     result = revpatch(
-        *("generate", "--patch", run.entry("001_second_commit.pt"), "--prompt", prompt, "--max-new-tokens", "1"),
+        *(
+            "generate",
+            "--patch",
+            run.entry("001_second_commit.safetensors"),
+            "--prompt",
+            prompt,
+            "--max-new-tokens",
+            "1",
+        ),
         "--greedy",
     )
     assert result.code == 0
@@ -106,7 +116,7 @@ def test_no_more_is_written_than_the_model_has_room_for(run: Run, toy: Toy, revp
     prompt = " ".join(["the"] * (POSITIONS - 2))
     tokens = len(toy.tokenizer(prompt).input_ids)
     assert tokens == POSITIONS - 2
-    command = ["generate", "--patch", run.entry("001_second_commit.pt"), "--prompt", prompt, "--greedy"]
+    command = ["generate", "--patch", run.entry("001_second_commit.safetensors"), "--prompt", prompt, "--greedy"]
     result = revpatch(*command)
     assert (result.code, result.err) == (0, ""), result
     assert len(result.out) > len(prompt)

@@ -12,11 +12,11 @@ from command import Call, one_line
 from toy import POSITIONS, Toy, save_base
 from trained_run import PROMPT, Run, copy_of
 
-from revpatch.ledger.entry import read_entry, serialise, write_entry
+from revpatch.ledger.patch_file import read_entry, serialise, write_entry
 
 
 def test_mistakes_in_generating_are_told_in_words(run: Run, toy: Toy, tmp_path: Path, revpatch: Call) -> None:
-    entry = run.entry("001_second_commit.pt")
+    entry = run.entry("001_second_commit.safetensors")
 
     def refused(*words: object, patch: Path = entry, prompt: str = PROMPT, more: tuple[str | Path, ...] = ()) -> None:
         one_line(revpatch("generate", "--patch", patch, "--prompt", prompt, *more), *words)
@@ -47,37 +47,34 @@ def test_mistakes_in_generating_are_told_in_words(run: Run, toy: Toy, tmp_path: 
         refused(f"--prompt-file {blank}: ", told, more=("--prompt-file", blank))
     refused("--prompt-file", tmp_path, "Is a directory", "name a file", more=("--prompt-file", tmp_path))
     refused("--prompt-file", tmp_path / "nowhere.txt", "spelling", more=("--prompt-file", tmp_path / "nowhere.txt"))
-    refused(tmp_path / "none.pt", "no such file", patch=tmp_path / "none.pt")
+    refused(tmp_path / "none.safetensors", "no such file", patch=tmp_path / "none.safetensors")
     refused(tmp_path, "a folder without ledger", patch=tmp_path)
     other = save_base(tmp_path / "other", toy.tokenizer, seed=1)
     refused(entry, "sha256", other, "--base", more=("--base", other))
     refused(tmp_path / "gone", "--base", more=("--base", tmp_path / "gone"))
-    cut = tmp_path / "cut.pt"
+    cut = tmp_path / "cut.safetensors"
     cut.write_bytes(entry.read_bytes()[:-1000])
     refused(cut, "truncated or damaged", patch=cut)
-    script = tmp_path / "script.pt"
-    torch.jit.script(torch.nn.Linear(2, 2)).save(str(script))
-    refused(script, "a TorchScript archive", "Nothing in it was run", patch=script)
     tensors, metadata = read_entry(entry)
     for number, (key, value) in enumerate((("dtype", "nonsense"), ("dtype", 16), ("sha256", 7), ("model", ["x"]))):
-        wrong = tmp_path / f"wrong{number}.pt"
+        wrong = tmp_path / f"wrong{number}.safetensors"
         write_entry(wrong, tensors, {**metadata, "base": {**metadata["base"], key: value}})
         refused(wrong, f"base.{key}", repr(value), patch=wrong)
     torn = Path(shutil.copytree(toy.base, tmp_path / "torn"))
     (torn / "model.safetensors").write_bytes((toy.base / "model.safetensors").read_bytes()[:-1000])
     refused(torn / "model.safetensors", "truncated", more=("--base", torn))
-    empty = tmp_path / "empty.pt"
+    empty = tmp_path / "empty.safetensors"
     empty.touch()
-    refused(empty, "not a revpatch entry", patch=empty)
-    foreign = tmp_path / "foreign.pt"
+    refused(empty, "truncated or damaged", patch=empty)
+    foreign = tmp_path / "foreign.safetensors"
     torch.save({"a": torch.ones(2)}, foreign)
-    refused(foreign, "not a revpatch entry", patch=foreign)
+    refused(foreign, "truncated or damaged", patch=foreign)
     config = run.directory / "config.yaml"
     refused(config, patch=config)
 
 
 def test_an_entry_that_was_changed_in_its_ledger_is_refused(run: Run, revpatch: Call, tmp_path: Path) -> None:
-    entry = copy_of(run, tmp_path) / "ledger/001_second_commit.pt"
+    entry = copy_of(run, tmp_path) / "ledger/001_second_commit.safetensors"
     tensors, metadata = read_entry(entry)
     name = next(iter(tensors))
     entry.write_bytes(serialise({**tensors, name: tensors[name] + 1}, metadata))
@@ -85,9 +82,9 @@ def test_an_entry_that_was_changed_in_its_ledger_is_refused(run: Run, revpatch: 
     alone = tmp_path / entry.name
     alone.write_bytes(entry.read_bytes())
     assert revpatch("generate", "--patch", alone, "--prompt", "x", "--greedy").code == 0, "it is sound by itself"
-    stray = entry.with_name("stray.pt")
+    stray = entry.with_name("stray.safetensors")
     stray.write_bytes(entry.read_bytes())
-    one_line(revpatch("generate", "--patch", stray, "--prompt", "x"), "stray.pt", "is not in")
+    one_line(revpatch("generate", "--patch", stray, "--prompt", "x"), "stray.safetensors", "is not in")
 
 
 class Bomb:
@@ -102,11 +99,11 @@ class Bomb:
 
 def test_code_in_a_patch_file_is_refused_and_not_run(revpatch: Call, tmp_path: Path) -> None:
     mark = tmp_path / "it ran"
-    bare, packed = tmp_path / "bare.pt", tmp_path / "packed.pt"
+    bare, packed = tmp_path / "bare.safetensors", tmp_path / "packed.safetensors"
     bare.write_bytes(pickle.dumps(Bomb(mark)))
     torch.save({"header": "{}", "tensors": Bomb(mark)}, packed)
     for path in (bare, packed):
-        one_line(revpatch("generate", "--patch", path, "--prompt", "x"), path, "executed" if path == packed else "run")
+        one_line(revpatch("generate", "--patch", path, "--prompt", "x"), path, "truncated or damaged")
         assert not mark.exists()
     pickle.loads(bare.read_bytes())  # noqa: S301  (the bomb works)
     assert mark.exists()

@@ -33,13 +33,13 @@ def test_verify_is_content_with_a_whole_ledger_and_not_with_a_flipped_bit(
     assert (result.code, result.err) == (0, "")
     assert "the chain holds" in result.out
     copied = copy_of(run, tmp_path)
-    entry = copied / "ledger/000_first_commit.pt"
+    entry = copied / "ledger/000_first_commit.safetensors"
     data = bytearray(entry.read_bytes())
     data[len(data) // 2] ^= 1
     entry.write_bytes(data)
     result = revpatch("ledger", "verify", copied)
     assert result.code == 1
-    assert "000_first_commit.pt" in result.out
+    assert "000_first_commit.safetensors" in result.out
     assert "sha256" in result.out
 
 
@@ -55,15 +55,15 @@ def test_the_base_of_a_trained_run_is_that_of_its_start_and_its_end(run: Run, re
 def test_training_on_does_not_set_a_made_patch_aside(run: Run, revpatch: Call, tmp_path: Path) -> None:
     copied = copy_of(run, tmp_path)
     (tmp_path / "alone").mkdir()
-    shutil.copy(run.entry("000_first_commit.pt"), tmp_path / "alone/patch.pt")
-    assert revpatch("ledger", "import", tmp_path / "alone/patch.pt", copied).code == 0
+    shutil.copy(run.entry("000_first_commit.safetensors"), tmp_path / "alone/patch.safetensors")
+    assert revpatch("ledger", "import", tmp_path / "alone/patch.safetensors", copied).code == 0
     before = Journal(copied / "ledger/journal.jsonl", readonly=True).head
     loaded = load_config(run.config, [*run.overrides, f"output_dir={copied}"])
     standing = stand(loaded, fresh=False, overwrite=False)  # nothing is left to train: nothing is set aside
     standing.lock.close()
     third = loaded.phases[0].model_copy(update={"name": "third"})
     with pytest.raises(
-        ConfigError, match=r"would set aside 002_first_commit\.pt.*ledger restore \S.*@002_first_commit"
+        ConfigError, match=r"would set aside 002_first_commit\.safetensors.*ledger restore \S.*@002_first_commit"
     ):
         stand(loaded.model_copy(update={"phases": [*loaded.phases, third]}), fresh=False, overwrite=False)
     assert Journal(copied / "ledger/journal.jsonl", readonly=True).head == before

@@ -15,7 +15,7 @@ from trained_run import Run
 
 from revpatch.cli import main
 from revpatch.config_file import load_config
-from revpatch.ledger.entry import read_entry
+from revpatch.ledger.patch_file import read_entry
 from revpatch.monitoring.terminal import log_to
 from revpatch.training import startup
 
@@ -49,9 +49,12 @@ def test_the_log_file_has_what_the_terminal_showed(run: Run) -> None:
 
 
 def test_commits_learned_their_corpora(run: Run) -> None:
-    losses = {name: read_entry(run.entry(name))[1]["probes"] for name in ("000_first_start.pt", "001_second_commit.pt")}
-    assert losses["001_second_commit.pt"]["first"] < losses["000_first_start.pt"]["first"] - 0.1
-    assert losses["001_second_commit.pt"]["second"] < losses["000_first_start.pt"]["second"] - 0.1
+    losses = {
+        name: read_entry(run.entry(name))[1]["probes"]
+        for name in ("000_first_start.safetensors", "001_second_commit.safetensors")
+    }
+    assert losses["001_second_commit.safetensors"]["first"] < losses["000_first_start.safetensors"]["first"] - 0.1
+    assert losses["001_second_commit.safetensors"]["second"] < losses["000_first_start.safetensors"]["second"] - 0.1
 
 
 def test_a_folder_that_holds_something_is_refused_and_left_as_it_is(toy: Toy, tmp_path: Path) -> None:

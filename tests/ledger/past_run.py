@@ -22,10 +22,10 @@ def a_patch(value: float = 1.0) -> dict[str, torch.Tensor]:
 
 
 @cache
-def files_of_a_run(suffix: str) -> dict[str, bytes]:
+def files_of_a_run() -> dict[str, bytes]:
     """Two phases; the first has four good entries and a rollback. Made once: every event waits for the disk."""
     with tempfile.TemporaryDirectory() as directory:
-        ledger = Ledger(Path(directory), suffix=suffix)
+        ledger = Ledger(Path(directory))
         ledger.journal.append("run", config="c0ffee", world=2)
         ledger.record("start", 0, "wikitext", 0, a_patch(0), {"phase": "wikitext"})
         for step in (100, 200, 300, 400):
@@ -35,7 +35,7 @@ def files_of_a_run(suffix: str) -> dict[str, bytes]:
             "rollback",
             phase="wikitext",
             step=500,
-            to_file=f"000_wikitext_good_step000000400{suffix}",
+            to_file="000_wikitext_good_step000000400.safetensors",
             reason="base rose by 0.1 nats",
             window=[400, 500],
             new_lr_factor=0.5,
@@ -46,12 +46,12 @@ def files_of_a_run(suffix: str) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in Path(directory).iterdir()}
 
 
-def a_run(tmp_path: Path, suffix: str = ".pt") -> tuple[Path, Ledger]:
+def a_run(tmp_path: Path) -> tuple[Path, Ledger]:
     run = tmp_path / "runs" / "demo"
     (run / "ledger").mkdir(parents=True)
-    for name, data in files_of_a_run(suffix).items():
+    for name, data in files_of_a_run().items():
         (run / "ledger" / name).write_bytes(data)
-    return run, Ledger(run / "ledger", suffix=suffix)
+    return run, Ledger(run / "ledger")
 
 
 # Patches of a base: what is looked at, compared and restored.
@@ -81,5 +81,7 @@ def a_trained_run(run: Path) -> Ledger:
         if step == 20:
             ledger.record("rollback", 0, "wiki", 25, tensors(25), metadata("rollback", 25, parent=parent))
             fields = {"reason": "base rose", "window": [21, 25], "new_lr_factor": 0.5}
-            ledger.journal.append("rollback", phase="wiki", step=25, to_file="000_wiki_good_step000000020.pt", **fields)
+            ledger.journal.append(
+                "rollback", phase="wiki", step=25, to_file="000_wiki_good_step000000020.safetensors", **fields
+            )
     return ledger

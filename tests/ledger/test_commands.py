@@ -19,9 +19,9 @@ from past_run import BASE, SIDECAR, a_trained_run, metadata, tensors
 
 from revpatch.config import SidecarConfig
 from revpatch.durable import sha256_of
-from revpatch.ledger.entry import write_entry
 from revpatch.ledger.history import Ledger
 from revpatch.ledger.journal import Journal
+from revpatch.ledger.patch_file import write_entry
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def run(past: Path, tmp_path: Path) -> Path:
 def test_the_history_as_text_and_as_json(run: Path, ledger: Call) -> None:
     text = ledger("log", run)
     assert (text.code, text.err) == (0, "")
-    for words in ("wiki step 25  rollback", "base rose; back to 000_wiki_good_step000000020.pt", "base 3.050"):
+    for words in ("wiki step 25  rollback", "base rose; back to 000_wiki_good_step000000020.safetensors", "base 3.050"):
         assert words in text.out
     told = ledger("log", run, "--json").json()
     records = Ledger(run / "ledger", readonly=True).journal
@@ -66,7 +66,7 @@ def test_verify_as_text_and_as_json(run: Path, ledger: Call) -> None:
 
 
 def test_show_and_diff_as_text_and_as_json(run: Path, ledger: Call) -> None:
-    assert "000_wiki_commit.pt in " in ledger("show", run).out
+    assert "000_wiki_commit.safetensors in " in ledger("show", run).out
     shown = ledger("show", f"{run}@good~1", "--json").json()
     assert shown["recorded"]["step"] == 40 and len(shown["layers"]) == 2
     assert "cosine" in ledger("diff", f"{run}@start", run).out
@@ -77,22 +77,25 @@ def test_show_and_diff_as_text_and_as_json(run: Path, ledger: Call) -> None:
 def test_a_patch_with_nan_is_still_json(tmp_path: Path, ledger: Call) -> None:
     broken = tensors(1)
     broken["00.coupling.f.up.bias"][0] = float("nan")
-    write_entry(tmp_path / "a.pt", broken, metadata("rollback", 5))
-    assert ledger("show", tmp_path / "a.pt", "--json").json()["layers"][0]["norm"] == "NaN"
-    assert ledger("diff", tmp_path / "a.pt", tmp_path / "a.pt", "--json").json()["layers"][0]["distance"] == "NaN"
-    assert "nan" in ledger("show", tmp_path / "a.pt").out
+    write_entry(tmp_path / "a.safetensors", broken, metadata("rollback", 5))
+    assert ledger("show", tmp_path / "a.safetensors", "--json").json()["layers"][0]["norm"] == "NaN"
+    assert (
+        ledger("diff", tmp_path / "a.safetensors", tmp_path / "a.safetensors", "--json").json()["layers"][0]["distance"]
+        == "NaN"
+    )
+    assert "nan" in ledger("show", tmp_path / "a.safetensors").out
 
 
 def test_restore_and_prune_as_text_and_as_json(run: Path, tmp_path: Path, ledger: Call) -> None:
     text = ledger("restore", run, "--as-new-run", tmp_path / "new")
     assert text.code == 0 and f"--set output_dir={tmp_path / 'new'}" in text.out
     told = ledger("restore", f"{run}@good~4", "--as-new-run", tmp_path / "other", "--json").json()
-    assert told["name"] == "000_wiki_origin.pt" and told["source"]["step"] == 10
+    assert told["name"] == "000_wiki_origin.safetensors" and told["source"]["step"] == 10
     dry = ledger("prune", run, "--keep", "3", "--dry-run")
-    assert "would remove 000_wiki_good_step000000010.pt" in dry.out
-    assert "kept 000_wiki_good_step000000020.pt: the rollback of journal line 5" in dry.out
+    assert "would remove 000_wiki_good_step000000010.safetensors" in dry.out
+    assert "kept 000_wiki_good_step000000020.safetensors: the rollback of journal line 5" in dry.out
     told = ledger("prune", run, "--keep", "3", "--json").json()
-    assert told["entries"] == ["000_wiki_good_step000000010.pt"] and told["bytes"] > 0
+    assert told["entries"] == ["000_wiki_good_step000000010.safetensors"] and told["bytes"] > 0
     assert "0 entries and 0 files" in ledger("prune", run, "--keep", "3").out
     assert ledger("verify", run).code == 0
 
@@ -164,23 +167,30 @@ def test_lines_missing_at_the_end(run: Path, ledger: Call) -> None:
     journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:-1]))
     verdict = ledger("verify", run, "--head", head)
     assert verdict.code == 1
-    assert "000_wiki_commit.pt: is in no journal line" in verdict.out and head in verdict.out
-    result = ledger("show", run / "ledger/000_wiki_commit.pt")
-    assert result.code == 2 and "'000_wiki_commit.pt' is not in" in result.err
+    assert "000_wiki_commit.safetensors: is in no journal line" in verdict.out and head in verdict.out
+    result = ledger("show", run / "ledger/000_wiki_commit.safetensors")
+    assert result.code == 2 and "'000_wiki_commit.safetensors' is not in" in result.err
 
 
 @pytest.mark.parametrize("how", ["a bit flipped", "cut", "another patch in its place"])
 def test_a_file_that_was_tampered_with(run: Path, ledger: Call, how: str) -> None:
-    file = run / "ledger/000_wiki_commit.pt"
+    file = run / "ledger/000_wiki_commit.safetensors"
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     if how == "another patch in its place":
-        data = bytearray((run / "ledger/000_wiki_start.pt").read_bytes())
+        data = bytearray((run / "ledger/000_wiki_start.safetensors").read_bytes())
     file.write_bytes(data[:-7] if how == "cut" else data)
     for command in ("show", "diff", "restore"):
-        refused(ledger, run, command, "000_wiki_commit.pt", "is not the file that was recorded", "has not been opened")
+        refused(
+            ledger,
+            run,
+            command,
+            "000_wiki_commit.safetensors",
+            "is not the file that was recorded",
+            "has not been opened",
+        )
     verdict = ledger("verify", run)
-    assert verdict.code == 1 and verdict.out.count("000_wiki_commit.pt") == 1
+    assert verdict.code == 1 and verdict.out.count("000_wiki_commit.safetensors") == 1
 
 
 class Evil:
@@ -198,7 +208,7 @@ class Evil:
 def test_a_pickle_with_code_in_it(tmp_path: Path, ledger: Call, vouched: bool, bare: bool) -> None:
     run, trace = tmp_path / "run", tmp_path / "trace"
     a_trained_run(run)
-    file = run / "ledger/000_wiki_commit.pt"
+    file = run / "ledger/000_wiki_commit.safetensors"
     evil = {"header": Evil(trace), "tensors": {"w": Evil(trace)}}
     if bare:
         file.write_bytes(pickle.dumps(evil))
@@ -209,18 +219,18 @@ def test_a_pickle_with_code_in_it(tmp_path: Path, ledger: Call, vouched: bool, b
         told = {"kind": "commit", "phase": "wiki", "phase_index": 0, "step": 50, "file": file.name}
         journal.append("entry", **told, sha256=sha256_of(file.read_bytes()), bytes=file.stat().st_size)
     for command in ("show", "diff", "restore"):
-        refused(ledger, run, command, *(["Nothing"] if vouched else ["has not been opened"]))
-    alone = tmp_path / "alone.pt"
+        refused(ledger, run, command, *(["truncated or damaged"] if vouched else ["has not been opened"]))
+    alone = tmp_path / "alone.safetensors"
     shutil.copy(file, alone)
     result = ledger("show", alone)
-    assert result.code == 2 and "Nothing" in result.err
+    assert result.code == 2 and "truncated or damaged" in result.err
     ledger("log", run), ledger("verify", run), ledger("prune", run, "--keep", "1")
     assert not trace.exists()
 
 
-@pytest.mark.parametrize("name", ["../../secret.pt", "/etc/passwd", "a/../b.pt"])
+@pytest.mark.parametrize("name", ["../../secret.safetensors", "/etc/passwd", "a/../b.safetensors"])
 def test_a_name_that_leads_out_of_the_ledger(run: Path, ledger: Call, name: str) -> None:
-    (run.parent / "secret.pt").write_bytes(b"mine")
+    (run.parent / "secret.safetensors").write_bytes(b"mine")
     for reference in (f"{run}@{name}", f"{run}@{Path(name).with_suffix('')}"):
         result = ledger("show", reference)
         assert result.code == 2 and "without '/' and '..'" in result.err
@@ -233,10 +243,10 @@ def test_a_name_that_leads_out_of_the_ledger(run: Path, ledger: Call, name: str)
 
 
 def test_names_that_lead_out_are_not_removed(run: Path, ledger: Call) -> None:
-    secret = run.parent / "secret.pt"
+    secret = run.parent / "secret.safetensors"
     secret.write_bytes(b"mine")
     journal = Journal(run / "ledger/journal.jsonl")
-    names = ["../../secret.pt", str(secret)]
+    names = ["../../secret.safetensors", str(secret)]
     journal.append("resume", undoes_from=9, superseded=names)
     journal.append("pruned", files=names, leftovers=names, bytes=0)
     assert ledger("prune", run, "--keep", "1").code == 0
@@ -254,8 +264,8 @@ STRANGERS = {
 def test_a_patch_that_does_not_belong(run: Path, tmp_path: Path, ledger: Call, what: str) -> None:
     changes, sidecar, message = STRANGERS[what]
     told = metadata("commit", 5, sidecar=sidecar.model_dump(mode="json"), **changes)
-    write_entry(tmp_path / "other.pt", tensors(1, sidecar), told)
-    result = ledger("diff", run, tmp_path / "other.pt")
+    write_entry(tmp_path / "other.safetensors", tensors(1, sidecar), told)
+    result = ledger("diff", run, tmp_path / "other.safetensors")
     assert result.code == 2 and message in result.err and result.err.count("\n") == 1
 
 

@@ -14,10 +14,10 @@ from rich.console import Console
 
 from revpatch.durable import sha256_of
 from revpatch.ledger.audit import verify
-from revpatch.ledger.entry import EntryError, read_entry, write_entry
 from revpatch.ledger.history import Ledger, effective
 from revpatch.ledger.journal import Journal, JournalError
 from revpatch.ledger.log import log_rows
+from revpatch.ledger.patch_file import EntryError, read_entry, write_entry
 from revpatch.ledger.show import print_log
 
 
@@ -37,16 +37,15 @@ def interrupted(code: str, directory) -> None:
     assert process.returncode == -signal.SIGKILL, process.stderr
 
 
-@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_what_is_recorded_is_found_and_loaded(tmp_path, suffix):
-    run, ledger = a_run(tmp_path, suffix=suffix)
+def test_what_is_recorded_is_found_and_loaded(tmp_path):
+    run, ledger = a_run(tmp_path)
     for opened in (ledger, Ledger(run / "ledger"), Ledger(run / "ledger", readonly=True)):
-        assert opened.newest().name == f"001_imdb_good_step000000100{suffix}"
-        assert opened.newest("commit").name == f"000_wikitext_commit{suffix}"
+        assert opened.newest().name == "001_imdb_good_step000000100.safetensors"
+        assert opened.newest("commit").name == "000_wikitext_commit.safetensors"
         good = opened.entries()[2]
         assert (good.kind, good.phase, good.phase_index, good.step) == ("good", "wikitext", 0, 200)
         assert good.fields == {"sets": SETS}
-        tensors, metadata = opened.load(good.name)
+        tensors, metadata = (patch := opened.read(good.name)).tensors, patch.metadata
         assert tensors["layer_00.gate.weight"].tolist() == [200.0] * 4
         assert metadata == {"step": 200}
         assert good.sha256 == sha256_of((run / "ledger" / good.name).read_bytes())
@@ -56,7 +55,7 @@ def test_what_is_recorded_is_found_and_loaded(tmp_path, suffix):
 def test_the_path_and_sha256_that_are_returned_open_the_entry(tmp_path):
     _, ledger = a_run(tmp_path)
     path, sha256 = ledger.record("commit", 1, "imdb", 200, a_patch(3), {"a": 1})
-    assert path == ledger.directory / "001_imdb_commit.pt"
+    assert path == ledger.directory / "001_imdb_commit.safetensors"
     assert read_entry(path, sha256)[1] == {"a": 1}
 
 
@@ -73,7 +72,7 @@ def test_recording_the_same_again_is_fine_and_other_content_is_refused(tmp_path)
     assert names(ledger) == before
     with pytest.raises(EntryError, match="other content"):
         ledger.record("good", 1, "imdb", 100, a_patch(701), {"step": 100})
-    assert ledger.load(before[-1])[0]["layer_00.gate.weight"][0] == 700
+    assert ledger.read(before[-1]).tensors["layer_00.gate.weight"][0] == 700
     assert verify(run).ok
 
 
@@ -87,28 +86,35 @@ def test_a_phase_name_cannot_leave_the_ledger(tmp_path, phase):
     assert verify(run).ok
 
 
-@pytest.mark.parametrize("name", ["../journal.jsonl", "/etc/passwd", "000_nothing_start.pt", ""])
+@pytest.mark.parametrize("name", ["../journal.jsonl", "/etc/passwd", "000_nothing_start.safetensors", ""])
 def test_only_what_is_in_the_journal_is_loaded(tmp_path, name):
     _, ledger = a_run(tmp_path)
-    with pytest.raises(EntryError, match=r"is not in .*Entries there: 000_wikitext_start\.pt"):
-        ledger.load(name)
+    with pytest.raises(EntryError, match=r"is not in .*Entries there: 000_wikitext_start\.safetensors"):
+        ledger.read(name)
 
 
 def test_a_file_that_was_replaced_is_not_loaded(tmp_path):
     _, ledger = a_run(tmp_path)
-    path = ledger.directory / "000_wikitext_commit.pt"
+    path = ledger.directory / "000_wikitext_commit.safetensors"
     path.unlink()
     write_entry(path, a_patch(666), {"phase": "wikitext"})
     with pytest.raises(EntryError, match="is not the file that was recorded"):
-        ledger.load(path.name)
+        ledger.read(path.name)
 
 
 def test_a_journal_line_that_points_elsewhere_is_refused(tmp_path):
     run = tmp_path / "run"
     Journal(run / "ledger" / "journal.jsonl").append(
-        "entry", kind="commit", phase="a", phase_index=0, step=0, file="../../secret.pt", sha256="0" * 64, bytes=1
+        "entry",
+        kind="commit",
+        phase="a",
+        phase_index=0,
+        step=0,
+        file="../../secret.safetensors",
+        sha256="0" * 64,
+        bytes=1,
     )
-    with pytest.raises(JournalError, match=r"line 1 .*'\.\./\.\./secret\.pt' can't be used"):
+    with pytest.raises(JournalError, match=r"line 1 .*'\.\./\.\./secret\.safetensors' can't be used"):
         Ledger(run / "ledger")
     (problem,) = verify(run).problems
     assert "can't be used" in problem.what
@@ -118,13 +124,13 @@ def test_pruning_keeps_the_newest_good_entries_of_each_phase(tmp_path):
     run, ledger = a_run(tmp_path)
     others = [entry.name for entry in ledger.entries() if entry.kind != "good"]
     removed = ledger.prune_good(2)
-    assert removed == ["000_wikitext_good_step000000100.pt", "000_wikitext_good_step000000200.pt"]
+    assert removed == ["000_wikitext_good_step000000100.safetensors", "000_wikitext_good_step000000200.safetensors"]
     assert [name for name in names(ledger) if "good" in name] == [
-        "000_wikitext_good_step000000300.pt",
-        "000_wikitext_good_step000000400.pt",
-        "001_imdb_good_step000000100.pt",
+        "000_wikitext_good_step000000300.safetensors",
+        "000_wikitext_good_step000000400.safetensors",
+        "001_imdb_good_step000000100.safetensors",
     ]
-    assert sorted(path.name for path in ledger.directory.glob("*.pt")) == sorted(names(ledger))
+    assert sorted(path.name for path in ledger.directory.glob("*.safetensors")) == sorted(names(ledger))
     assert set(others) < set(names(ledger))
     assert ledger.prune_good(2) == []
     event = ledger.journal.records()[-1]
@@ -132,7 +138,7 @@ def test_pruning_keeps_the_newest_good_entries_of_each_phase(tmp_path):
     assert names(Ledger(run / "ledger")) == names(ledger)
     assert verify(run).ok
     with pytest.raises(EntryError, match="was pruned"):
-        ledger.load(removed[0])
+        ledger.read(removed[0])
 
 
 @pytest.mark.parametrize("keep", [0, -1])
@@ -145,7 +151,7 @@ def test_the_last_good_entry_is_never_pruned(tmp_path, keep):
 def test_killed_between_entry_and_journal_line(tmp_path):
     run, ledger = a_run(tmp_path)
     interrupted("ledger.journal.append = die\nledger.record('commit', 1, 'imdb', 200, patch, {})", ledger.directory)
-    orphan = ledger.directory / "001_imdb_commit.pt"
+    orphan = ledger.directory / "001_imdb_commit.safetensors"
     content = orphan.read_bytes()
     (problem,) = verify(run).problems
     assert (problem.where, "orphan" in problem.what) == (orphan.name, True)
@@ -165,10 +171,10 @@ def test_killed_between_entry_and_journal_line(tmp_path):
 def test_an_orphan_is_not_written_over_an_earlier_one(tmp_path):
     run, ledger = a_run(tmp_path)
     for value in (1, 2, 3):
-        write_entry(ledger.directory / "001_imdb_commit.pt", a_patch(value), {})
+        write_entry(ledger.directory / "001_imdb_commit.safetensors", a_patch(value), {})
         Ledger(run / "ledger").set_aside_orphans()
-    kept = sorted(ledger.directory.glob("001_imdb_commit.pt.orphan*"))
-    assert [path.name for path in kept] == [f"001_imdb_commit.pt.orphan{end}" for end in ("", "-2", "-3")]
+    kept = sorted(ledger.directory.glob("001_imdb_commit.safetensors.orphan*"))
+    assert [path.name for path in kept] == [f"001_imdb_commit.safetensors.orphan{end}" for end in ("", "-2", "-3")]
     assert len({path.read_bytes() for path in kept}) == 3
 
 
@@ -185,7 +191,7 @@ def test_killed_before_an_entry_has_its_name(tmp_path):
 def test_killed_in_the_middle_of_pruning(tmp_path):
     run, ledger = a_run(tmp_path)
     interrupted("Path.unlink = die\nledger.prune_good(1)", ledger.directory)
-    surplus = {f"000_wikitext_good_step000000{step}.pt" for step in (100, 200, 300)}
+    surplus = {f"000_wikitext_good_step000000{step}.safetensors" for step in (100, 200, 300)}
     assert {problem.where for problem in verify(run).problems} == surplus
     started_again = Ledger(run / "ledger")
     assert started_again.set_aside_orphans() == []
@@ -199,14 +205,14 @@ def test_a_disk_that_is_full(tmp_path):
     ledger.record("start", 0, "a", 0, a_patch(), {})
     with full_disk(64_000), pytest.raises(OSError, match="File too large"):
         ledger.record("commit", 0, "a", 9, {"w": torch.zeros(50_000)}, {})
-    assert [path.name for path in sorted(directory.iterdir())] == ["000_a_start.pt", "journal.jsonl"]
+    assert [path.name for path in sorted(directory.iterdir())] == ["000_a_start.safetensors", "journal.jsonl"]
     ledger.record("commit", 0, "a", 9, a_patch(2), {})
     assert verify(tmp_path / "run").ok
 
 
 def test_reading_functions_change_nothing(tmp_path):
     run, ledger = a_run(tmp_path)
-    write_entry(ledger.directory / "002_new_start.pt", a_patch(), {})
+    write_entry(ledger.directory / "002_new_start.safetensors", a_patch(), {})
     with ledger.journal.path.open("ab") as file:
         file.write(b"{")
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
@@ -229,18 +235,18 @@ def test_going_back_sets_aside_what_came_after_and_it_may_be_written_anew(tmp_pa
     again = Ledger(folder)
     assert again.journal.head_after(noted[0]) == noted[1]
     assert again.journal.head_after(99) is None
-    superseded = again.resume(noted[0], snapshot="step5.pt")
-    assert superseded == ["000_a_good_step000000005.pt", "000_a_commit.pt"]
-    assert [entry.name for entry in again.entries()] == ["000_a_start.pt"]
+    superseded = again.resume(noted[0], snapshot="step5.safetensors")
+    assert superseded == ["000_a_good_step000000005.safetensors", "000_a_commit.safetensors"]
+    assert [entry.name for entry in again.entries()] == ["000_a_start.safetensors"]
     assert sorted(path.name for path in folder.glob("*.superseded")) == sorted(f"{n}.superseded" for n in superseded)
     assert verify(tmp_path).ok
     again.record("good", 0, "a", 5, a_patch(3), {})  # other content, as on another number of ranks
-    assert again.resume(noted[0]) == ["000_a_good_step000000005.pt"], "and once more"
-    assert (folder / "000_a_good_step000000005.pt.superseded-2").exists()
+    assert again.resume(noted[0]) == ["000_a_good_step000000005.safetensors"], "and once more"
+    assert (folder / "000_a_good_step000000005.safetensors.superseded-2").exists()
 
     events = [event["event"] for event in effective(again.journal.records())]
     assert events == ["entry", "resume"], "what was undone does not count"
-    assert [entry.name for entry in Ledger(folder, readonly=True).entries()] == ["000_a_start.pt"]
+    assert [entry.name for entry in Ledger(folder, readonly=True).entries()] == ["000_a_start.safetensors"]
 
 
 def test_a_crash_while_going_back_loses_nothing(tmp_path: Path) -> None:
@@ -249,8 +255,8 @@ def test_a_crash_while_going_back_loses_nothing(tmp_path: Path) -> None:
     ledger = Ledger(folder)
     ledger.record("start", 0, "a", 0, a_patch(1), {})
     ledger.record("commit", 0, "a", 5, a_patch(2), {})
-    ledger.journal.append("resume", undoes_from=1, superseded=["000_a_commit.pt"])
+    ledger.journal.append("resume", undoes_from=1, superseded=["000_a_commit.safetensors"])
     again = Ledger(folder)
-    assert [entry.name for entry in again.entries()] == ["000_a_start.pt"]
-    assert again.set_aside_orphans() == ["000_a_commit.pt"]
-    assert (folder / "000_a_commit.pt.orphan").exists()
+    assert [entry.name for entry in again.entries()] == ["000_a_start.safetensors"]
+    assert again.set_aside_orphans() == ["000_a_commit.safetensors"]
+    assert (folder / "000_a_commit.safetensors.orphan").exists()

@@ -26,17 +26,22 @@ def test_the_log_says_what_happened(tmp_path):
     assert [row.seq for row in rows] == list(range(15))
     good = rows[2]
     assert (good.event, good.kind, good.phase, good.step) == ("entry", "good", "wikitext", 100)
-    assert good.bytes == (run / "ledger" / "000_wikitext_good_step000000400.pt").stat().st_size
+    assert good.bytes == (run / "ledger" / "000_wikitext_good_step000000400.safetensors").stat().st_size
     (probe,) = good.probes
     assert (probe.name, probe.loss, probe.reference, probe.rise, probe.tolerance) == ("base", 3.42, 3.40, 0.02, 0.03)
     rollback = rows[7]
     assert (rollback.event, rollback.kind, rollback.step) == ("rollback", "", 500)
-    for piece in ("base rose by 0.1 nats", "000_wikitext_good_step000000400.pt", "steps 400 to 500", "factor 0.5"):
+    for piece in (
+        "base rose by 0.1 nats",
+        "000_wikitext_good_step000000400.safetensors",
+        "steps 400 to 500",
+        "factor 0.5",
+    ):
         assert piece in rollback.note
     assert (rows[11].event, rows[11].note) == ("quarantined", "shard data/x.tar")
     assert math.isnan(rows[12].probes[0].loss)
     assert (rows[13].step, rows[13].bytes, [p.loss for p in rows[13].probes]) == (None, None, [None, 2.0])
-    assert "000_wikitext_good_step000000100.pt" in rows[14].note
+    assert "000_wikitext_good_step000000100.safetensors" in rows[14].note
 
 
 @pytest.mark.parametrize("width", [40, 200])
@@ -50,14 +55,14 @@ def test_the_printed_log(tmp_path, width):
     lines = text.getvalue().splitlines()
     commit = next(number for number, line in enumerate(lines) if "commit entry" in line)
     assert lines[commit].startswith("#8  20")
-    for piece in ("wikitext step 600", "kB", ledger.newest("commit").sha256[:12]):
+    for piece in ("wikitext step 600", " B  ", ledger.newest("commit").sha256[:12]):
         assert piece in lines[commit]
-    assert lines[commit + 1 : commit + 3] == ["    000_wikitext_commit.pt", "    base 3.420 (+0.020 / 0.03)"]
+    assert lines[commit + 1 : commit + 3] == ["    000_wikitext_commit.safetensors", "    base 3.420 (+0.020 / 0.03)"]
     assert any("base rose by 0.1 nats" in line for line in lines)
     assert lines[-4].endswith("[red]imdb[/red]  probe")
     assert lines[-3] == "     bad 3.500 (+0.100 / 0.03)"
     assert lines[-2].startswith("9 entries kept")
-    assert "newest 001_imdb_good_step000000100.pt; newest commit 000_wikitext_commit.pt" in lines[-2]
+    assert "newest 001_imdb_good_step000000100.safetensors; newest commit 000_wikitext_commit.safetensors" in lines[-2]
     assert lines[-1] == f"head of the journal: {ledger.journal.head}"
 
 
@@ -103,13 +108,18 @@ def test_what_no_longer_counts_says_so(tmp_path: Path) -> None:
     ledger.journal.append("probe", phase="a", step=4)
     ledger.record("good", 0, "a", 4, a_patch(4), {})
     ledger.prune_good(2)
-    ledger.resume(noted, snapshot="step3.pt", changed={"monitoring.every": [4, 2]}, orphans=[])
+    ledger.resume(noted, snapshot="step3.safetensors", changed={"monitoring.every": [4, 2]}, orphans=[])
     ledger.record("good", 0, "a", 4, a_patch(5), {})
     ledger.record("good", 0, "a", 4, a_patch(5), {})
     rows = log_rows(tmp_path)
     states = ["pruned", "pruned", "kept", "", "undone", "superseded", "", "", "recorded again", "kept"]
     assert [row.state for row in rows] == states
-    for words in ("on from snapshot step3.pt", "monitoring.every now 2", "000_a_good_step000000004.pt", "from #4"):
+    for words in (
+        "on from snapshot step3.safetensors",
+        "monitoring.every now 2",
+        "000_a_good_step000000004.safetensors",
+        "from #4",
+    ):
         assert words in rows[7].note
     text = io.StringIO()
     print_log(tmp_path, Console(file=text, width=200))
@@ -129,14 +139,14 @@ def test_what_was_made_says_how(tmp_path: Path) -> None:
     for index, how in enumerate(made):
         ledger.record("commit", index, "x", 0, a_patch(index), {}, made_by=how)
     assert [row.note for row in log_rows(tmp_path)] == [
-        "000_x_commit.pt, revert of a, forced: base rose by 0.1",
-        "001_x_commit.pt, revert of a by bypassing the sidecars after blocks 3, 7",
-        "002_x_commit.pt, merge of 111111111111…, 222222222222… with weights 0.5, 0.5",
-        "003_x_commit.pt, import of 333333333333…",
+        "000_x_commit.safetensors, revert of a, forced: base rose by 0.1",
+        "001_x_commit.safetensors, revert of a by bypassing the sidecars after blocks 3, 7",
+        "002_x_commit.safetensors, merge of 111111111111…, 222222222222… with weights 0.5, 0.5",
+        "003_x_commit.safetensors, import of 333333333333…",
     ]
     text = io.StringIO()
     print_log(tmp_path, Console(file=text, width=200))
-    assert "newest 003_x_commit.pt; newest commit 003_x_commit.pt" in text.getvalue()
+    assert "newest 003_x_commit.safetensors; newest commit 003_x_commit.safetensors" in text.getvalue()
 
 
 def test_a_journal_cannot_steer_the_terminal(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from past_run import BASE, SIDECAR, a_trained_run, metadata, tensors
 from rich.console import Console
 
 from revpatch.config import SidecarConfig
-from revpatch.ledger.entry import EntryError, write_entry
 from revpatch.ledger.inspection import compare, inspect
+from revpatch.ledger.patch_file import EntryError, write_entry
 from revpatch.ledger.show_patch import print_difference, print_patch
 from revpatch.patch.coupling import AdditiveCoupling
 from revpatch.patch.gates import PrefixGate
@@ -29,7 +29,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_patch_is_told_with_its_layers(run: Path) -> None:
     facts = inspect(f"{run}@good")
-    assert (facts.name, facts.parent) == ("000_wiki_good_step000000050.pt", "000_wiki_good_step000000040.pt")
+    assert (facts.name, facts.parent) == (
+        "000_wiki_good_step000000050.safetensors",
+        "000_wiki_good_step000000040.safetensors",
+    )
     assert facts.metadata["base"] == BASE
     assert facts.recorded is not None and facts.recorded["step"] == 50
     values = tensors(50)
@@ -63,8 +66,8 @@ def test_two_patches_are_compared(run: Path) -> None:
 
 def test_a_patch_of_zeros_has_no_direction(tmp_path: Path) -> None:
     zeros = {name: torch.zeros_like(value) for name, value in tensors(1).items()}
-    write_entry(tmp_path / "zero.pt", zeros, metadata("start", 0))
-    (row, _) = compare(str(tmp_path / "zero.pt"), str(tmp_path / "zero.pt")).layers
+    write_entry(tmp_path / "zero.safetensors", zeros, metadata("start", 0))
+    (row, _) = compare(str(tmp_path / "zero.safetensors"), str(tmp_path / "zero.safetensors")).layers
     assert row.cosine is None and row.first.norm == 0 and row.first.gate == 0.5 and row.first.scale == 1
 
 
@@ -94,22 +97,22 @@ WRONG = {
 @pytest.mark.parametrize("what", WRONG)
 def test_what_cannot_be_compared_is_refused(run: Path, tmp_path: Path, what: str) -> None:
     changes, make, message = WRONG[what]
-    write_entry(tmp_path / "other.pt", make(1), metadata("commit", 5, **changes))
+    write_entry(tmp_path / "other.safetensors", make(1), metadata("commit", 5, **changes))
     with pytest.raises(EntryError, match=message):
-        compare(str(run), str(tmp_path / "other.pt"))
+        compare(str(run), str(tmp_path / "other.safetensors"))
 
 
 def test_tensors_of_something_else_are_not_told(tmp_path: Path) -> None:
-    write_entry(tmp_path / "other.pt", {"w": torch.zeros(2)}, metadata("commit", 5))
+    write_entry(tmp_path / "other.safetensors", {"w": torch.zeros(2)}, metadata("commit", 5))
     with pytest.raises(EntryError, match="is no sidecar's"):
-        inspect(str(tmp_path / "other.pt"))
+        inspect(str(tmp_path / "other.safetensors"))
 
 
 def test_what_is_printed(run: Path, tmp_path: Path) -> None:
     text = io.StringIO()
     print_patch(inspect(str(run)), Console(file=text, width=200))
     for piece in (
-        "000_wiki_commit.pt in ",
+        "000_wiki_commit.safetensors in ",
         "a run [b]",
         "commit of phase wiki, step 50",
         "a/base",
@@ -120,7 +123,7 @@ def test_what_is_printed(run: Path, tmp_path: Path) -> None:
     text = io.StringIO()
     print_difference(compare(f"{run}@start", str(run)), Console(file=text, width=200))
     assert "cosine" in text.getvalue() and "+0.0500" in text.getvalue()
-    alone = shutil.copy(run / "ledger/000_wiki_commit.pt", tmp_path)
+    alone = shutil.copy(run / "ledger/000_wiki_commit.safetensors", tmp_path)
     text = io.StringIO()
     print_patch(inspect(str(alone)), Console(file=text, width=200))
     assert "recorded" not in text.getvalue()

@@ -13,13 +13,13 @@ import torch
 from past_run import a_trained_run
 
 from revpatch.ledger.audit import verify
-from revpatch.ledger.entry import EntryError, serialise
 from revpatch.ledger.history import Ledger
 from revpatch.ledger.journal import JournalError
+from revpatch.ledger.patch_file import EntryError, serialise
 from revpatch.ledger.pruning import prune
 from revpatch.ledger.run_lock import lock_run
 
-GOOD = "000_wiki_good_step0000000{}.pt"
+GOOD = "000_wiki_good_step0000000{}.safetensors"
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def snapshot(run: Path, **metadata: object) -> None:
     (run / "snapshot").mkdir(exist_ok=True)
     journal = Ledger(run / "ledger", readonly=True).journal
     noted = {"events": len(journal.records()), "head": journal.head, **metadata}
-    (run / "snapshot/step000000000030.pt").write_bytes(serialise({"w": torch.zeros(1)}, noted))
+    (run / "snapshot/step000000000030.safetensors").write_bytes(serialise({"w": torch.zeros(1)}, noted))
 
 
 def test_old_good_entries_go_and_what_is_needed_stays(run: Path) -> None:
@@ -82,15 +82,15 @@ def test_what_a_snapshot_goes_on_from_stays(run: Path, named_by: str) -> None:
     snapshot(run, **told)
     pruned = prune(run, keep=1)
     assert pruned.entries == [GOOD.format(10), GOOD.format(40)]
-    assert "snapshot step000000000030.pt" in pruned.spared[entry.name]
+    assert "snapshot step000000000030.safetensors" in pruned.spared[entry.name]
 
 
 def test_a_snapshot_that_cannot_be_read_stops_it(run: Path) -> None:
     snapshot(run)
-    path = run / "snapshot/step000000000030.pt"
+    path = run / "snapshot/step000000000030.safetensors"
     path.write_bytes(path.read_bytes()[:50])
     before = files(run)
-    with pytest.raises(EntryError, match=r"step000000000030\.pt is truncated or damaged"):
+    with pytest.raises(EntryError, match=r"step000000000030\.safetensors is truncated or damaged"):
         prune(run, keep=1)
     assert files(run) == before
 
@@ -98,7 +98,8 @@ def test_a_snapshot_that_cannot_be_read_stops_it(run: Path) -> None:
 def test_the_newest_entry_stays_even_if_it_is_old(run: Path) -> None:
     """Recorded again, as after a resume: it is the newest now."""
     ledger = Ledger(run / "ledger")
-    ledger.record("good", 0, "wiki", 10, *ledger.load(GOOD.format(10)))
+    kept = ledger.read(GOOD.format(10))
+    ledger.record("good", 0, "wiki", 10, kept.tensors, kept.metadata)
     assert GOOD.format(10) not in prune(run, keep=1).entries
 
 
@@ -114,21 +115,21 @@ def test_a_dry_run_changes_nothing(run: Path) -> None:
 def test_what_earlier_resumes_set_aside_goes_and_the_newest_ones_stays(run: Path) -> None:
     for _ in range(3):
         ledger = Ledger(run / "ledger")
-        kept = ledger.load("000_wiki_commit.pt")
+        kept = ledger.read("000_wiki_commit.safetensors")
         ledger.resume(len(ledger.journal.records()) - 1)
-        Ledger(run / "ledger").record("commit", 0, "wiki", 50, *kept)
-    old = run / "ledger/000_wiki_start.pt.superseded"
+        Ledger(run / "ledger").record("commit", 0, "wiki", 50, kept.tensors, kept.metadata)
+    old = run / "ledger/000_wiki_start.safetensors.superseded"
     old.write_bytes(b"of a resume long ago")
     (run / "ledger/notes.superseded").write_text("somebody's own")
-    (run / "ledger/000_wiki_start.pt.orphan").write_bytes(b"of a crash")
+    (run / "ledger/000_wiki_start.safetensors.orphan").write_bytes(b"of a crash")
     pruned = prune(run, keep=9)
     assert pruned.leftovers == [
-        "000_wiki_commit.pt.superseded",
-        "000_wiki_commit.pt.superseded-2",
-        "000_wiki_start.pt.superseded",
+        "000_wiki_commit.safetensors.superseded",
+        "000_wiki_commit.safetensors.superseded-2",
+        "000_wiki_start.safetensors.superseded",
     ]
-    left = sorted(path.name for path in (run / "ledger").iterdir() if path.suffix not in (".pt", ".jsonl"))
-    assert left == ["000_wiki_commit.pt.superseded-3", "000_wiki_start.pt.orphan", "notes.superseded"]
+    left = sorted(path.name for path in (run / "ledger").iterdir() if path.suffix not in (".safetensors", ".jsonl"))
+    assert left == ["000_wiki_commit.safetensors.superseded-3", "000_wiki_start.safetensors.orphan", "notes.superseded"]
     assert verify(run).ok
     event = Ledger(run / "ledger", readonly=True).journal.records()[-1]
     assert (event["event"], event["files"], event["leftovers"]) == ("pruned", [], pruned.leftovers)

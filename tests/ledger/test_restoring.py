@@ -9,11 +9,11 @@ import torch
 from past_run import a_trained_run, metadata, tensors
 
 from revpatch.ledger.audit import verify
-from revpatch.ledger.entry import EntryError, write_entry
 from revpatch.ledger.history import Ledger
 from revpatch.ledger.log import log_rows
-from revpatch.ledger.references import locate
-from revpatch.ledger.restoring import origin_of, restore
+from revpatch.ledger.patch_file import EntryError, write_entry
+from revpatch.ledger.references import read_patch
+from revpatch.ledger.restoring import events_of, origin_of, restore
 
 
 @pytest.fixture
@@ -27,16 +27,16 @@ def test_the_new_run_begins_with_the_patch(run: Path, tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     restored = restore(f"{run}@good~1", new)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before, "the old run is as it was"
-    assert sorted(path.name for path in (new / "ledger").iterdir()) == ["000_wiki_origin.pt", "journal.jsonl"]
-    source = locate(f"{run}@good~1")
-    assert source.recorded is not None and source.ledger is not None
-    found, told = locate(f"{new}@origin").load()
-    assert found.keys() == source.load()[0].keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in source.load()[0].items())
-    assert (told["kind"], told["parent"], told["restored"]["step"]) == ("origin", source.recorded.sha256, 40)
+    assert sorted(path.name for path in (new / "ledger").iterdir()) == ["000_wiki_origin.safetensors", "journal.jsonl"]
+    source = read_patch(f"{run}@good~1")
+    assert source.event is not None and source.ledger is not None
+    found, told = (patch := read_patch(f"{new}@origin")).tensors, patch.metadata
+    assert found.keys() == source.tensors.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in source.tensors.items())
+    assert (told["kind"], told["parent"], told["restored"]["step"]) == ("origin", source.sha256, 40)
     (entry,) = Ledger(new / "ledger", readonly=True).entries()
     where = entry.fields["restored"]
-    assert where == restored.source
+    assert restored.event is not None and where == restored.event.fields["restored"]
     assert (where["from"], where["head"]) == (f"{run}@good~1", source.ledger.journal.head)
     assert verify(new).ok
     assert f"restored from {run}@good~1" in log_rows(new)[0].note
@@ -51,9 +51,11 @@ def test_it_is_the_same_wherever_it_was_restored(run: Path, tmp_path: Path) -> N
 def test_a_file_alone_is_enough(tmp_path: Path) -> None:
     sha256 = write_entry(tmp_path / "alone.safetensors", tensors(1), metadata("commit", 5))
     restored = restore(str(tmp_path / "alone.safetensors"), tmp_path / "new")
-    assert (restored.source["sha256"], restored.source["head"]) == (sha256, None)
+    assert restored.event is not None
+    source = restored.event.fields["restored"]
+    assert (source["sha256"], source["head"]) == (sha256, None)
     origin = origin_of(tmp_path / "new")
-    assert origin is not None and origin.metadata["parent"] == sha256 and origin.events == 1
+    assert origin is not None and origin.metadata["parent"] == sha256 and events_of(origin) == 1
 
 
 @pytest.mark.parametrize("occupied", ["a file in it", "a file", "a run"])
@@ -71,9 +73,9 @@ def test_nothing_is_overwritten(run: Path, tmp_path: Path, occupied: str) -> Non
 
 
 def test_what_is_no_patch_is_refused_and_leaves_no_folder(run: Path, tmp_path: Path) -> None:
-    write_entry(tmp_path / "snapshot.pt", {"w": torch.zeros(2)}, {"snapshot": 1})
-    write_entry(tmp_path / "other.pt", {"w": torch.zeros(2)}, metadata("commit", 5))
-    for reference, message in (("snapshot.pt", "not a patch"), ("other.pt", "is no sidecar's")):
+    write_entry(tmp_path / "snapshot.safetensors", {"w": torch.zeros(2)}, {"snapshot": 1})
+    write_entry(tmp_path / "other.safetensors", {"w": torch.zeros(2)}, metadata("commit", 5))
+    for reference, message in (("snapshot.safetensors", "not a patch"), ("other.safetensors", "is no sidecar's")):
         with pytest.raises(EntryError, match=message):
             restore(str(tmp_path / reference), tmp_path / "new")
     with pytest.raises(FileNotFoundError):

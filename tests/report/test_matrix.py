@@ -61,7 +61,9 @@ def test_a_run_that_is_not_over_is_measured_as_far_as_it_is() -> None:
 
 
 def test_a_run_that_began_with_a_patch_is_held_to_the_base_for_what_the_base_knew() -> None:
-    matrix = replace(made_up(spread=0.1), rows=["000_x_origin.pt", "a", "b", "c"], base=[-2.9, -9.0, -9.0, -9.0])
+    matrix = replace(
+        made_up(spread=0.1), rows=["000_x_origin.safetensors", "a", "b", "c"], base=[-2.9, -9.0, -9.0, -9.0]
+    )
     found = matrix.measures()["base text since the base"]
     assert (found.value, found.low) == (pytest.approx(-3.05 + 2.9), None)
     assert matrix.measures()["FWT"].value == pytest.approx(made_up().measures()["FWT"].value)

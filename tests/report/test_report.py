@@ -78,7 +78,7 @@ def test_the_command_prints_writes_and_gives_json(run: Path, tmp_path: Path) -> 
     seen = (
         "plasticity",
         "BWT",
-        "rolled back to 000_first_start.pt",
+        "rolled back to 000_first_start.safetensors",
         "intervals of 95%",
         "sample, base: the <b>patch</b>",
     )
@@ -141,9 +141,9 @@ def test_a_phase_that_was_taken_out_is_told(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run / "ledger", tmp_path / "ledger")
     shutil.copy(run / "config.yaml", tmp_path)
     made = {"operation": "revert", "phase": "first"}
-    named = {"kind": "commit", "phase": "revert-first", "phase_index": 2, "step": 0, "file": "002_x_commit.pt"}
+    named = {"kind": "commit", "phase": "revert-first", "phase_index": 2, "step": 0, "file": "002_x_commit.safetensors"}
     Journal(tmp_path / "ledger/journal.jsonl").append("entry", **named, sha256="0", bytes=1, made_by=made)
-    assert report_of(tmp_path).run.happenings[-1].words == "revert made 002_x_commit.pt"
+    assert report_of(tmp_path).run.happenings[-1].words == "revert made 002_x_commit.safetensors"
 
 
 def test_a_run_without_probe_sets_is_not_called_uncommitted(run: Path, tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_a_run_without_probe_sets_is_not_called_uncommitted(run: Path, tmp_path:
     journal = Journal(tmp_path / "ledger/journal.jsonl")
     for name in ("first", "second"):
         journal.append("phase_start", phase=name, phase_index=0, steps=12)
-        journal.append("commit", phase=name, step=12, file="x.pt", rollbacks=0, sets={})
+        journal.append("commit", phase=name, step=12, file="x.safetensors", rollbacks=0, sets={})
     journal.append("run_end")
     found = report_of(tmp_path)
     assert found.unjudged == "The run has no probe sets: nothing is judged."

@@ -28,9 +28,9 @@ def healthy() -> RunHistory:
     worse = {"old": a_set(3.5, 3.0, True, 0.8, 6.0)}
     good = {"old": a_set(3.02, 3.0, True, 0.1, 1.0)}
     first = PhaseHistory(1, "new", 0, 100, start, commit=learned, commit_step=100)
-    first.rollbacks = [RolledBack(60, "good.pt", "old rose", worse, good, "probe")]
+    first.rollbacks = [RolledBack(60, "good.safetensors", "old rose", worse, good, "probe")]
     second = PhaseHistory(2, "noise", 100, 50, kept, commit=kept, commit_step=0)
-    second.rollbacks = [RolledBack(120, "start.pt", "old rose", worse, kept, "run_end")]
+    second.rollbacks = [RolledBack(120, "start.safetensors", "old rose", worse, kept, "run_end")]
     taught = {"old": 0, "new": 1, "noise": 2}
     return RunHistory(Path("run"), [first, second], taught, dict.fromkeys(taught, 0.03), ended=True)
 

@@ -36,7 +36,7 @@ from transformers import (
 
 from revpatch.config import SidecarConfig
 from revpatch.durable import new_folder
-from revpatch.ledger.entry import read_entry, write_entry
+from revpatch.ledger.patch_file import read_entry, write_entry
 from revpatch.loading import load_patched
 from revpatch.patch import families
 from revpatch.patch.patched_model import Patch, base_sha256, patch_disabled, patch_state, switchboard
@@ -101,8 +101,8 @@ def write_patch(
     sidecar = SidecarConfig.model_validate({"bottleneck": 4, **knobs})
     names = {"model": str(folder), "revision": None, "sha256": base_sha256(base, rounded=True), "dtype": dtype}
     metadata = {"base": names, "sidecar": sidecar.model_dump(mode="json"), "phase": "first", "probes": {"base": 3.5}}
-    write_entry(tmp / f"{number}.pt", patch_tensors(strength=1.0, **knobs), metadata)
-    return tmp / f"{number}.pt"
+    write_entry(tmp / f"{number}.safetensors", patch_tensors(strength=1.0, **knobs), metadata)
+    return tmp / f"{number}.safetensors"
 
 
 def aligned(model: nn.Module) -> nn.Module:
@@ -258,8 +258,8 @@ def test_the_card_is_filled_in_from_the_journal(toy: Toy, make_run: Make, tmp_pa
     assert newest is not None
     for words in (
         "# model\n",
-        "**first** (`000_first_commit.pt`",
-        "**second** (`001_second_commit.pt`, sha256 `" + newest.sha256[:16] + "…`, 1 rollback)",
+        "**first** (`000_first_commit.safetensors`",
+        "**second** (`001_second_commit.safetensors`, sha256 `" + newest.sha256[:16] + "…`, 1 rollback)",
         "| base | 3.5000 | 3.2500 | 0.0300 |",
         newest.sha256,
         run.metadata["base"]["sha256"],
@@ -281,7 +281,7 @@ def test_an_entry_is_exported_as_safetensors(make_run: Make, tmp_path: Path, rev
     (file,) = json.loads(result.out)["files"]
     assert file == str(tmp_path / "out/000_first_commit.safetensors")
     tensors, metadata = read_entry(Path(file))
-    expected, said = run.ledger.load("000_first_commit.pt")
+    expected, said = (patch := run.ledger.read("000_first_commit.safetensors")).tensors, patch.metadata
     assert metadata == said
     assert tensors.keys() == expected.keys() and all(torch.equal(tensors[name], expected[name]) for name in expected)
 

@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM
 from revpatch.config import SidecarConfig
 from revpatch.durable import sha256_of
 from revpatch.ledger.audit import verify
-from revpatch.ledger.entry import write_entry
 from revpatch.ledger.history import Ledger
+from revpatch.ledger.patch_file import write_entry
 from revpatch.ledger.plain import canonical_json
-from revpatch.ledger.references import locate
+from revpatch.ledger.references import read_patch
 from revpatch.loading import load_patched
 from revpatch.patch.patched_model import base_sha256
 from revpatch.saving import save_pretrained
@@ -63,13 +63,13 @@ def test_a_patch_comes_back_as_the_newest_commit(run: MadeUp, tmp_path: Path, to
         files = export(str(run.directory), "hf" if to == "hf" else "safetensors", source)
         source, imported_name = files[0] if to == "file" else source, "first"
     for target, name in (
-        (run.directory, f"001_{imported_name}_commit.pt"),
-        (tmp_path / "new", f"000_{imported_name}_commit.pt"),
+        (run.directory, f"001_{imported_name}_commit.safetensors"),
+        (tmp_path / "new", f"000_{imported_name}_commit.safetensors"),
     ):
         made = import_patch(source, target)
         assert made.name == name
-        tensors, metadata = locate(target).load()
-        expected, said = locate(f"{run.directory}@000_first_commit").load()
+        tensors, metadata = (patch := read_patch(target)).tensors, patch.metadata
+        expected, said = (patch := read_patch(f"{run.directory}@000_first_commit")).tensors, patch.metadata
         assert tensors.keys() == expected.keys() and all(torch.equal(tensors[n], expected[n]) for n in expected)
         assert metadata["made_by"]["operation"] == "import"
         assert {key: said[key] for key in run.metadata} == run.metadata
@@ -93,7 +93,7 @@ def test_an_import_into_a_new_run_that_was_killed_is_done_again(
         with pytest.raises(KeyboardInterrupt):
             import_patch(folder, tmp_path / "new")
     assert (tmp_path / "new").is_dir()
-    assert import_patch(folder, tmp_path / "new").name == "000_first_commit.pt"
+    assert import_patch(folder, tmp_path / "new").name == "000_first_commit.safetensors"
     assert verify(tmp_path / "new").ok
 
 
@@ -183,25 +183,27 @@ def test_what_an_exported_folder_says_of_its_patch_is_held_to_its_hash(
 def test_what_is_not_finite_leaves_no_folder(run: MadeUp, tmp_path: Path, revpatch: Callable[..., Any]) -> None:
     tensors = patch_tensors(1)
     tensors["01.coupling.log_scale"] = torch.tensor(float("nan")).expand_as(tensors["01.coupling.log_scale"])
-    write_entry(tmp_path / "nan.pt", tensors, {**run.metadata, "phase": "first"})
-    result = revpatch("ledger", "import", tmp_path / "nan.pt", tmp_path / "new")
+    write_entry(tmp_path / "nan.safetensors", tensors, {**run.metadata, "phase": "first"})
+    result = revpatch("ledger", "import", tmp_path / "nan.safetensors", tmp_path / "new")
     assert result.code == 2 and "01.coupling.log_scale holds values that are not finite" in result.err
     assert not (tmp_path / "new").exists()
 
 
 def test_a_name_that_no_entry_can_have_leaves_no_folder(run: MadeUp, tmp_path: Path) -> None:
-    for length in (114, 115):
-        write_entry(tmp_path / f"{length}.pt", patch_tensors(1), {**run.metadata, "phase": "p" * length})
-    with pytest.raises(ValueError, match=r"115\.pt: entry name '000_p.*at most 128 characters"):
-        import_patch(tmp_path / "115.pt", tmp_path / "new")
+    for length in (105, 106):
+        write_entry(tmp_path / f"{length}.safetensors", patch_tensors(1), {**run.metadata, "phase": "p" * length})
+    with pytest.raises(ValueError, match=r"106\.safetensors: entry name '000_p.*at most 128 characters"):
+        import_patch(tmp_path / "106.safetensors", tmp_path / "new")
     assert not (tmp_path / "new").exists()
-    assert import_patch(tmp_path / "114.pt", tmp_path / "new").name == f"000_{'p' * 114}_commit.pt"
+    assert import_patch(tmp_path / "105.safetensors", tmp_path / "new").name == f"000_{'p' * 105}_commit.safetensors"
 
 
 def test_how_a_patch_was_begun_does_not_keep_it_out(run: MadeUp, tmp_path: Path) -> None:
     sidecar = {**run.metadata["sidecar"], "init_scale": 0.5, "layers": [0, 1], "check_invertibility": False}
-    write_entry(tmp_path / "other.pt", patch_tensors(2), {**run.metadata, "phase": "first", "sidecar": sidecar})
-    assert import_patch(tmp_path / "other.pt", run.directory).name == "001_first_commit.pt"
+    write_entry(
+        tmp_path / "other.safetensors", patch_tensors(2), {**run.metadata, "phase": "first", "sidecar": sidecar}
+    )
+    assert import_patch(tmp_path / "other.safetensors", run.directory).name == "001_first_commit.safetensors"
 
 
 def test_no_code_is_run_and_no_other_shape_is_taken(
@@ -213,9 +215,12 @@ def test_no_code_is_run_and_no_other_shape_is_taken(
 
     (folder / "modeling_revpatch.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     import_patch(folder, tmp_path / "new")
-    torch.save({"header": "{}", "tensors": Evil()}, tmp_path / "evil.pt", pickle_module=pickle)
-    write_entry(tmp_path / "deep.pt", patch_tensors(depth=3), {**run.metadata, "phase": "first"})
-    for source, words in ((tmp_path / "evil.pt", "Nothing was executed"), (tmp_path / "deep.pt", "of two shapes")):
+    torch.save({"header": "{}", "tensors": Evil()}, tmp_path / "evil.safetensors", pickle_module=pickle)
+    write_entry(tmp_path / "deep.safetensors", patch_tensors(depth=3), {**run.metadata, "phase": "first"})
+    for source, words in (
+        (tmp_path / "evil.safetensors", "truncated or damaged"),
+        (tmp_path / "deep.safetensors", "of two shapes"),
+    ):
         result = revpatch("ledger", "import", source, run.directory)
         assert (result.code, result.out) == (2, ""), result
         assert words in result.err, result.err
@@ -289,7 +294,7 @@ def test_a_run_finds_its_base_from_any_folder(
     assert prompts == ["the patch", "one\u2028two\x0bthree\x85"]
     if moved is None and noted:
         for command in (
-            ["import", f"{run}/ledger/000_first_commit.pt", "new"],
+            ["import", f"{run}/ledger/000_first_commit.safetensors", "new"],
             ["restore", run, "--as-new-run", "new"],
         ):
             assert revpatch("ledger", *command).code == 0

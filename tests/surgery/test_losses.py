@@ -16,7 +16,7 @@ from ranks import RunServer
 from toy import Toy
 from transformers import AutoModelForCausalLM
 
-from revpatch.ledger.entry import write_entry
+from revpatch.ledger.patch_file import write_entry
 from revpatch.stream.shard_set import ShardSet
 from revpatch.surgery.losses import interval, losses_of, probe
 from revpatch.training.guard import student_t_quantile
@@ -124,10 +124,10 @@ def test_what_cannot_be_measured_is_refused(
     toy: Toy, run: MadeUp, tmp_path: Path, revpatch: Callable[..., Any]
 ) -> None:
     shards = ["--shards", toy.shards("first_probe")]
-    other = tmp_path / "other.pt"
+    other = tmp_path / "other.safetensors"
     base = {**run.metadata["base"], "sha256": "0" * 64}
     write_entry(other, patch_tensors(), {**run.metadata, "base": base})
-    wide = tmp_path / "wide.pt"
+    wide = tmp_path / "wide.safetensors"
     write_entry(wide, patch_tensors(bottleneck=8), run.metadata)
     mine = tmp_path / "mine.jsonl"
     mine.write_text('{"text": "x"}\n')

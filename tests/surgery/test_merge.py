@@ -14,7 +14,7 @@ from toy import Toy
 
 from revpatch.ledger.audit import verify
 from revpatch.ledger.history import Ledger
-from revpatch.ledger.references import locate
+from revpatch.ledger.references import read_patch
 from revpatch.surgery.merge import merge
 
 Make = Callable[..., MadeUp]
@@ -42,8 +42,8 @@ def test_a_mean_is_written_into_a_new_folder(
 ) -> None:
     a, b = (str(run.directory) for run in runs)
     made = merge((a, b), weights, tmp_path / "merged")
-    assert made.agrees and made.name == "000_merge_commit.pt"
-    tensors, metadata = locate(tmp_path / "merged").load()
+    assert made.agrees and made.name == "000_merge_commit.safetensors"
+    tensors, metadata = (patch := read_patch(tmp_path / "merged")).tensors, patch.metadata
     for name, tensor in tensors.items():
         torch.testing.assert_close(tensor, weights[0] * learned[0][name] + weights[1] * learned[1][name])
     assert metadata["made_by"]["weights"] == list(weights)
@@ -70,14 +70,14 @@ def test_what_is_worse_than_both_is_refused_unless_forced(runs: list[MadeUp], tm
     assert not (tmp_path / "little").exists()
     forced = merge(pair, (0.01, 0.01), tmp_path / "little", force=True)
     assert forced.name is not None
-    assert Ledger(tmp_path / "little/ledger").load(forced.name)[1]["made_by"]["forced"] == refused.reason
+    assert Ledger(tmp_path / "little/ledger").read(forced.name).metadata["made_by"]["forced"] == refused.reason
 
 
 def test_a_run_gets_a_new_commit(runs: list[MadeUp], revpatch: Callable[..., Any]) -> None:
     a, b = runs
     result = revpatch("ledger", "merge", a.directory, f"{b.directory}@commit", "--out", b.directory, "--json")
     found = json.loads(result.out)
-    assert (result.code, found["name"]) == (0, "002_merge_commit.pt")  # the config has two phases
+    assert (result.code, found["name"]) == (0, "002_merge_commit.safetensors")  # the config has two phases
     newest = b.ledger.newest()
     assert newest is not None and newest.sha256 == found["sha256"]
     assert verify(b.directory).ok

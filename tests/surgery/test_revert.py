@@ -46,19 +46,19 @@ def run(make_run: Make, states: dict[str, Tensors]) -> MadeUp:
 def test_a_harmful_phase_is_taken_out_and_the_entry_says_how(run: MadeUp, states: dict[str, Tensors]) -> None:
     before = {entry.name: entry.sha256 for entry in run.ledger.entries()}
     made = revert(run.directory, "first")
-    assert made.agrees and made.name == "002_revert-first_commit.pt"
-    tensors, metadata = run.ledger.load(made.name)
+    assert made.agrees and made.name == "002_revert-first_commit.safetensors"
+    tensors, metadata = (patch := run.ledger.read(made.name)).tensors, patch.metadata
     for name, tensor in tensors.items():
         expected = states["learned"][name] - (states["harmed"][name] - states["start"][name])
         torch.testing.assert_close(tensor, expected, rtol=0, atol=1e-6)
-    assert metadata["parent"] == before["001_second_commit.pt"]
+    assert metadata["parent"] == before["001_second_commit.safetensors"]
     assert metadata["made_by"] == {
         "operation": "revert",
         "phase": "first",
-        "newest": before["001_second_commit.pt"],
+        "newest": before["001_second_commit.safetensors"],
         "method": "difference",
-        "commit": before["000_first_commit.pt"],
-        "before": before["000_first_start.pt"],
+        "commit": before["000_first_commit.safetensors"],
+        "before": before["000_first_start.safetensors"],
     }
     assert {key: metadata[key] for key in run.metadata} == run.metadata
     newest = run.ledger.newest("commit")
@@ -82,7 +82,7 @@ def test_the_probes_are_those_of_the_two_patches(toy: Toy, run: MadeUp) -> None:
 def test_taking_out_the_newest_phase_gives_the_state_before_it(run: MadeUp, states: dict[str, Tensors]) -> None:
     made = revert(run.directory, "second", force=True)
     assert made.name is not None
-    assert equal(run.ledger.load(made.name)[0], states["harmed"])
+    assert equal(run.ledger.read(made.name).tensors, states["harmed"])
 
 
 def test_the_guard_refuses_what_makes_a_probe_worse_and_force_does_it(run: MadeUp) -> None:
@@ -93,13 +93,13 @@ def test_the_guard_refuses_what_makes_a_probe_worse_and_force_does_it(run: MadeU
     assert len(run.ledger.journal.records()) == events
     forced = revert(run.directory, "second", force=True)
     assert forced.name is not None and not forced.agrees
-    assert run.ledger.load(forced.name)[1]["made_by"]["forced"] == made.reason
+    assert run.ledger.read(forced.name).metadata["made_by"]["forced"] == made.reason
 
 
 def test_sidecars_are_bypassed_by_layer(run: MadeUp, states: dict[str, Tensors]) -> None:
     made = revert(run.directory, "first", layers=[1], force=True)
     assert made.name is not None
-    tensors, metadata = run.ledger.load(made.name)
+    tensors, metadata = (patch := run.ledger.read(made.name)).tensors, patch.metadata
     assert metadata["made_by"]["method"] == "bypass" and metadata["made_by"]["layers"] == [1]
     changed = {name for name in tensors if not torch.equal(tensors[name], states["learned"][name])}
     assert changed == {f"01.coupling.{mlp}.up.{part}" for mlp in "fg" for part in ("weight", "bias")}
@@ -111,15 +111,18 @@ def test_shards_on_the_command_line_take_the_place_of_the_config(toy: Toy, run: 
         revert(run.directory, "first")
     made = revert(run.directory, "first", shards=[str(toy.shards("base_probe"))])
     assert made.sets.keys() == {"base_probe"} and made.sets["base_probe"]["guarded"]
-    assert made.name == "002_revert-first_commit.pt"
+    assert made.name == "002_revert-first_commit.safetensors"
 
 
 def test_a_phase_is_not_taken_out_twice(run: MadeUp) -> None:
     revert(run.directory, "first")
-    with pytest.raises(ValueError, match=r"000_first_commit\.pt was taken out already, by 002_revert-first_commit\.pt"):
+    with pytest.raises(
+        ValueError,
+        match=r"000_first_commit\.safetensors was taken out already, by 002_revert-first_commit\.safetensors",
+    ):
         revert(run.directory, "first")
     again = revert(run.directory, "first", force=True)
-    assert again.name == "003_revert-first_commit.pt"
+    assert again.name == "003_revert-first_commit.safetensors"
 
 
 def test_a_revert_that_was_killed_before_its_line_does_not_stand_in_the_way(
@@ -133,24 +136,24 @@ def test_a_revert_that_was_killed_before_its_line_does_not_stand_in_the_way(
         killed.setattr(Journal, "append", gone)
         with pytest.raises(KeyboardInterrupt):
             revert(run.directory, "first")
-    assert (run.directory / "ledger/002_revert-first_commit.pt").is_file()
+    assert (run.directory / "ledger/002_revert-first_commit.safetensors").is_file()
     made = revert(run.directory, "first", shards=[str(toy.shards("base_probe"))])  # other content under the same name
-    assert made.name == "002_revert-first_commit.pt"
-    assert (run.directory / "ledger/002_revert-first_commit.pt.orphan").is_file()
+    assert made.name == "002_revert-first_commit.safetensors"
+    assert (run.directory / "ledger/002_revert-first_commit.safetensors.orphan").is_file()
     assert verify(run.directory).ok
 
 
 def test_what_was_imported_is_not_taken_for_what_was_trained(run: MadeUp, states: dict[str, Tensors]) -> None:
     trained = run.ledger.entries()[1]
-    import_patch(run.directory / "ledger/000_first_commit.pt", run.directory)
+    import_patch(run.directory / "ledger/000_first_commit.safetensors", run.directory)
     made = revert(run.directory, "first", force=True)
     assert made.made_by["commit"] == trained.sha256 and made.made_by["before"] == run.ledger.entries()[0].sha256
-    assert made.name is not None and equal(run.ledger.load(made.name)[0], states["start"])
+    assert made.name is not None and equal(run.ledger.read(made.name).tensors, states["start"])
     shutil.rmtree(run.directory / "ledger")
     run.phases.clear()
     run.phase("second", states["start"], states["harmed"])
     run.ledger.record("commit", 1, "first", 0, states["learned"], run.metadata, made_by={"operation": "import"})
-    with pytest.raises(ValueError, match=r"001_first_commit\.pt was imported .*--layers"):
+    with pytest.raises(ValueError, match=r"001_first_commit\.safetensors was imported .*--layers"):
         revert(run.directory, "first")
 
 
@@ -183,4 +186,4 @@ def test_the_command_exits_with_1_when_nothing_was_written(run: MadeUp, revpatch
     assert refused.code == 1
     assert "the guard does not agree: base rose by" in refused.out and "nothing was written" in refused.out
     done = revpatch("ledger", "revert", run.directory, "first", "--json")
-    assert done.code == 0 and json.loads(done.out)["name"] == "002_revert-first_commit.pt"
+    assert done.code == 0 and json.loads(done.out)["name"] == "002_revert-first_commit.safetensors"

@@ -23,7 +23,7 @@ MOMENTS: dict[str, dict[str, Any]] = {
         "call": 3,
         "when": "after",
     },
-    "a ledger's entry, half": {"target": "revpatch.ledger.entry:write_atomically", "call": 4, "when": "half"},
+    "a ledger's entry, half": {"target": "revpatch.ledger.patch_file:write_atomically", "call": 4, "when": "half"},
     "an entry without its line": {"target": "revpatch.ledger.history:write_entry", "call": 4, "when": "after"},
     "a journal's line, half": {"target": "revpatch.ledger.journal:Journal._write", "call": 14, "when": "half"},
     "a probe": {"target": "revpatch.training.watch:Watch.measure", "call": 5, "when": "before"},

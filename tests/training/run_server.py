@@ -28,7 +28,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-HALF = ("revpatch.ledger.entry:write_atomically", "revpatch.training.snapshot:write_atomically")
+HALF = ("revpatch.ledger.patch_file:write_atomically", "revpatch.training.snapshot:write_atomically")
 
 
 def die() -> None:

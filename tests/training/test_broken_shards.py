@@ -173,7 +173,7 @@ def test_a_run_goes_on_after_a_quarantine_as_though_it_had_not_been_killed(runs:
     step = {"rank": 0, "target": "revpatch.training.engine:AccelerateEngine.train_step", "call": 27, "when": "before"}
     assert 0 not in runs.run("killed", *quarantine, kill=step)
     assert runs.run("killed", *quarantine) == [0, 0]
-    assert runs.events("killed", "resume")[0]["snapshot"] == "step000000000025.pt"
+    assert runs.events("killed", "resume")[0]["snapshot"] == "step000000000025.safetensors"
     assert epoch in " ".join(runs.log("killed").read_text().split()), "though it begins at the first step made again"
     assert runs.commits("killed") == runs.commits("through")
     key = "shard", "step", "location"

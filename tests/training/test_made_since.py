@@ -18,7 +18,7 @@ from toy import Toy
 
 from revpatch.ledger.audit import verify
 from revpatch.ledger.history import Ledger
-from revpatch.ledger.references import locate
+from revpatch.ledger.references import read_patch
 from revpatch.loading import load_patched
 from revpatch.saving import save_pretrained
 
@@ -69,8 +69,8 @@ def test_the_advice_leads_to_a_run_that_is_over(runs: Runs, toy: Toy, make: Call
     command = [word.replace("=NEW", f"={place}").replace("CONFIG", str(runs.config)) for word in shlex.split(train)]
     assert runs.server.run(*command, *options, output=log) == [0], log.read_text()
 
-    begun, _ = locate(f"{place}@start").load()
-    expected, _ = locate(f"{runs.path(old)}@{made.name}").load()
+    begun = read_patch(f"{place}@start").tensors
+    expected = read_patch(f"{runs.path(old)}@{made.name}").tensors
     assert all(torch.equal(begun[name], tensor) for name, tensor in expected.items())
     entries = Ledger(runs.path(new) / "ledger", readonly=True).entries()
     assert [(e.kind, e.phase) for e in entries if e.kind in ("origin", "commit")] == [

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from toy import Toy, make_base, make_it_look_trained
 
 from revpatch.config import ProbeSetConfig, SidecarConfig
-from revpatch.ledger.references import locate
+from revpatch.ledger.references import read_patch
 from revpatch.patch.patched_model import Patch, attach, patch_disabled, recording, switchboard
 from revpatch.patch.sidecar import SidecarOutput
 from revpatch.stream.manifest import Manifest
@@ -207,5 +207,5 @@ def test_ranks_that_share_the_probes_find_what_rank_0_alone_finds(toy: Toy, serv
         for name in ("base", "few"):
             for key in ("loss", "rise", "gate", "patch_norm", "sparsity"):
                 assert other["sets"][name][key] == pytest.approx(one["sets"][name][key], rel=1e-5, abs=1e-6), key
-    one, other = (locate(runs.path(name)).load()[0] for name in ("rank0", "all"))
+    one, other = (read_patch(runs.path(name)).tensors for name in ("rank0", "all"))
     assert all(torch.equal(one[name], other[name]) for name in one), "the patch doesn't depend on who measures it"

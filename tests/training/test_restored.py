@@ -16,7 +16,7 @@ from toy import Toy, save_base
 from revpatch.ledger.audit import verify
 from revpatch.ledger.history import Ledger
 from revpatch.ledger.pruning import prune
-from revpatch.ledger.references import locate
+from revpatch.ledger.references import read_patch
 from revpatch.ledger.restoring import restore
 from revpatch.report.contents import report_of
 
@@ -47,24 +47,24 @@ def unbegun(runs: Runs, name: str) -> str:
 
 def test_it_begins_with_the_patch_and_is_held_to_it(runs: Runs) -> None:
     old, new = runs.path("old"), runs.path("through")
-    committed, _ = locate(old).load()
-    start, told = locate(f"{new}@start").load()
+    committed = read_patch(old).tensors
+    start, told = (patch := read_patch(f"{new}@start")).tensors, patch.metadata
     assert all(torch.equal(start[name], tensor) for name, tensor in committed.items())
     sizes = committed["00.channels"]
     assert (sizes > 0).all() and not torch.allclose(sizes, torch.ones_like(sizes), atol=0.05), "measured, not assumed"
-    assert told["parent"] == locate(f"{new}@origin").file_sha256()
+    assert told["parent"] == read_patch(f"{new}@origin").sha256
     entries = {(e.kind, run): e.fields["sets"]["base"] for run in (old, new) for e in ledger(run) if e.kind != "origin"}
     assert entries["start", new]["loss"] == pytest.approx(entries["commit", old]["loss"], abs=1e-6)
     assert entries["start", new]["base"] == pytest.approx(entries["start", old]["loss"], abs=1e-6), "the bare base"
     first, last = re.findall(r"first (?:1|12)/12 .*", (new / "train.log").read_text())
     kl = [float(found[1]) if (found := re.search(r"distill_kl (\S+)", line)) else 0.0 for line in (first, last)]
     assert kl[0] < 1e-6 < 1e-4 < kl[1], "the teacher is the patch that was restored: no KL yet, but for rounding"
-    assert runs.events("through", "run")[0]["origin"] == "000_first_origin.pt"
+    assert runs.events("through", "run")[0]["origin"] == "000_first_origin.safetensors"
     told = [report_of(run) for run in (old, new)]
-    assert [report.matrix.rows for report in told] == [["base", "first"], ["000_first_origin.pt", "first"]]
+    assert [report.matrix.rows for report in told] == [["base", "first"], ["000_first_origin.safetensors", "first"]]
     since = [report.measures["base text since the base"] for report in told]
     assert since[1].value == pytest.approx(entries["start", old]["loss"] - entries["commit", new]["loss"], abs=1e-6)
-    assert [after for after, _ in told[1].run.samples] == ["000_first_origin.pt", "first"]
+    assert [after for after, _ in told[1].run.samples] == ["000_first_origin.safetensors", "first"]
     assert verify(new).ok
 
 
@@ -78,7 +78,7 @@ def test_killed_it_goes_on_to_the_same_commit(runs: Runs, call: int) -> None:
     step = {"target": "revpatch.training.engine:AccelerateEngine.train_step", "call": call, "when": "after"}
     assert -signal.SIGKILL in runs.run(name, kill={"rank": 1, **step})
     spared = prune(runs.path(name), keep=1).spared  # in between, as a person might
-    assert list(spared) == (["000_first_good_step000000003.pt"] if call == 8 else []), "the snapshot's"
+    assert list(spared) == (["000_first_good_step000000003.safetensors"] if call == 8 else []), "the snapshot's"
     assert runs.run(name) == [0, 0], runs.log(name).read_text()
     assert runs.commits(name) == runs.commits("through")
     assert ledger(runs.path(name))[0].kind == "origin"
@@ -86,7 +86,7 @@ def test_killed_it_goes_on_to_the_same_commit(runs: Runs, call: int) -> None:
 
 
 MOMENTS: dict[str, dict[str, Any]] = {
-    "the entry, half": {"target": "revpatch.ledger.entry:write_atomically", "when": "half"},
+    "the entry, half": {"target": "revpatch.ledger.patch_file:write_atomically", "when": "half"},
     "the entry without its line": {"target": "revpatch.ledger.history:write_entry", "when": "after"},
     "the line, half": {"target": "revpatch.ledger.journal:Journal._write", "when": "half"},
     "before it has its name": {"target": "revpatch.durable:_sync_tree", "when": "after"},
@@ -108,7 +108,7 @@ def test_a_restore_that_was_killed_leaves_no_run_and_is_done_again(runs: Runs, m
     assert runs.server.run(*args, output=log) == [0], log.read_text()
     assert [path.name for path in folder.iterdir()] == ["new"], "nothing is left beside it"
     assert [path.name for path in new.iterdir()] == ["ledger"], "nor in it"
-    assert locate(f"{new}@origin").file_sha256() == locate(f"{runs.path('through')}@origin").file_sha256()
+    assert read_patch(f"{new}@origin").sha256 == read_patch(f"{runs.path('through')}@origin").sha256
     assert verify(new).ok
 
 
@@ -146,7 +146,7 @@ def test_what_is_refused_and_leaves_it_as_it_was(runs: Runs, toy: Toy, tmp_path:
 
 def test_a_tampered_origin_is_not_trained_on(runs: Runs) -> None:
     name = unbegun(runs, "tampered")
-    file = runs.path(name) / "ledger/000_first_origin.pt"
+    file = runs.path(name) / "ledger/000_first_origin.safetensors"
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
@@ -178,5 +178,5 @@ def test_one_that_can_not_go_on_is_begun_again_as_it_is_told(runs: Runs) -> None
         assert told is not None and "--fresh" not in words, words
     restore(told[1], runs.path("again"))
     assert runs.run("again", world=1) == [0], runs.log("again").read_text()
-    (start, _), (expected, _) = (locate(f"{runs.path(run)}@start").load() for run in ("again", "through"))
+    (start, _), (expected, _) = (read_patch(f"{runs.path(run)}@start").load() for run in ("again", "through"))
     assert all(torch.equal(start[key], tensor) for key, tensor in expected.items())

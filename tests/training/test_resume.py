@@ -72,7 +72,9 @@ def test_the_lower_rate_after_a_rollback_is_gone_on_with(through: Runs) -> None:
     log = {"target": "revpatch.training.trainer:Trainer._log", "call": 6, "when": "before"}
     assert 0 not in through.run("slower", kill={"rank": 0, **log})
     assert through.run("slower") == [0, 0]
-    assert through.events("slower", "resume")[0]["snapshot"] == "step000000000010.pt", "after the rollback at step 6"
+    assert through.events("slower", "resume")[0]["snapshot"] == "step000000000010.safetensors", (
+        "after the rollback at step 6"
+    )
     assert through.commits("slower") == through.commits("through")
 
 
@@ -116,7 +118,7 @@ def test_a_signal_to_any_rank_ends_the_step_and_writes_a_snapshot(
     stopped = through.events(name, "interrupted")
     assert len(stopped) == 1 and 4 <= stopped[0]["step"] < 12
     snapshots = [path.name for path in (through.path(name) / "snapshot").iterdir()]
-    assert snapshots == [f"step{stopped[0]['step']:012d}.pt"]
+    assert snapshots == [f"step{stopped[0]['step']:012d}.safetensors"]
     assert through.run(name) == [0, 0]
     assert through.commits(name) == through.commits("through")
 
@@ -132,7 +134,9 @@ def test_a_signal_during_a_commit_ends_the_next_phase_before_its_first_step(thro
     assert [event["phase"] for event in through.events(name, "interrupted")] == ["second"]
     step = through.events(name, "interrupted")[0]["step"]
     suffix = "" if step else "_start"
-    assert [path.name for path in (through.path(name) / "snapshot").iterdir()] == [f"step{12 + step:012d}{suffix}.pt"]
+    assert [path.name for path in (through.path(name) / "snapshot").iterdir()] == [
+        f"step{12 + step:012d}{suffix}.safetensors"
+    ]
     assert through.run(name) == [0, 0]
     assert through.commits(name) == through.commits("through")
 
@@ -169,7 +173,7 @@ def test_a_full_disk_stops_the_run_in_words_and_loses_nothing(through: Runs) -> 
     assert largest < 70_000 < max(path.stat().st_size for path in (through.path("through") / "snapshot").iterdir())
     assert 0 not in through.run("full", limit=70_000)
     words = through.log("full").read_text()
-    assert "could not write" in words and "snapshot/step000000000005.pt" in words
+    assert "could not write" in words and "snapshot/step000000000005.safetensors" in words
     assert "another rank has ended" in words
     assert through.run("full") == [0, 0], through.log("full").read_text()
     assert through.commits("full") == through.commits("through")

@@ -54,4 +54,4 @@ def test_another_world_or_zero_stage_goes_on_with_the_same_losses(
     assert sorted(found) == sorted(expected) == list(range(1, 81))
     assert [found[step] for step in range(1, 81)] == pytest.approx([expected[step] for step in range(1, 81)], rel=1e-4)
     changed = Ledger(runs.path("moved/ledger"), readonly=True).journal.records()
-    assert next(event for event in changed if event["event"] == "resume")["snapshot"] == "step000000000020.pt"
+    assert next(event for event in changed if event["event"] == "resume")["snapshot"] == "step000000000020.safetensors"

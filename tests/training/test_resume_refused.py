@@ -54,7 +54,7 @@ class TestWhatIsRefusedAndWhatIsNot:
         assert runs.run(copy, "--fresh", "--overwrite", world=1) == [0]
         assert "going on with" not in runs.log(copy).read_text()
         assert [event["event"] for event in runs.events(copy, "run")] == ["run"]
-        assert not (runs.path(copy) / "snapshot/step000000000005.pt").exists()
+        assert not (runs.path(copy) / "snapshot/step000000000005.safetensors").exists()
 
     def test_killed_while_it_is_deleted_to_begin_anew(self, runs: Runs, copy: str) -> None:
         config = {"rank": 0, "target": "revpatch.training.resume:write_atomically", "call": 1, "when": "before"}

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from revpatch.config import ConfigError
-from revpatch.ledger.entry import EntryError, serialise
+from revpatch.ledger.patch_file import EntryError, serialise
 from revpatch.stream.quarantine import Broken
 from revpatch.training.engine_state import EngineState
 from revpatch.training.guard import Comparison
@@ -36,8 +36,8 @@ COMPARISON = Comparison("set/1", 1.0, 2.0, 0.1, 0.05, 0.15, 0.2, 0.1, 0.3, 0.4, 
 
 
 def snapshot(step: int, in_phase: bool = True) -> Snapshot:
-    start = GoodState(0, engine(0, 1), MEASURED, [COMPARISON], "000_a_start.pt", "ab")
-    good = GoodState(4, engine(4, 2), MEASURED, [], "000_a_good_step000000004.pt", None)
+    start = GoodState(0, engine(0, 1), MEASURED, [COMPARISON], "000_a_start.safetensors", "ab")
+    good = GoodState(4, engine(4, 2), MEASURED, [], "000_a_good_step000000004.safetensors", None)
     progress = PhaseProgress(step, start, good, [1, 2, 3, 4], [7, 8], (6, {"x": {"loss": math.inf}}), 2, 0.25)
     return Snapshot(
         step=step,
@@ -97,31 +97,36 @@ def test_only_whole_ones_are_believed_newest_first(tmp_path: Path, caplog: pytes
     for one in (snapshot(8), snapshot(12), snapshot(12, in_phase=False)):
         (tmp_path / one.name).write_bytes(one.pack())
     found = newest_snapshot(tmp_path)
-    assert found is not None and found.phase is None and found.name == "step000000000012_end.pt"
+    assert found is not None and found.phase is None and found.name == "step000000000012_end.safetensors"
     (tmp_path / found.name).write_bytes(snapshot(12).pack()[:1000])
-    (tmp_path / "step000000000012.pt").write_bytes(serialise({}, {"kind": "commit"}))
+    (tmp_path / "step000000000012.safetensors").write_bytes(serialise({}, {"kind": "commit"}))
     found = newest_snapshot(tmp_path)
     assert found is not None and found.step == 8
-    assert "step000000000012_end.pt can't be used" in caplog.text and "step000000000012.pt can't be used" in caplog.text
+    assert (
+        "step000000000012_end.safetensors can't be used" in caplog.text
+        and "step000000000012.safetensors can't be used" in caplog.text
+    )
     assert sorted(path.name for path in tmp_path.glob("*.damaged")) == [
-        "step000000000012.pt.damaged",
-        "step000000000012_end.pt.damaged",
+        "step000000000012.safetensors.damaged",
+        "step000000000012_end.safetensors.damaged",
     ]
 
 
 def test_an_entry_is_no_snapshot(tmp_path: Path) -> None:
-    (tmp_path / "x.pt").write_bytes(serialise({}, {"kind": "commit"}))
+    (tmp_path / "x.safetensors").write_bytes(serialise({}, {"kind": "commit"}))
     with pytest.raises(EntryError, match="expected a snapshot, found something else"):
-        Snapshot.read(tmp_path / "x.pt")
+        Snapshot.read(tmp_path / "x.safetensors")
 
 
 def test_where_none_can_be_read_a_run_is_not_begun_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for step in (8, 12):
-        (tmp_path / f"step{step:012d}.pt").write_bytes(snapshot(step).pack()[:1000])
+        (tmp_path / f"step{step:012d}.safetensors").write_bytes(snapshot(step).pack()[:1000])
     for _ in range(2):  # nor at the second try
-        with pytest.raises(ConfigError, match=r"found damaged ones alone .*12\.pt\.damaged.*--fresh --overwrite"):
+        with pytest.raises(
+            ConfigError, match=r"found damaged ones alone .*12\.safetensors\.damaged.*--fresh --overwrite"
+        ):
             newest_snapshot(tmp_path)
-    (tmp_path / "step000000000004.pt").write_bytes(snapshot(4).pack())
+    (tmp_path / "step000000000004.safetensors").write_bytes(snapshot(4).pack())
     found = newest_snapshot(tmp_path)
     assert found is not None and found.step == 4
     monkeypatch.setattr("revpatch.training.snapshot.VERSION", 3)
@@ -129,7 +134,7 @@ def test_where_none_can_be_read_a_run_is_not_begun_again(tmp_path: Path, monkeyp
         ConfigError, match="expected a snapshot of version 3, found 2: go on with the revpatch that wrote"
     ):
         newest_snapshot(tmp_path)
-    assert (tmp_path / "step000000000004.pt").exists(), "the revpatch that wrote it finds it"
+    assert (tmp_path / "step000000000004.safetensors").exists(), "the revpatch that wrote it finds it"
 
 
 def test_names_sort_by_age(tmp_path: Path) -> None:
@@ -147,12 +152,15 @@ def test_names_sort_by_age(tmp_path: Path) -> None:
 
 
 def test_the_newest_are_kept_and_half_written_ones_are_cleared_away(tmp_path: Path) -> None:
-    (tmp_path / ".step000000000003.pt.ab.tmp").write_bytes(b"half")
+    (tmp_path / ".step000000000003.safetensors.ab.tmp").write_bytes(b"half")
     writer = SnapshotWriter(tmp_path, keep=2)
     for step in (4, 8, 12):
         writer.write(snapshot(step))
     writer.finish()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step000000000008.pt", "step000000000012.pt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "step000000000008.safetensors",
+        "step000000000012.safetensors",
+    ]
 
 
 def test_writing_does_not_hold_up_the_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +178,7 @@ def test_writing_does_not_hold_up_the_caller(tmp_path: Path, monkeypatch: pytest
     assert not list(tmp_path.iterdir()), "the caller is back before anything is on the disk"
     go_on.set()
     writer.finish()
-    assert [path.name for path in tmp_path.iterdir()] == ["step000000000004.pt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["step000000000004.safetensors"]
 
 
 def test_what_goes_wrong_is_raised_at_the_next_chance_and_once(tmp_path: Path) -> None:

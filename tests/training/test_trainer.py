@@ -35,10 +35,10 @@ def test_a_regression_is_rolled_back_and_training_goes_on(toy: Toy, tmp_path: Pa
 
     back = events(run_folder, "rollback")
     assert [(b["phase"], b["window"], b["to_file"]) for b in back] == [
-        ("first", [4, 6], "000_first_good_step000000003.pt"),
-        ("second", [1, 3], "001_second_start.pt"),
-        ("second", [4, 6], "001_second_start.pt"),
-        ("second", [7, 9], "001_second_start.pt"),
+        ("first", [4, 6], "000_first_good_step000000003.safetensors"),
+        ("second", [1, 3], "001_second_start.safetensors"),
+        ("second", [4, 6], "001_second_start.safetensors"),
+        ("second", [7, 9], "001_second_start.safetensors"),
     ]
     assert [b["restored"]["probe"]["rise"] for b in back] == [0.0] * 4, "as it is measured after the return"
     assert found["learned"] == [[1, 2, 3, 7, 8, 9, 10, 11, 12], []], (
@@ -60,10 +60,10 @@ def test_a_regression_is_rolled_back_and_training_goes_on(toy: Toy, tmp_path: Pa
     assert rates[:12] == pytest.approx([rate * factor for rate, factor in zip(plain, factors, strict=True)])
 
     ledger = Ledger(run_folder / "ledger", readonly=True)
-    commits = [ledger.load(entry.name)[0] for entry in ledger.entries() if entry.kind == "commit"]
-    starts = [ledger.load(entry.name)[0] for entry in ledger.entries() if entry.kind == "start"]
-    rejected = ledger.load("000_first_rollback_step000000006.pt")[0]
-    good = ledger.load("000_first_good_step000000012.pt")[0]
+    commits = [ledger.read(entry.name).tensors for entry in ledger.entries() if entry.kind == "commit"]
+    starts = [ledger.read(entry.name).tensors for entry in ledger.entries() if entry.kind == "start"]
+    rejected = ledger.read("000_first_rollback_step000000006.safetensors").tensors
+    good = ledger.read("000_first_good_step000000012.safetensors").tensors
     assert all((commits[0][name] == good[name]).all() for name in good)
     assert all((commits[1][name] == starts[1][name]).all() for name in good), "the bad phase leaves no trace"
     assert any((rejected[name] != good[name]).any() for name in good), "the rejected patch is kept as it was"
@@ -102,7 +102,7 @@ def test_weights_that_are_no_numbers_are_never_good(toy: Toy, tmp_path: Path, se
     ledger = Ledger(tmp_path / "run/ledger", readonly=True)
     assert [(b["phase"], b["window"]) for b in events(tmp_path / "run", "rollback")] == [("first", [7, 12])]
     for entry in ledger.entries():
-        finite = all(bool(tensor.isfinite().all()) for tensor in ledger.load(entry.name)[0].values())
+        finite = all(bool(tensor.isfinite().all()) for tensor in ledger.read(entry.name).tensors.values())
         assert finite is (entry.kind != "rollback"), entry.name
 
 
@@ -112,12 +112,12 @@ def test_an_entry_names_the_one_its_weights_come_from(toy: Toy, tmp_path: Path) 
     rank_check("guarded", config, ranks=1)
     ledger = Ledger(tmp_path / "run/ledger", readonly=True)
     sha256 = {entry.name: entry.sha256 for entry in ledger.entries()}
-    parents = {name: ledger.load(name)[1]["parent"] for name in sha256}
-    good = sha256["000_first_good_step000000003.pt"]
-    assert parents["000_first_rollback_step000000006.pt"] == good
-    assert parents["000_first_good_step000000009.pt"] == good, "not the rejected patch between them"
-    assert parents["001_second_start.pt"] == sha256["000_first_commit.pt"]
-    assert parents["001_second_commit.pt"] == sha256["001_second_start.pt"]
+    parents = {name: ledger.read(name).metadata["parent"] for name in sha256}
+    good = sha256["000_first_good_step000000003.safetensors"]
+    assert parents["000_first_rollback_step000000006.safetensors"] == good
+    assert parents["000_first_good_step000000009.safetensors"] == good, "not the rejected patch between them"
+    assert parents["001_second_start.safetensors"] == sha256["000_first_commit.safetensors"]
+    assert parents["001_second_commit.safetensors"] == sha256["001_second_start.safetensors"]
 
 
 def test_a_killed_rank_ends_the_run_and_leaves_a_whole_ledger(toy: Toy, tmp_path: Path) -> None:
