@@ -178,5 +178,5 @@ def test_one_that_can_not_go_on_is_begun_again_as_it_is_told(runs: Runs) -> None
         assert told is not None and "--fresh" not in words, words
     restore(told[1], runs.path("again"))
     assert runs.run("again", world=1) == [0], runs.log("again").read_text()
-    (start, _), (expected, _) = (read_patch(f"{runs.path(run)}@start").load() for run in ("again", "through"))
+    start, expected = (read_patch(f"{runs.path(run)}@start").tensors for run in ("again", "through"))
     assert all(torch.equal(start[key], tensor) for key, tensor in expected.items())
