@@ -9,7 +9,8 @@ from torch import nn
 
 from revpatch.base import DTYPES, BaseNotFoundError, load_base
 from revpatch.ledger.base_place import base_place
-from revpatch.ledger.patch_file import FOLDER_CONFIG, FOLDER_WEIGHTS, PatchFile
+from revpatch.ledger.history import PatchFile
+from revpatch.ledger.patch_file import FOLDER_CONFIG, FOLDER_WEIGHTS
 from revpatch.ledger.references import read_patch
 from revpatch.patch.families import blocks_of, width_of
 from revpatch.patch.named import DEFAULT_NAME, add_patch, set_patch

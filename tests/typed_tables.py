@@ -154,7 +154,12 @@ TYPED: dict[str, list[str]] = {
     ],
     "docs/SURGERY.md: revpatch ledger revert runs/mine PHASE": ["commit", "commit"],
     "docs/SURGERY.md: revpatch ledger merge runs/a runs/b --weights 0.5,0.5 --out runs/merged": ["runs/merged"],
-    "docs/SURGERY.md: revpatch ledger export runs/mine --to safetensors --out patch": ["patch", "model", "runs/other"],
+    "docs/SURGERY.md: revpatch ledger export runs/mine --to safetensors --out patch": [
+        "patch",
+        "torch_patch",
+        "model",
+        "runs/other",
+    ],
 }
 """Blocks of commands, and words of what each command prints."""
 

@@ -15,8 +15,7 @@ from typing import Any
 
 import yaml
 
-from revpatch.ledger.history import run_of
-from revpatch.ledger.patch_file import PatchFile
+from revpatch.ledger.history import PatchFile, run_of
 
 FIELD = "base_at"
 CONFIG_NAME = "config.yaml"

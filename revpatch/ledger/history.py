@@ -13,9 +13,11 @@ from __future__ import annotations
 import os
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from revpatch.config import SidecarConfig
 from revpatch.durable import TEMPORARY_SUFFIX, sha256_of_file, sync_directory
 from revpatch.ledger.journal import EVENT_FIELDS, Journal, JournalError
 from revpatch.ledger.patch_file import (
@@ -24,9 +26,10 @@ from revpatch.ledger.patch_file import (
     OLD_VERSION,
     SUFFIX,
     EntryError,
-    PatchFile,
     check_name,
     entry_name,
+    parse_base,
+    parse_sidecar,
     read_entry,
     write_entry,
 )
@@ -155,6 +158,37 @@ def stray_files(directory: Path, live: dict[str, Recorded]) -> list[Path]:
     with os.scandir(directory) as found:
         names = [each.name for each in found if each.name.endswith((SUFFIX, TEMPORARY_SUFFIX)) and each.is_file()]
     return [directory / name for name in sorted(names) if name not in live]
+
+
+@dataclass(frozen=True)
+class PatchFile:
+    """A patch as it was read from its file."""
+
+    path: Path
+    sha256: str
+    """Of the file."""
+    metadata: dict[str, Any]
+    """kind, phase, phase_index, step, parent, base, tokenizer, sidecar, seed, probes, made_by, restored: what was
+    known. See docs/LEDGER.md."""
+    tensors: dict[str, Tensor]
+    """By parameter name, on the CPU."""
+    reference: str = ""
+    """What a person called it, for messages."""
+    ledger: Ledger | None = None
+    """The ledger in which it lies; None without a journal."""
+    event: Recorded | None = None
+    """What the journal says of it; None without a journal."""
+
+    @cached_property
+    def base(self) -> dict[str, Any]:
+        """model, revision, sha256 and dtype of its base; None for what was not known. Raises EntryError where the
+        metadata names no base, or says what can't be so."""
+        return parse_base(self.reference or str(self.path), self.metadata)
+
+    @cached_property
+    def sidecar(self) -> SidecarConfig:
+        """The config of its sidecars. Raises EntryError where the metadata has none."""
+        return parse_sidecar(self.reference or str(self.path), self.metadata)
 
 
 class Ledger:

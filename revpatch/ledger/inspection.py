@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from revpatch.ledger.history import PatchFile
 from revpatch.ledger.layers import LayerDifference, LayerFacts, check_comparable, check_patch, differences, layers_of
-from revpatch.ledger.patch_file import PatchFile
 from revpatch.ledger.plain import to_plain
 from revpatch.ledger.references import read_patch
 

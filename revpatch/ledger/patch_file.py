@@ -11,8 +11,6 @@ import hashlib
 import io
 import json
 import re
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +20,6 @@ from revpatch.ledger.plain import canonical_json, to_plain
 
 if TYPE_CHECKING:  # torch takes seconds to import: only what packs or unpacks tensors does
     from torch import Tensor
-
-    from revpatch.ledger.history import Ledger, Recorded
 
 FORMAT = "revpatch-entry"
 VERSION = 2
@@ -52,40 +48,6 @@ class EntryError(ValueError):
     """A patch file that can't be written or must not be believed; the message names the file and what to do."""
 
 
-@dataclass(frozen=True)
-class PatchFile:
-    """A patch as it was read from its file."""
-
-    path: Path
-    sha256: str
-    """Of the file."""
-    metadata: dict[str, Any]
-    """kind, phase, phase_index, step, parent, base, tokenizer, sidecar, seed, probes, made_by, restored: what was
-    known. See docs/LEDGER.md."""
-    tensors: dict[str, Tensor]
-    """By parameter name, on the CPU."""
-    reference: str = ""
-    """What a person called it, for messages."""
-    ledger: Ledger | None = None
-    """The ledger in which it lies; None without a journal."""
-    event: Recorded | None = None
-    """What the journal says of it; None without a journal."""
-
-    @cached_property
-    def base(self) -> dict[str, Any]:
-        """model, revision, sha256 and dtype of its base; None for what was not known. Raises EntryError where the
-        metadata names no base, or says what can't be so."""
-        return parse_base(self.reference or str(self.path), self.metadata)
-
-    @cached_property
-    def sidecar(self) -> SidecarConfig:
-        """The config of its sidecars. Raises EntryError where the metadata has none."""
-        try:
-            return SidecarConfig.model_validate(self.metadata["sidecar"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise _no_patch(self.reference or str(self.path), error) from error
-
-
 def parse_base(name: str, metadata: dict[str, Any]) -> dict[str, Any]:
     """Return the base (with model, sha256 and dtype at least) that a patch's metadata names.
 
@@ -105,6 +67,14 @@ def parse_base(name: str, metadata: dict[str, Any]) -> dict[str, Any]:
             "patch that revpatch wrote"
         )
     return base
+
+
+def parse_sidecar(name: str, metadata: dict[str, Any]) -> SidecarConfig:
+    """Return the config of the sidecars that a patch's metadata names. Raises EntryError, which begins with `name`."""
+    try:
+        return SidecarConfig.model_validate(metadata["sidecar"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise _no_patch(name, error) from error
 
 
 def check_name(name: str, what: str = "name") -> str:

@@ -14,8 +14,8 @@ import re
 from pathlib import Path
 
 from revpatch.durable import sha256_of_file
-from revpatch.ledger.history import JOURNAL_NAME, Ledger, Recorded, ledger_of
-from revpatch.ledger.patch_file import FOLDER_WEIGHTS, KINDS, SUFFIX, EntryError, PatchFile, check_kind, read_entry
+from revpatch.ledger.history import JOURNAL_NAME, Ledger, PatchFile, Recorded, ledger_of
+from revpatch.ledger.patch_file import FOLDER_WEIGHTS, KINDS, SUFFIX, EntryError, check_kind, read_entry
 
 HEAD = "head"
 _COUNTED = re.compile(rf"({'|'.join((*KINDS, HEAD))})(?:~(\d+))?")

@@ -16,9 +16,8 @@ from pathlib import Path
 
 from revpatch.durable import new_folder, unfinished
 from revpatch.ledger.base_place import FIELD, folder_noted
-from revpatch.ledger.history import JOURNAL_NAME, Ledger
+from revpatch.ledger.history import JOURNAL_NAME, Ledger, PatchFile
 from revpatch.ledger.layers import check_patch, layers_of
-from revpatch.ledger.patch_file import PatchFile
 from revpatch.ledger.references import read_patch
 
 KIND = "origin"

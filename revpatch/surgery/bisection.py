@@ -9,8 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from revpatch.ledger.history import Ledger, Recorded, ledger_of
-from revpatch.ledger.patch_file import PatchFile
+from revpatch.ledger.history import Ledger, PatchFile, Recorded, ledger_of
 from revpatch.surgery.arithmetic import bypassed, layers_of
 from revpatch.surgery.held_out import HeldOut, sets_of
 from revpatch.surgery.losses import Losses, interval

@@ -10,8 +10,7 @@ import torch
 import transformers
 from torch import nn
 
-from revpatch.ledger.history import Ledger
-from revpatch.ledger.patch_file import PatchFile
+from revpatch.ledger.history import Ledger, PatchFile
 from revpatch.surgery.modeling import FILE_NAME
 
 _CARD = """---

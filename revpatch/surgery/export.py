@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from revpatch.durable import new_folder, sha256_of
-from revpatch.ledger.patch_file import PatchFile, tensors_digest, write_entry, write_torch
+from revpatch.ledger.history import PatchFile
+from revpatch.ledger.patch_file import tensors_digest, write_entry, write_torch
 from revpatch.ledger.plain import canonical_json, to_plain
 from revpatch.ledger.references import read_patch
 from revpatch.patch.patched_model import GateMode, set_gate, switchboard

@@ -11,15 +11,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from revpatch.durable import sha256_of
-from revpatch.ledger.patch_file import (
-    FOLDER_WEIGHTS,
-    SUFFIX,
-    EntryError,
-    PatchFile,
-    check_name,
-    entry_name,
-    tensors_digest,
-)
+from revpatch.ledger.history import PatchFile
+from revpatch.ledger.patch_file import FOLDER_WEIGHTS, SUFFIX, EntryError, check_name, entry_name, tensors_digest
 from revpatch.ledger.plain import canonical_json
 from revpatch.ledger.references import read_patch
 from revpatch.surgery.arithmetic import check_finite

@@ -10,9 +10,8 @@ from typing import Any
 
 from revpatch.config_file import load_config
 from revpatch.ledger.base_place import FIELD, folder_noted
-from revpatch.ledger.history import JOURNAL_NAME, Ledger
+from revpatch.ledger.history import JOURNAL_NAME, Ledger, PatchFile
 from revpatch.ledger.journal import Sets
-from revpatch.ledger.patch_file import PatchFile
 from revpatch.ledger.run_lock import LOCK_NAME
 from revpatch.surgery.arithmetic import Tensors
 from revpatch.surgery.judgement import Judgement

@@ -9,8 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from revpatch.ledger.base_place import base_place
-from revpatch.ledger.history import effective
-from revpatch.ledger.patch_file import PatchFile
+from revpatch.ledger.history import PatchFile, effective
 from revpatch.ledger.references import read_patch
 from revpatch.monitoring.doing import doing
 from revpatch.patch.patched_model import active_patch, attach, base_sha256, detach, set_gate

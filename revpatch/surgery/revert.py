@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from revpatch.ledger.history import Ledger, Recorded
-from revpatch.ledger.patch_file import PatchFile
+from revpatch.ledger.history import Ledger, PatchFile, Recorded
 from revpatch.surgery.arithmetic import Tensors, bypassed, check_finite, taken_out
 from revpatch.surgery.judgement import Probes, judge
 from revpatch.surgery.new_entry import Made, claimed, write

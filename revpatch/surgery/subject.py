@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from revpatch.base import DTYPES, BaseNotFoundError, load_base
 from revpatch.config import SidecarConfig
+from revpatch.ledger.history import PatchFile
 from revpatch.ledger.layers import check_comparable
-from revpatch.ledger.patch_file import EntryError, PatchFile
+from revpatch.ledger.patch_file import EntryError
 from revpatch.loading import load_hashed
 from revpatch.monitoring.doing import doing
 from revpatch.patch.families import blocks_of, width_of

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from revpatch.config import ConfigError
-from revpatch.ledger.history import JOURNAL_NAME, Ledger, effective
+from revpatch.ledger.history import JOURNAL_NAME, Ledger, PatchFile, effective
 from revpatch.ledger.journal import Journal
-from revpatch.ledger.patch_file import EntryError, PatchFile
+from revpatch.ledger.patch_file import EntryError
 from revpatch.ledger.restoring import events_of
 from revpatch.training.snapshot import ANEW, Snapshot, snapshots_in
 

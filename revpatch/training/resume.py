@@ -12,10 +12,9 @@ from typing import Any
 from revpatch.config import Config, ConfigError, SidecarConfig
 from revpatch.config_file import dump_config, load_config
 from revpatch.durable import write_atomically
-from revpatch.ledger.history import JOURNAL_NAME, Ledger
+from revpatch.ledger.history import JOURNAL_NAME, Ledger, PatchFile
 from revpatch.ledger.journal import Journal
 from revpatch.ledger.layers import SAME_MAP
-from revpatch.ledger.patch_file import PatchFile
 from revpatch.ledger.restoring import events_of, is_restored, origin_of
 from revpatch.ledger.run_lock import LOCK_NAME, lock_run
 from revpatch.monitoring.terminal import log_to

@@ -14,7 +14,7 @@ from torch import nn
 
 from revpatch.config import Config
 from revpatch.ledger.base_place import FIELD, place_now
-from revpatch.ledger.patch_file import PatchFile
+from revpatch.ledger.history import PatchFile
 from revpatch.patch.channels import measure_channels
 from revpatch.patch.patched_model import attach, load_tensors, switchboard
 from revpatch.stream.corpus import Corpus

@@ -36,7 +36,7 @@ from transformers import (
 
 from revpatch.config import SidecarConfig
 from revpatch.durable import new_folder
-from revpatch.ledger.patch_file import read_entry, write_entry
+from revpatch.ledger.patch_file import read_entry, tensors_digest, write_entry
 from revpatch.loading import load_patched
 from revpatch.patch import families
 from revpatch.patch.patched_model import Patch, base_sha256, patch_disabled, patch_state, switchboard
@@ -284,6 +284,10 @@ def test_an_entry_is_exported_as_safetensors(make_run: Make, tmp_path: Path, rev
     expected, said = (patch := run.ledger.read("000_first_commit.safetensors")).tensors, patch.metadata
     assert metadata == said
     assert tensors.keys() == expected.keys() and all(torch.equal(tensors[name], expected[name]) for name in expected)
+    (file,) = export(str(run.directory), "pt", tmp_path / "torch")
+    packed = torch.load(file, weights_only=True)
+    assert file.name == "000_first_commit.pt" and packed["metadata"] == said
+    assert tensors_digest(packed["tensors"]) == tensors_digest(expected)
 
 
 def test_nothing_is_overwritten_and_nothing_half_done_is_left(
