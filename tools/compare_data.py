@@ -123,6 +123,8 @@ def key_of(tier: Tier, cell: Cell, facts: dict[str, Any]) -> dict[str, Any]:
         for name, shards in tier.held_out.items()
     }
     settings["phases"] = [[name, digests[train], tier.steps] for name, (train, _) in tier.corpora.items()]
+    if cell.distils and len(tier.corpora) > 1:
+        settings["base_teaches"] = "what it wrote"  # one corpus has no other teacher
     if cell.rehearses:
         source = tier.own[0] if cell.knob("replay", "own") == "own" else str(tier.old_replay)
         settings["replay"] = [digests[source], config["replay"]["blocks_per_phase"]]

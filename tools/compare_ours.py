@@ -126,7 +126,7 @@ def flops_of(model: nn.Module, config: Config) -> int:
     with tempfile.TemporaryDirectory() as folder:
         new, replay, keys = next(iter(Course(config, Path(folder)).steps(0)))
     patch = switchboard(model).attached.requires_grad_(True)
-    teacher = Teacher(model, TeacherCache(10**9))
+    teacher = Teacher(model, TeacherCache(10**9))  # before the first commit: the base answers for everything
     teacher.expect({key[0]: 10**4 for key in keys})
     objective = PatchObjective(model, patch, teacher, config.objective)
     with torch.no_grad():

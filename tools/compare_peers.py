@@ -169,13 +169,20 @@ def make_student(cell: Cell, config: Config) -> Student:
     return PEERS[cell.family](base, config)
 
 
-class Teacher:
-    """The student as it was when a phase began; what it says of a block is computed once a phase."""
+def frozen(student: Student) -> Student:
+    """A copy of the student as it is now."""
+    copied = copy.deepcopy(student)
+    for parameter in copied.learns:
+        parameter.requires_grad_(False)
+    return copied
 
-    def __init__(self, student: Student) -> None:
-        self.student = copy.deepcopy(student)
-        for parameter in self.student.learns:
-            parameter.requires_grad_(False)
+
+class Teacher:
+    """The student as it was when a phase began and, for what the base wrote or knew, as it was before the first one, as
+    ours has it; what it says of a block is computed once a phase."""
+
+    def __init__(self, student: Student, first: Student, base_set: str) -> None:
+        self.student, self.first, self.base_set = frozen(student), first, base_set
         self.said: dict[tuple[str, int], Tensor] = {}
 
     @torch.no_grad()
@@ -183,8 +190,9 @@ class Teacher:
         """Its last hidden states of these blocks, (rows, time, d)."""
         missing = [row for row, key in enumerate(keys) if key not in self.said]
         if missing:
-            for row, states in zip(missing, self.student.hidden(tokens[missing]), strict=True):
-                self.said[keys[row]] = states
+            for row in missing:
+                answers = self.first if keys[row][0] == self.base_set else self.student
+                self.said[keys[row]] = answers.hidden(tokens[[row]])[0]
         return torch.stack([self.said[key] for key in keys])
 
 
@@ -259,12 +267,15 @@ def run_peer(tier: Tier, cell: Cell) -> dict[str, Any]:
         config = config_of(tier, cell, Path(folder) / "run")
         course = Course(config, Path(folder) / "replay")
         student = make_student(cell, config)
+        untaught = frozen(student) if cell.distils else None
         sets, rows = course.held_out(student.model), 2 * config.batch.micro_blocks
         checks = [check_of(0, 0, measure(student, sets, rows), ends=True)]
         kl_weight, seconds = config.objective.distill_kl_weight, list[float]()
         flops = 0
         for index, phase in enumerate(config.phases):
-            teacher = Teacher(student) if cell.distils else None
+            teacher = None
+            if untaught is not None:
+                teacher = Teacher(student, untaught, course.rehearsed[0].manifest.digest)
             first, second = config.optimizer.betas
             optimizer = torch.optim.AdamW(
                 student.learns, betas=(first, second), eps=config.optimizer.eps, weight_decay=0.0

@@ -87,7 +87,8 @@ class RunState:
         make_lean(self.base)
         if config.base.compile:
             startup.compile_base(self.base)
-        self.teacher = Teacher(self.base, startup.teacher_cache(config.teacher))
+        knew = None if plan.replay_base is None else plan.replay_base.manifest.digest
+        self.teacher = Teacher(self.base, startup.teacher_cache(config.teacher), knew)
         chunk = compiled() if config.base.compile else in_place
         objective = PatchObjective(self.base, self.patch, self.teacher, config.objective, chunk)
         self.engine = make_engine(config, objective, peers)

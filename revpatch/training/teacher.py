@@ -1,7 +1,8 @@
-"""The teacher: the last committed patch on the same frozen base.
+"""The teacher: the last committed patch on the same frozen base; on what the base knew, the base itself.
 
-It is not a copy of the model: the base's blocks run with other sidecars. Before the first commit it is the base alone,
-or the patch that a restored run began with.
+It is no copy of the model: the base's blocks run with other sidecars, or with none. Before the first commit it is the
+base alone, or the patch that a restored run began with. Blocks of `replay.base` are always answered for by the base: a
+commit has drifted from it on that text, and to be held to the commit would add each phase's drift to the next one's.
 
 With a cache, what it says of a block that is to be kept is computed once, by itself: the last bits of a matrix product
 depend on how many rows it has, and what is remembered must not depend on which other blocks were asked for beside it.
@@ -12,7 +13,7 @@ a run that was stopped and goes on with an empty cache ends with the same bits.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -39,12 +40,12 @@ class Teacher:
 
     Args:
         base: the patched base model.
-        cache: keeps what it says; None computes it anew each time, all rows in one batch.
+        cache: keeps what it says; None computes it anew each time, all rows of one answer in one batch.
+        base_set: the set, as in a block's key, whose blocks the unpatched base answers for.
     """
 
-    def __init__(self, base: nn.Module, cache: TeacherCache | None = None) -> None:
-        self.base = base
-        self.cache = cache
+    def __init__(self, base: nn.Module, cache: TeacherCache | None = None, base_set: Hashable | None = None) -> None:
+        self.base, self.cache, self.base_set = base, cache, base_set
         self.patch: Patch | None = None
 
     def follow(self, patch: Patch) -> None:
@@ -71,20 +72,23 @@ class Teacher:
             keep_stats: statistics of every layer too.
             keys: one a row, the same for the same tokens alone: a set, and a block in it. None goes past the cache.
         """
-        if self.cache is None or keys is None:
-            return self._run(tokens, keep_stats)
+        if keys is None:
+            return self._run(tokens, keep_stats, self.patch)
         assert len(keys) == len(tokens)
         size = self._size(tokens.shape[1], keep_stats)
-        rows, rest = tokens.split(1), [row for row, key in enumerate(keys) if not self.cache.admits(key, size)]
+        rows, cache = tokens.split(1), self.cache
+        rest = [row for row, key in enumerate(keys) if cache is None or not cache.admits(key, size)]
         said: dict[int, States] = {}
-        if rest:
-            together = self._run(torch.cat([rows[row] for row in rest]), keep_stats)
+        for patch in dict.fromkeys(self._patch_for(keys[row]) for row in rest):
+            asked = [row for row in rest if self._patch_for(keys[row]) is patch]
+            together = self._run(torch.cat([rows[row] for row in asked]), keep_stats, patch)
             parts = [together.hidden.split(1), *(layer.split(1, dim=1) for layer in together.stats)]
-            said = dict(zip(rest, zip(*parts, strict=True), strict=True))
-            self.cache.misses += len(rest)
-        for row, key in enumerate(keys):
-            if row not in said:
-                said[row] = self._kept(self.cache, key, rows[row], keep_stats)
+            said |= dict(zip(asked, zip(*parts, strict=True), strict=True))
+        if cache is not None:
+            cache.misses += len(rest)
+            for row, key in enumerate(keys):
+                if row not in said:
+                    said[row] = self._kept(cache, key, rows[row], keep_stats)
         hidden, *stats = zip(*(said[row] for row in range(len(keys))), strict=True)
         return TeacherOutput(torch.cat(hidden), [torch.cat(layer, dim=1) for layer in stats])
 
@@ -92,10 +96,14 @@ class Teacher:
         """What is kept of a block (1, time), or is from now on."""
         kept = cache.get(key, row.device)
         if kept is None:
-            said = self._run(row, keep_stats)
+            said = self._run(row, keep_stats, self._patch_for(key))
             kept = (said.hidden, *said.stats)
             cache.put(key, kept)
         return kept
+
+    def _patch_for(self, key: Key) -> Patch | None:
+        """Return the patch that answers for a block; None is the base alone."""
+        return None if self.base_set is not None and key[0] == self.base_set else self.patch
 
     def _size(self, time: int, keep_stats: bool) -> int:
         """Bytes of what is kept of a block."""
@@ -104,8 +112,8 @@ class Teacher:
         stats = 2 * len(blocks_of(self.base)) if keep_stats else 0
         return width * (time * dtype.itemsize + stats * wide.itemsize)
 
-    def _run(self, tokens: Tensor, keep_stats: bool) -> TeacherOutput:
-        with active_patch(self.base, self.patch):
+    def _run(self, tokens: Tensor, keep_stats: bool, patch: Patch | None) -> TeacherOutput:
+        with active_patch(self.base, patch):
             if not keep_stats:
                 return TeacherOutput(last_hidden_states(self.base, tokens), [])
             recorder = LayerRecorder(stats_from=0)

@@ -167,12 +167,12 @@ def test_a_peers_loss_is_the_textbooks(family: str, tmp_path: Path) -> None:
     import torch.nn.functional as F
     from compare_cells import Cell
     from compare_data import Course, config_of
-    from compare_peers import Teacher, loss_of, make_student
+    from compare_peers import Teacher, frozen, loss_of, make_student
 
     cell = Cell(f"{family}+replay+kl", 1e-3)
     config = config_of(a_tier(), cell, tmp_path)
     student = make_student(cell, config)
-    teacher = Teacher(student)
+    teacher = Teacher(student, frozen(student), "none")
     new, replay, keys = next(Course(config, tmp_path).steps(0))
     with torch.no_grad():
         for number, parameter in enumerate(student.learns):

@@ -72,6 +72,27 @@ def test_what_is_kept_is_what_would_be_computed_whatever_it_was_asked_with(teach
         assert one.shape == (2, 2, 32)
 
 
+@pytest.mark.parametrize(
+    "budget", [None, 0, STATES, 10**6], ids=["no cache", "no room", "room for one", "room for all"]
+)
+def test_the_base_answers_for_what_it_knew_and_the_commit_for_the_rest(
+    base: nn.Module, teacher: Teacher, budget: int | None
+) -> None:
+    cache = None if budget is None else TeacherCache(budget)
+    both = Teacher(base, cache, base_set="old")
+    both.patch = teacher.patch
+    keys = [("old" if number % 2 else "learned", number) for number in range(6)]
+    said = both.hidden(TOKENS, keep_stats=True, keys=keys)
+    committed, untaught = Teacher(base), Teacher(base)
+    committed.patch = teacher.patch
+    for rows, expected in (([0, 2, 4], committed), ([1, 3, 5], untaught)):
+        alone = expected.hidden(TOKENS[rows], keep_stats=True)
+        torch.testing.assert_close(said.hidden[rows], alone.hidden)
+        for one, other in zip(said.stats, alone.stats, strict=True):
+            torch.testing.assert_close(one[:, rows], other)
+    assert not torch.allclose(said.hidden[1], committed.hidden(TOKENS[1:2]).hidden[0])
+
+
 def test_the_loss_and_its_gradient_are_the_same_with_what_is_kept(base: nn.Module, teacher: Teacher) -> None:
     patch = switchboard(base).attached
     objective = PatchObjective(base, patch, teacher, ObjectiveConfig(stats_drift_weight=0.1))
@@ -136,7 +157,7 @@ def test_a_run_that_goes_on_with_an_empty_cache_hears_the_same_bits(teacher: Tea
     cache.expect({"a set": 6})
     rows = []
     run = teacher._run
-    teacher._run = lambda tokens, stats: rows.append(len(tokens)) or run(tokens, stats)  # type: ignore[method-assign]
+    teacher._run = lambda tokens, stats, patch: rows.append(len(tokens)) or run(tokens, stats, patch)  # type: ignore[method-assign]
     kept = sum(cache.admits(key, STATES) for key in KEYS)
     assert 0 < kept < 6
     first = teacher.hidden(TOKENS, keys=KEYS).hidden
@@ -147,7 +168,7 @@ def test_a_run_that_goes_on_with_an_empty_cache_hears_the_same_bits(teacher: Tea
     teacher.forget()
     resumed = teacher.hidden(TOKENS, keys=KEYS).hidden
     assert torch.equal(first, again) and torch.equal(first, resumed)
-    torch.testing.assert_close(first, run(TOKENS, False).hidden)
+    torch.testing.assert_close(first, run(TOKENS, False, teacher.patch).hidden)
 
 
 def test_a_small_sample_beside_a_large_set_is_found_again() -> None:
