@@ -11,10 +11,15 @@ FEW = " --max-new-tokens 2"
 
 INSTEAD: dict[str, dict[str, str]] = {
     "README.md": {
-        r"--tokenizer (gpt2|NAME)": "--tokenizer base_model",  # the hub's; the toy base is a folder
-        r"--block-size 1024|\[--block-size 1024\]": "--block-size 16",  # the toy base has 64 positions
+        r"--tokenizer gpt2": "--tokenizer base_model",  # the hub's; the toy base is a folder
+        r"--block-size 1024": "--block-size 16",  # the toy base has 64 positions
         r"(train configs/gpt2_own_text.yaml)": rf"\1 {SHORT}",  # of hours, on the hub's GPT-2
         r"train CONFIG": f"train configs/gpt2_own_text.yaml {SHORT}",  # the reader's own
+        r"(generate .*--compare)": rf"\1{FEW}",  # the toy base has room for few
+    },
+    "docs/CORPORA.md": {
+        r"--tokenizer NAME": "--tokenizer base_model",
+        r"\[--block-size 1024\]": "--block-size 16",
         r"SOURCE\.\.\.": "mine.jsonl general.jsonl",
         r"FOLDER": "data/both",
         r"\[--text-column text\]": "--text-column text",  # brackets: may be left out
@@ -24,7 +29,6 @@ INSTEAD: dict[str, dict[str, str]] = {
         r"\[--workers N\]": "--workers 2",
         r"\[--on-bad stop\|skip\]": "--on-bad skip",
         r"\[--max-lost 0.01\]": "--max-lost 0.01",
-        r"(generate .*--compare)": rf"\1{FEW}",  # the toy base has room for few
         r"hf:wikitext/wikitext-103-raw-v1:train": "data/general",  # of the hub
     },
     "docs/LEDGER.md": {
@@ -55,7 +59,7 @@ ELSEWHERE = {
         "GPUs",
         "tests/launch/test_one_host.py::test_accelerate_starts_the_ranks",
     ),
-    "README.md: # two nodes: on each of them, with NODE 0 and 1, and HOST the name of node 0": (
+    "docs/OPERATIONS.md: # two nodes without a script: on each of them, with NODE 0 and 1, and HOST the name of node 0": (
         "two nodes",
         "tests/launch/test_two_hosts.py::test_torchrun_meets_and_starts_a_dead_rank_again",
     ),
@@ -102,7 +106,6 @@ ELSEWHERE = {
 
 SHOWN = {
     "README.md: runs/NAME/",
-    "README.md: revpatch/",
     "docs/DESIGN.md: C:",
     "docs/DESIGN.md: L = LM(new) + replay_loss_weight·LM(replay) + distill_kl_weight·T²·KL(teacher ‖ student on replay)",  # noqa: E501
     "docs/LEDGER.md: RUN/ledger/",
@@ -124,7 +127,7 @@ TYPED: dict[str, list[str]] = {
         "journal",
         "can be removed",
     ],
-    "README.md: revpatch shards build SOURCE... --tokenizer NAME --out FOLDER [--text-column text] [--holdout 0.05] "
+    "docs/CORPORA.md: revpatch shards build SOURCE... --tokenizer NAME --out FOLDER [--text-column text] [--holdout 0.05] "
     "[--max-tokens N]": ["data/both", "data/both", "data/both"],
     "README.md: revpatch train CONFIG": ["is over", "Nothing was overwritten", "commit 000_mine_commit.safetensors"],
     "docs/LEDGER.md: revpatch ledger log RUN": ["000_wiki_commit.safetensors"],
