@@ -14,7 +14,7 @@ from revpatch.cli import app
 from revpatch.config_file import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("[!.]*/README.md"))]
+DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted(ROOT.glob("[!.]*/README.md"))]
 HEADS = [path for pattern in ("*.sh", "*.sbatch", "*.yaml") for path in sorted((ROOT / "launch").glob(pattern))]
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 PLACE = re.compile(r"(?<![\w/.~-])(?:configs|docker|docs|launch|revpatch|tests|tools)/[\w./-]*\w")

@@ -25,7 +25,7 @@ from revpatch.config_file import load_config
 from revpatch.ledger.audit import verify
 from revpatch.patch.families import Family
 
-DOCUMENTS = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+DOCUMENTS = ["README.md", *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md")))]
 
 
 def runs_python(block: Block, folder: Path) -> None:

@@ -59,7 +59,7 @@ ELSEWHERE = {
         "GPUs",
         "tests/launch/test_one_host.py::test_accelerate_starts_the_ranks",
     ),
-    "docs/OPERATIONS.md: # two nodes without a script: on each of them, with NODE 0 and 1, and HOST the name of node 0": (
+    "docs/OPERATIONS.md: # two nodes: on each of them, with NODE 0 and 1, and HOST the name of node 0": (
         "two nodes",
         "tests/launch/test_two_hosts.py::test_torchrun_meets_and_starts_a_dead_rank_again",
     ),
@@ -106,8 +106,12 @@ ELSEWHERE = {
 
 SHOWN = {
     "README.md: runs/NAME/",
-    "docs/DESIGN.md: C:",
-    "docs/DESIGN.md: L = LM(new) + replay_loss_weight·LM(replay) + distill_kl_weight·T²·KL(teacher ‖ student on replay)",  # noqa: E501
+    "docs/design/DATA.md: text ─► documents ─► token blocks ─► shards (tars) + manifest ─► lanes ─► this rank's part of step k",  # noqa: E501
+    "docs/design/MATHS.md: block l of the frozen base ──► u ─┬─────────────────────────────────────► + ──► h ──► block l + 1",  # noqa: E501
+    "docs/design/MATHS.md: C:",
+    "docs/design/MATHS.md: L = LM(new) + replay_loss_weight·LM(replay) + distill_kl_weight·T²·KL(teacher ‖ student on replay)",  # noqa: E501
+    "docs/design/RANKS.md: rank 0",
+    "docs/design/RESUME.md: step ──► snapshot (patch, moments, last good state, journal's head) ──► kill",
     "docs/LEDGER.md: RUN/ledger/",
     "docs/LEDGER.md: #8",
     "docs/RUNS.md: RUN/",
@@ -127,8 +131,8 @@ TYPED: dict[str, list[str]] = {
         "journal",
         "can be removed",
     ],
-    "docs/CORPORA.md: revpatch shards build SOURCE... --tokenizer NAME --out FOLDER [--text-column text] [--holdout 0.05] "
-    "[--max-tokens N]": ["data/both", "data/both", "data/both"],
+    "docs/CORPORA.md: revpatch shards build SOURCE... --tokenizer NAME --out FOLDER [--text-column text] "
+    "[--holdout 0.05] [--max-tokens N]": ["data/both", "data/both", "data/both"],
     "README.md: revpatch train CONFIG": ["is over", "Nothing was overwritten", "commit 000_mine_commit.safetensors"],
     "docs/LEDGER.md: revpatch ledger log RUN": ["000_wiki_commit.safetensors"],
     "docs/LEDGER.md: revpatch ledger show REF": ["000_wiki_good"],

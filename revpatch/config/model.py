@@ -27,7 +27,7 @@ class BaseConfig(Section):
 
 
 class SidecarConfig(Section):
-    """The gated sidecar after each block. The defaults are argued in docs/DESIGN.md."""
+    """The gated sidecar after each block. The defaults are argued in docs/design/MATHS.md."""
 
     bottleneck: Positive = 64
     """r, the inner width of F and G."""
