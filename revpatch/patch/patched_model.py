@@ -296,6 +296,8 @@ def load_tensors(patch: Patch | nn.Module, tensors: dict[str, Tensor]) -> None:
             raise ValueError(f"{name}: expected a tensor of floats, found {getattr(found, 'dtype', type(found))}")
         if found.shape != tensor.shape:
             raise ValueError(f"{name}: expected shape {tuple(tensor.shape)}, found {tuple(found.shape)}")
+        if name.endswith(".channels") and not bool(((found > 0) & found.isfinite()).all()):
+            raise ValueError(f"{name}: expected the sizes of a base's channels, all above 0 and finite: it is damaged")
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(tensors[name])

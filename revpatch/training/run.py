@@ -73,15 +73,15 @@ def _train(config: Config, fresh: bool, overwrite: bool, interruption: Interrupt
             startup.check_same_data(reads, plan, peers)
         with doing(f"loading the base {config.base.model}", say, first):
             base, weights = startup.load_same_base(config.base, peers)  # first: one that fails leaves no folder behind
-        if config.rehearses_own_text:
-            reads = reads.with_own_text(str(build_own_text(config, base, weights, peers)))
-            plan = check(reads, launch.world, begun, not_built)
-            startup.check_same_data(reads, plan, peers)
         standing = startup.prepare_run(config, peers, fresh, overwrite)
         if standing.over:
             if peers.rank == 0:
                 log.info("the run in %s is over: every phase is committed; add a phase to train on", standing.directory)
             return Outcome(standing.directory)
+        if config.rehearses_own_text:  # once the run's folder is known not to be taken: it may take minutes
+            reads = reads.with_own_text(str(build_own_text(config, base, weights, peers)))
+            plan = check(reads, launch.world, begun, not_built)
+            startup.check_same_data(reads, plan, peers)
         plan.check_phases(0 if standing.snapshot is None else standing.snapshot.phase_index)
         watched = config.monitoring
         record = Record(standing.directory, peers.rank == 0, watched.tensorboard, standing.again, watched.trackers)

@@ -81,6 +81,14 @@ def _integers(state: dict[str, Any]) -> None:
     state[name] = state[name].long()
 
 
+def _size_of_zero(state: dict[str, Any]) -> None:
+    state["01.channels"] = torch.zeros(16)
+
+
+def _size_that_is_no_number(state: dict[str, Any]) -> None:
+    state["01.channels"] = torch.full((16,), float("nan"))
+
+
 def _no_tensor(state: dict[str, Any]) -> None:
     name = next(reversed(state))
     state[name] = state[name].tolist()
@@ -94,6 +102,8 @@ def _no_tensor(state: dict[str, Any]) -> None:
         (_mis_shaped, r"02\.gates\.0\.weight: expected shape \(16,\), found \(16, 1\)"),
         (_broadcast, r"02\.coupling\.g\.up\.weight: expected shape \(8, 4\), found \(1, 4\)"),
         (_integers, r"02\.gates\.0\.weight: expected a tensor of floats, found torch\.int64"),
+        (_size_of_zero, r"01\.channels: expected the sizes of a base's channels, all above 0"),
+        (_size_that_is_no_number, r"01\.channels: expected the sizes of a base's channels, all above 0"),
         (_no_tensor, r"02\.gates\.0\.weight: expected a tensor of floats, found .*list"),
     ],
 )

@@ -283,7 +283,16 @@ def test_what_keeps_rank_0_from_writing_is_said_by_all(runs: Runs, toy: Toy, tmp
     assert (
         "replay.base = self: " in here.log("run").read_text() and str(tmp_path / "built") in here.log("run").read_text()
     )
-    assert not here.path("run").exists()
+    (tmp_path / "built").unlink()
+    assert here.run("run") == [0, 0], "the same command begins the run then"
+
+
+def test_nothing_is_written_for_a_run_whose_folder_is_taken(runs: Runs, toy: Toy, tmp_path: Path) -> None:
+    here = Runs(runs.server, config_file(toy, tmp_path), tmp_path)
+    here.path("run").mkdir()
+    (here.path("run") / "thesis.txt").write_text("mine")
+    assert here.run("run") == [2, 2]
+    assert not (tmp_path / "built").exists() and (here.path("run") / "thesis.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize("part", ["", "_probe"])
