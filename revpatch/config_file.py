@@ -121,7 +121,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _with_home(value: Any, key: str = "") -> Any:
     """Return the config with `~/` at the beginning of a path spelled out, as no shell does it inside a file: a folder
-    named `~` is what nobody asked for. (The caches of `stream` and `teacher` are spelled out where they are used.)"""
+    named `~` is what nobody asked for. (The cache of `stream` is spelled out where it is used.)"""
     if isinstance(value, dict):
         return {key: _with_home(each, key) for key, each in value.items()}
     if isinstance(value, list):

@@ -93,9 +93,9 @@ def test_a_number_may_be_written_as_people_write_it(tmp_path: Path, written: str
 def test_a_number_of_yaml_1_1_is_read_as_meant_or_refused(tmp_path: Path, written: str, read: int | None) -> None:
     """There 010 is 8, and 1:30 is 90."""
     if read is None:
-        assert "ledger.keep_good" in refusal(tmp_path, MINIMAL, [f"ledger.keep_good={written}"])
+        assert "snapshot.every" in refusal(tmp_path, MINIMAL, [f"snapshot.every={written}"])
     else:
-        assert load_config(write(tmp_path, MINIMAL), [f"ledger.keep_good={written}"]).ledger.keep_good == read
+        assert load_config(write(tmp_path, MINIMAL), [f"snapshot.every={written}"]).snapshot.every == read
 
 
 @pytest.mark.parametrize("name", ["1e3", "010", "true", "null", "0x1", "1_0"])

@@ -90,9 +90,9 @@ def test_one_wrong_value_is_named_with_file_key_and_what_was_found(
 
 
 def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
-    message = refusal(tmp_path, merged(seed="x", base={"dtype": "fp8"}, ledger={"colour": 1}))
+    message = refusal(tmp_path, merged(seed="x", base={"dtype": "fp8"}, snapshot={"colour": 1}))
     assert "3 mistake" in message
-    assert all(key in message for key in ("seed", "base.dtype", "ledger.colour"))
+    assert all(key in message for key in ("seed", "base.dtype", "snapshot.colour"))
 
 
 PHASE = MINIMAL["phases"][0]

@@ -114,7 +114,7 @@ def test_its_charts_hold_the_numbers_of_its_log(demo: Demo, browser: Browser) ->
         place = re.search(r"localhost:6006/(\S+) is the overview", comment)
         assert place is not None
         page = go_when_up(browser, f"{address}{place[1]}")
-        charts = charts_of(page, layout_of(demo.config, demo.config.monitoring.peak_tflops))
+        charts = charts_of(page, layout_of(demo.config, None))
         numbers_are_those_of_the_log(demo, charts)
         for name in (each.name for each in demo.config.probes.sets):
             losses_and_marks_are_drawn(demo, charts[f"{name}: loss, phase start, limits, marks"], name)

@@ -31,7 +31,7 @@ from revpatch.monitoring.layout import layout_of
 pytestmark = pytest.mark.slow
 
 STEPS = 12
-WATCHED = {"tensorboard": True, "samples": {"max_new_tokens": 8}, "peak_tflops": 0.1}
+WATCHED = {"tensorboard": True, "samples": {"max_new_tokens": 8}}
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def events(run: Path, kind: str) -> list[dict[str, Any]]:
 
 def test_the_first_page_answers_with_the_numbers_of_the_log(browser: Browser, address: str, runs: Path) -> None:
     page = go_when_up(browser, f"{address}#custom_scalars&_smoothingWeight=0")
-    charts = charts_of(page, layout_of(load_config(runs / "one/config.yaml"), WATCHED["peak_tflops"]))
+    charts = charts_of(page, layout_of(load_config(runs / "one/config.yaml"), None))
 
     first, second = events(runs / "one", "probe")[:2], events(runs / "one", "probe")[2:]
     chart = charts["base: loss, phase start, limits, marks"]

@@ -17,7 +17,7 @@ that is replayed in it; and "filling", with none of it in it yet. `--checkpointi
 recomputed in the backward pass, as base.activation_checkpointing does; `--compile` compiles ours, as base.compile does.
 
 On a GPU a time is the mean of ten steps that are given to it at once, and float32 products are TF32 for all when the
-base is bfloat16, as engine.tf32 has it for ours (the gradients are checked without); peak memory is what its allocator
+base is bfloat16, as ours does it (the gradients are checked without); peak memory is what its allocator
 counts. FILE is written anew after each round, so that a run that is ended leaves what it had.
 
 `--dtype auto` stores frozen bases in bfloat16 where this CPU multiplies it faster than float32, and else in float32.

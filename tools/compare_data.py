@@ -67,7 +67,6 @@ def config_data(tier: Tier, cell: Cell, output: Path) -> dict[str, Any]:
         "rollback": {"max_drift": UNGUARDED, "max_rollbacks": 0},
         "engine": {"kind": "accelerate"},
         "monitoring": {"every": min(10, tier.steps // 2), "samples": {"max_new_tokens": 0}},
-        "ledger": {"keep_good": 1},
     }
     if cell.rehearses:
         data["replay"] = {"base": place(str(replay)), "blocks_per_phase": 512}

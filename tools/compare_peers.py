@@ -29,7 +29,7 @@ from revpatch.patch.families import blocks_of, body_of, head_of
 from revpatch.patch.sidecars import Patch
 from revpatch.training.head_loss import frozen_head_loss, token_nll
 from revpatch.training.packed import last_hidden_states
-from revpatch.training.schedule import learning_rate
+from revpatch.training.schedule import EPS, learning_rate
 
 Losses = dict[str, NDArray[np.float64]]
 
@@ -277,9 +277,7 @@ def run_peer(tier: Tier, cell: Cell) -> dict[str, Any]:
             if untaught is not None:
                 teacher = Teacher(student, untaught, course.rehearsed[0].manifest.digest)
             first, second = config.optimizer.betas
-            optimizer = torch.optim.AdamW(
-                student.learns, betas=(first, second), eps=config.optimizer.eps, weight_decay=0.0
-            )
+            optimizer = torch.optim.AdamW(student.learns, betas=(first, second), eps=EPS, weight_decay=0.0)
             for step, (new, replay, keys) in enumerate(course.steps(index), start=1):
                 if not flops:
                     flops = _flops(student, teacher, new, replay, keys, kl_weight)

@@ -103,7 +103,7 @@ def ranks(device: str) -> Iterator[Any]:
     launch = Launch.from_environment()
     place = torch.device(device, 0) if device == "cuda" else torch.device("cpu")
     if device == "cuda":
-        torch.set_float32_matmul_precision("high")  # as engine.tf32 has it on a bfloat16 base
+        torch.set_float32_matmul_precision("high")  # as training does it on a bfloat16 base
     with process_group(launch, place, 5.0) as peers:
         yield peers
 

@@ -5,8 +5,8 @@
 
 Nothing here was measured on a GPU. Assumed, each a flag:
 - a GPU's bfloat16 peak, TFLOP/s, for the products with frozen weights and attention, and its float32 peak for those
-  of the sidecars, which are float32 on any base (312 and 156 are an A100's data sheet, the latter with TF32, as
-  `engine.tf32` allows; without it 19.5);
+  of the sidecars, which are float32 on any base (312 and 156 are an A100's data sheet, the latter with TF32,
+  as on any bfloat16 base; without it 19.5);
 - the share of both peaks that a step reaches. That is the unknown: `--measured` takes it from what bench.py wrote with
   --json (its share of the matrix-product rate, of a CPU), and nobody has measured it on a GPU;
 - the bus bandwidth of an all-reduce between nodes, GB/s a GPU, and its latency, microseconds a ring hop. Ring

@@ -24,7 +24,6 @@ from revpatch.config.model import BaseConfig, ObjectiveConfig, OptimizerConfig, 
 from revpatch.config.section import ConfigError, Section, Text
 from revpatch.config.watch import (
     EngineConfig,
-    LedgerConfig,
     MonitoringConfig,
     ProbesConfig,
     ProbeSetConfig,
@@ -42,7 +41,6 @@ __all__ = [
     "Config",
     "ConfigError",
     "EngineConfig",
-    "LedgerConfig",
     "MonitoringConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
@@ -84,7 +82,6 @@ class Config(Section):
     """The corpora, in the order in which they are learned."""
     probes: ProbesConfig = ProbesConfig()
     rollback: RollbackConfig = RollbackConfig()
-    ledger: LedgerConfig = LedgerConfig()
     snapshot: SnapshotConfig = SnapshotConfig()
     engine: EngineConfig = EngineConfig()
     monitoring: MonitoringConfig = MonitoringConfig()

@@ -78,11 +78,7 @@ class TeacherConfig(Section):
     """What is kept of what the teacher says of replayed blocks, until the next commit."""
 
     cache_gb: Weight = 1.0
-    """CPU memory a rank for its last hidden states, in 10⁹ bytes; 0 computes them anew each time."""
-    spill: Text | None = None
-    """Folder on local disk for what the memory has no room for; null keeps none there."""
-    spill_gb: PositiveFloat = 10.0
-    """Size a rank that the spill may reach, in 10⁹ bytes."""
+    """CPU memory a rank for its last hidden states, in 10⁹ bytes; what has no room is computed anew each time."""
 
 
 class OptimizerConfig(Section):
@@ -94,8 +90,6 @@ class OptimizerConfig(Section):
     """Peak learning rate of the gates."""
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.95]
     """Decay of the first and second moments."""
-    eps: PositiveFloat = 1.0e-8
-    """Added to the root of the second moment."""
     weight_decay: Weight = 0.0
     """Decoupled weight decay; gates and scales are exempt."""
     warmup_steps: NonNegative = 100

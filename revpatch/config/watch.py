@@ -50,20 +50,12 @@ class RollbackConfig(Section):
     """The learning rate is multiplied by this at each rollback, to the end of the phase."""
 
 
-class LedgerConfig(Section):
-    """The record of patches."""
-
-    keep_good: Positive = 3
-    """Newest `good` entries kept of each phase; start, rollback and commit entries are always kept."""
-
-
 class SnapshotConfig(Section):
     """What a run that was killed goes on from."""
 
     every: Positive = 1000
-    """Optimizer steps of a phase between snapshots; there is one at the end of each phase besides."""
-    keep: Positive = 2
-    """Newest snapshots that are kept."""
+    """Optimizer steps of a phase between snapshots; there is one at the end of each phase besides. The newest two are
+    kept."""
 
 
 class EngineConfig(Section):
@@ -75,8 +67,6 @@ class EngineConfig(Section):
     """DeepSpeed's JSON file; null is ZeRO 0. Batch sizes, optimizer and precision are set by this config."""
     timeout_minutes: Annotated[float, Field(gt=0, le=10_080)] = 30.0
     """Ranks that wait longer than this for one another stop the run."""
-    tf32: bool = True
-    """On a GPU, multiply the float32 matrices of sidecars on a bfloat16 base in TF32; a float32 base is never."""
 
 
 class SamplesConfig(Section):
@@ -98,6 +88,3 @@ class MonitoringConfig(Section):
     trackers: list[Literal["wandb", "mlflow"]] = []
     """Services that get the same numbers; their packages must be installed."""
     samples: SamplesConfig = SamplesConfig()
-    peak_tflops: PositiveFloat | None = None
-    """Peak of one device in the base's dtype, 10¹² operations a second, from its data sheet. Null takes, for a bfloat16
-    base on a GPU that is known by its name, what is known of it, and else shows no share."""

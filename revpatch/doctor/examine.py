@@ -31,9 +31,6 @@ class Places:
     cache_gb: float = 20.0
     built: Path | None = None
     """Where the shards of raw sources are kept."""
-    spill: Path | None = None
-    """Where the teacher's states are."""
-    spill_gb: float = 10.0
 
     @classmethod
     def of(cls, config: Config) -> Places:
@@ -44,8 +41,6 @@ class Places:
             Path(cache) if cache else None,
             config.stream.shard_cache_gb,
             Path(config.build.folder) if config.rehearses_own_text or needs_building(config) else None,
-            Path(config.teacher.spill) if config.teacher.spill else None,
-            config.teacher.spill_gb,
         )
 
 
@@ -105,8 +100,6 @@ def this_machine(places: Places) -> list[Finding]:
         findings.append(machine.disk("shard cache", places.cache.expanduser(), places.cache_gb))
     if places.built is not None:
         findings.append(machine.disk("built shards", places.built, 10.0))
-    if places.spill is not None:
-        findings.append(machine.disk("teacher's spill", places.spill.expanduser(), places.spill_gb))
     findings += [
         machine.hub_cache(Path(constants.HF_HUB_CACHE), constants.HF_HUB_OFFLINE),
         machine.extension_locks(Path(extensions).expanduser()),

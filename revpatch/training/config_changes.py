@@ -10,7 +10,7 @@ from revpatch.training.launch import Peers
 from revpatch.training.snapshot import Snapshot
 
 MAY_CHANGE = (
-    r"output_dir|monitoring\..*|snapshot\..*|ledger\..*|engine\..*|build\..*|teacher\..*|probes\.(every|placement)",
+    r"output_dir|monitoring\..*|snapshot\..*|engine\..*|build\..*|teacher\..*|probes\.(every|placement)",
     r"stream\.(on_error|shard_cache|shard_cache_gb|retries)",
     r"base\.(model|compile|activation_checkpointing)|batch\.micro_blocks",  # a base has its sha256
     r"phases\.\d+\.steps",
@@ -19,7 +19,7 @@ MAY_CHANGE = (
 """Keys that may differ from those a run began with; what they name is held against hashes where there are any."""
 PLACES = (
     r"output_dir|base\.model|replay\.base|probes\.sets\.\d+\.shards|phases\.\d+\.shards(\.\d+\.shards)?|"
-    r"stream\.shard_cache|teacher\.spill|build\.folder|engine\.deepspeed"
+    r"stream\.shard_cache|build\.folder|engine\.deepspeed"
 )
 """Keys that name places, which may lie elsewhere on another node."""
 

@@ -106,7 +106,7 @@ class RunState:
         """The bare base, or the file in the ledger of the patch that the run begins with."""
         self.resumed: Snapshot | None = None
         """What the run goes on from, until the phase it belongs to has begun."""
-        self.snapshots = SnapshotWriter(directory / "snapshot", config.snapshot.keep)
+        self.snapshots = SnapshotWriter(directory / "snapshot")
 
     def take_up(self, standing: Standing) -> None:
         """Brings model, teacher, probes, replay and ledger to where the run stands, and puts down that it goes on."""
@@ -121,8 +121,9 @@ class RunState:
                 log.warning("%s", notice)
             peak = startup.peak_of(self.config, self.peers.device)
             if peak is None and self.peers.device.type == "cuda":
-                words = "the peak of %s in %s isn't known, so its share is not shown: monitoring.peak_tflops sets it"
-                log.info(words, facts["device"], self.config.base.dtype)
+                log.info(
+                    "the peak of %s in %s isn't known: no share of it is shown", facts["device"], self.config.base.dtype
+                )
             if self.peers.launch.warning is not None:
                 log.warning(self.peers.launch.warning)
             self.record.introduce(self.config, facts, peak)

@@ -10,6 +10,9 @@ from torch import nn
 from revpatch.config import OptimizerConfig
 from revpatch.patch.patched_model import Patch
 
+EPS = 1.0e-8
+"""Of AdamW: added to the root of the second moment."""
+
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     """The rate of step 1 ≤ step ≤ steps of a phase: linear warm-up, then a cosine to zero, or constant."""
@@ -37,7 +40,7 @@ def make_optimizer(patch: Patch, config: OptimizerConfig) -> torch.optim.AdamW:
         {"params": gates, "lr_factor": config.gate_lr / config.lr, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
-        groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, weight_decay=0.0, fused=True
+        groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=EPS, weight_decay=0.0, fused=True
     )
 
 

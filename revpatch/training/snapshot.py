@@ -33,6 +33,8 @@ from revpatch.training.rollback import GoodState
 log = logging.getLogger("revpatch")
 
 VERSION = 2
+KEEP = 2
+"""So many snapshots are kept, the newest."""
 ANEW = "or begin another run: elsewhere (--set output_dir=...), or with --fresh --overwrite, which deletes this one"
 
 Measurements = dict[str, Measurement]
@@ -263,13 +265,13 @@ def newest_snapshot(directory: Path, anew: str = ANEW) -> Snapshot | None:
 
 
 class SnapshotWriter:
-    """Writes snapshots in a thread of its own, one after the other, and keeps the newest `keep`.
+    """Writes snapshots in a thread of its own, one after the other, and keeps the newest `KEEP`.
 
     What goes wrong in the thread (a full disk) is raised by the next call of `write` or `finish`.
     """
 
-    def __init__(self, directory: Path, keep: int) -> None:
-        self.directory, self.keep = directory, keep
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -292,7 +294,7 @@ class SnapshotWriter:
         try:
             self.directory.mkdir(exist_ok=True)
             write_atomically(self.directory / snapshot.name, snapshot.pack())
-            for path in snapshots_in(self.directory)[self.keep :]:
+            for path in snapshots_in(self.directory)[KEEP:]:
                 path.unlink()
             for path in self.directory.glob(".step*.tmp"):  # what a killed process left
                 path.unlink()

@@ -6,7 +6,6 @@ import logging
 import platform
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -138,9 +137,9 @@ def load_base(config: BaseConfig, device: torch.device) -> nn.Module:
 
 
 def choose_matmul_precision(config: Config, device: torch.device) -> None:
-    """Lets a GPU multiply float32 matrices in TF32 where the config does and the base is bfloat16: what sidecars are
-    given is rounded to 8 bits then, and TF32 keeps 11."""
-    if device.type == "cuda" and config.engine.tf32 and config.base.dtype == "bfloat16":
+    """Let a GPU multiply float32 matrices in TF32 where the base is bfloat16: what sidecars are given is rounded to
+    8 bits then, and TF32 keeps 11."""
+    if device.type == "cuda" and config.base.dtype == "bfloat16":
         torch.set_float32_matmul_precision("high")
 
 
@@ -151,11 +150,8 @@ def compile_base(base: nn.Module, backend: str | Callable[..., Any] = "inductor"
 
 
 def teacher_cache(config: TeacherConfig) -> TeacherCache | None:
-    """As the config asks for it."""
-    if not config.cache_gb and config.spill is None:
-        return None
-    spill = None if config.spill is None else Path(config.spill).expanduser()
-    return TeacherCache(int(config.cache_gb * 1e9), spill, int(config.spill_gb * 1e9))
+    """Return the cache that the config asks for, or None."""
+    return TeacherCache(int(config.cache_gb * 1e9)) if config.cache_gb else None
 
 
 def facts(config: Config, base: nn.Module, patch: Patch, engine: Engine, peers: Peers) -> dict[str, Any]:
@@ -188,11 +184,11 @@ def facts(config: Config, base: nn.Module, patch: Patch, engine: Engine, peers: 
 
 
 def peak_of(config: Config, device: torch.device) -> float | None:
-    """Peak of this rank's device, 10¹² operations a second: what the config says or, for a bfloat16 base on a GPU that
-    is known by its name, its data sheet; None shows no share of it."""
-    if config.monitoring.peak_tflops is not None or device.type != "cuda":
-        return config.monitoring.peak_tflops
-    return peak_tflops(torch.cuda.get_device_name(device)) if config.base.dtype == "bfloat16" else None
+    """Return the peak of this rank's device, 10¹² operations a second, for a bfloat16 base on a GPU that is known by
+    its name; None shows no share of it."""
+    if device.type != "cuda" or config.base.dtype != "bfloat16":
+        return None
+    return peak_tflops(torch.cuda.get_device_name(device))
 
 
 def gradient_bytes(patch: Patch, engine: Engine, accumulation: int) -> int:

@@ -30,6 +30,9 @@ from revpatch.training.watch import in_words
 log = logging.getLogger("revpatch")
 Verdict = Keep | Rollback | Stop
 
+KEEP_GOOD = 3
+"""So many `good` entries of each phase are kept, the newest."""
+
 
 class Trainer(RunState):
     """One rank's part of a run; made as `RunState` is."""
@@ -176,7 +179,7 @@ class Trainer(RunState):
             phase.learned += phase.pending
             phase.pending = []
             if self.record.ledger is not None:
-                self.record.ledger.prune_good(self.config.ledger.keep_good)
+                self.record.ledger.prune_good(KEEP_GOOD)
         return verdict
 
     def _carry_out(self, verdict: Verdict, phase: Phase, step: int) -> bool:

@@ -285,14 +285,14 @@ def test_importing_is_lazy_and_nothing_is_heard_of_tensorflow(tmp_path):
 
 
 def test_every_chart_of_the_page_has_its_numbers(tmp_path, toy, server):
-    watched = {"tensorboard": True, "peak_tflops": 1.0, "samples": {"max_new_tokens": 1}}
+    watched = {"tensorboard": True, "samples": {"max_new_tokens": 1}}
     file = toy.config_file(tmp_path, monitoring=watched)
     log = tmp_path / "log"
     assert server.run("train", file, output=log, world=2, harm=[[0, 6]]) == [0, 0], log.read_text()
     board = tmp_path / "run/tensorboard"
     folders = [board, *(path for path in board.iterdir() if path.is_dir())]
     written = [tag for folder in folders for tag in read_back(folder).Tags()["scalars"]]
-    charts = [chart for category in layout_of(load_config(file), 1.0).values() for chart in category.values()]
+    charts = [chart for category in layout_of(load_config(file), None).values() for chart in category.values()]
     patterns = [pattern for _, patterns in charts for pattern in patterns]
     empty = [pattern for pattern in patterns if not any(re.match(pattern, tag) for tag in written)]
     may_be = [pattern for pattern in patterns if "quarantine" in pattern or "cache_hit_rate" in pattern]

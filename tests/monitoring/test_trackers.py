@@ -158,11 +158,13 @@ def test_a_folder_of_the_name_is_no_package(tmp_path: Path, monkeypatch: pytest.
         check_trackers(["wandb"])
 
 
-def test_a_run_tells_its_tracker_the_probes_of_its_journal(told: Any, toy: Toy, tmp_path: Path) -> None:
-
+def test_a_run_tells_its_tracker_the_probes_of_its_journal(
+    told: Any, toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("revpatch.training.startup.peak_of", lambda *_: 2.0)  # as of a GPU that is known
     config = toy.config_file(
         tmp_path,
-        monitoring={"trackers": ["wandb"], "samples": {"max_new_tokens": 5}, "peak_tflops": 2.0},
+        monitoring={"trackers": ["wandb"], "samples": {"max_new_tokens": 5}},
         phases=[{"name": "first", "shards": str(toy.shards("first")), "steps": 6}],
         probes={"sets": [{"name": "base", "shards": str(toy.shards("base_probe")), "max_blocks": 4}]},
     )

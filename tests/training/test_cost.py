@@ -56,16 +56,12 @@ def test_a_peak_is_that_of_this_very_device(name: str, peak: float | None) -> No
     assert peak_tflops(name) == peak
 
 
-def test_the_peak_is_what_the_config_says_or_a_gpu_s_own(
-    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_peak_is_that_of_a_gpu_that_is_known(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L40S")
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
     exact, rounded = (toy.config(tmp_path, base={"dtype": dtype}) for dtype in ("float32", "bfloat16"))
     assert [peak_of(rounded, device) for device in (cpu, gpu)] == [None, 362]
     assert peak_of(exact, gpu) is None, "the table's is bfloat16's"
-    said = toy.config(tmp_path, base={"dtype": "float32"}, monitoring={"peak_tflops": 91.6})
-    assert [peak_of(said, device) for device in (cpu, gpu)] == [91.6, 91.6]
 
 
 def test_memory_is_what_the_process_has() -> None:

@@ -77,10 +77,10 @@ def test_gates_learn_at_their_own_rate_and_scales_and_gates_do_not_decay(patch: 
 
 
 def test_the_knobs_reach_the_optimizer_in_every_group(patch: Patch) -> None:
-    optimizer = make_optimizer(patch, OptimizerConfig(betas=[0.7, 0.8], eps=1e-5))
+    optimizer = make_optimizer(patch, OptimizerConfig(betas=[0.7, 0.8]))
     assert isinstance(optimizer, torch.optim.AdamW)
     for group in optimizer.param_groups:
-        assert (group["betas"], group["eps"]) == ((0.7, 0.8), 1e-5)
+        assert (group["betas"], group["eps"]) == ((0.7, 0.8), 1e-8)
 
 
 def test_a_step_moves_each_parameter_by_its_rate(patch: Patch) -> None:

@@ -12,19 +12,18 @@ from revpatch.training.startup import choose_matmul_precision
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "tf32", "chosen"),
+    ("device", "dtype", "chosen"),
     [
-        ("cuda", "bfloat16", True, ["high"]),
-        ("cuda", "bfloat16", False, []),
-        ("cuda", "float32", True, []),
-        ("cpu", "bfloat16", True, []),
+        ("cuda", "bfloat16", ["high"]),
+        ("cuda", "float32", []),
+        ("cpu", "bfloat16", []),
     ],
 )
 def test_tf32_is_for_sidecars_on_a_bfloat16_base_on_a_gpu(
-    device: str, dtype: str, tf32: bool, chosen: list[str], toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    device: str, dtype: str, chosen: list[str], toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: list[str] = []
     monkeypatch.setattr(torch, "set_float32_matmul_precision", found.append)
-    config = toy.config(tmp_path, base={"dtype": dtype}, engine={"tf32": tf32})
+    config = toy.config(tmp_path, base={"dtype": dtype})
     choose_matmul_precision(config, torch.device(device))
     assert found == chosen

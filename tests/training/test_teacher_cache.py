@@ -1,14 +1,11 @@
-"""The teacher's cache: exact, within its budgets, gone when the teacher changes."""
+"""The teacher's cache: exact, within its budget, gone when the teacher changes."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from full_disk import full_disk
 from ranks import Runs, RunServer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
@@ -116,20 +113,16 @@ def test_a_new_teacher_begins_with_nothing(base: nn.Module, teacher: Teacher) ->
     assert not torch.equal(teacher.hidden(TOKENS[:2], keys=KEYS[:2]).hidden, before)
 
 
-@pytest.mark.parametrize(("budget", "spill", "kept"), [(3 * STATES, 0, 3), (2 * STATES, 3 * STATES, 5), (0, 0, 0)])
-def test_no_more_is_kept_than_the_budgets_allow(
-    teacher: Teacher, tmp_path: Path, budget: int, spill: int, kept: int
-) -> None:
-    teacher.cache = cache = TeacherCache(budget, tmp_path / "spill" if spill else None, spill)
+@pytest.mark.parametrize(("budget", "kept"), [(3 * STATES, 3), (0, 0)])
+def test_no_more_is_kept_than_the_budget_allows(teacher: Teacher, budget: int, kept: int) -> None:
+    teacher.cache = cache = TeacherCache(budget)
     first = teacher.hidden(TOKENS, keys=KEYS).hidden
     assert len(cache) == kept
-    files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert len(files) == spill // STATES
     cache.take_rate()
     assert torch.equal(teacher.hidden(TOKENS, keys=KEYS).hidden, first)
     assert cache.take_rate() == pytest.approx(kept / 6)
     teacher.forget()
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(cache) == 0
     assert cache.take_rate() is None
 
 
@@ -142,7 +135,7 @@ def test_what_is_let_in_is_small_sets_first_then_a_share_and_never_depends_on_wh
     assert sum(let_in["base"]) == pytest.approx(800, rel=0.1), "what room the small sets leave"
     assert 0.5 < sum(let_in["base"][:2000]) / sum(let_in["base"][2000:]) < 2, "from all over the set"
     cache.put(("base", 0), [torch.zeros(1100 * size // 4)])
-    fresh = TeacherCache(1000 * size, Path("unused"), 100 * size)
+    fresh = TeacherCache(1100 * size)
     fresh.expect(dict(reversed(sets.items())))
     for other in (cache, fresh):
         assert [other.admits(("base", block), size) for block in range(4000)] == let_in["base"]
@@ -185,32 +178,6 @@ def test_a_small_sample_beside_a_large_set_is_found_again() -> None:
         if number == 2000:
             cache.take_rate()
     assert cache.hits / 2000 == pytest.approx(0.5 + 0.5 * 20 / 4000, rel=0.1)
-
-
-def test_a_spill_that_cannot_be_made_is_told(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(OSError, match=r"teacher\.spill: .*/file/spill can't be written.*name another folder"):
-        TeacherCache(0, tmp_path / "file/spill", 10**6).put(KEYS[0], [torch.zeros(9)])
-
-
-def test_what_was_spilt_does_not_stay_when_a_run_ends_in_the_middle_of_a_phase(tmp_path: Path) -> None:
-    ended = "raise SystemExit(75)"  # as a signal ends it
-    code = (
-        "import pathlib, sys, torch; from revpatch.training.teacher_cache import TeacherCache;"
-        "cache = TeacherCache(0, pathlib.Path(sys.argv[1]), 10**6); cache.put(('a set', 0), [torch.zeros(9)]);"
-        f"assert any(path.is_file() for path in pathlib.Path(sys.argv[1]).rglob('*')); {ended}"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (75, "")
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_full_disk_is_told_and_leaves_no_half_file(tmp_path: Path) -> None:
-    cache = TeacherCache(0, tmp_path, 10**6)
-    with full_disk(), pytest.raises(OSError, match=r"teacher.spill.*make room"):
-        cache.put(KEYS[0], [torch.zeros(1000)])
-    assert cache.get(KEYS[0], CPU) is None
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def counted(shares: dict[Path, float], first_step: int, room: int) -> list[float]:
