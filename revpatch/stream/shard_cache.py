@@ -113,19 +113,20 @@ class ShardCache:
                 self._wanted.discard(placed.location)
 
     def _open(self, placed: PlacedShard) -> int:
-        """A descriptor of a verified copy, whoever fetches it."""
+        """Return a descriptor of a verified copy, whoever fetches it."""
         waited = False
         while True:
             with self._disk(), contextlib.suppress(FileNotFoundError):
                 descriptor = os.open(self._path(placed, ".tar"), os.O_RDONLY | os.O_CLOEXEC)
                 if self._is_sound(placed, descriptor):
                     # The least recently used copy goes first. The time of change stays, as it tells a changed file.
-                    os.utime(descriptor, ns=(time.time_ns(), os.fstat(descriptor).st_mtime_ns))
+                    with contextlib.suppress(PermissionError):  # another person's copy, in a folder that is shared
+                        os.utime(descriptor, ns=(time.time_ns(), os.fstat(descriptor).st_mtime_ns))
                     return descriptor
             waited = self._fetch(placed, 0 if waited else remote.RETRIES)
 
     def _is_sound(self, placed: PlacedShard, descriptor: int) -> bool:
-        """Whether a copy is what it should be. One that isn't is removed, unless it is replaced already, and closed."""
+        """Return whether a copy is what it should be. One that isn't is removed, unless it is replaced, and closed."""
         try:
             self._files.verify(placed, descriptor)
             return True
@@ -274,8 +275,6 @@ class ShardCache:
         """Say of a disk that doesn't do what it is asked what can be done about it."""
         try:
             yield
-        except FileNotFoundError:
-            raise
         except OSError as error:
             remedy = (
                 "free room on its disk, or set stream.shard_cache to another folder or stream.shard_cache_gb to less"

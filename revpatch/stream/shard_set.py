@@ -122,7 +122,7 @@ class ShardSet:
         return block_ids
 
     def _read_members(self, ordered: Int64s) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """The members of these sorted ids, header and padding included, (n,) -> (n, stride); neighbours in one go."""
+        """Return the members of these sorted ids with header and padding, (n,) -> (n, stride); neighbours in one go."""
         members = np.empty((len(ordered), self._stride), dtype=np.uint8)
         shards = self.manifest.shards_of(ordered)
         is_first = np.ones(len(ordered), dtype=bool)  # of a run of neighbours in one shard
@@ -141,7 +141,7 @@ class ShardSet:
         return members
 
     def _open(self, placed: PlacedShard) -> OpenShard:
-        """A verified shard. A broken one is found so once, and from then on it is known."""
+        """Return a verified shard. A broken one is found so once, and from then on it is known."""
         if placed.index in self._broken:
             raise self._broken[placed.index].with_traceback(None)
         try:
