@@ -7,8 +7,8 @@
     .parquet                one a row (parquet.py)
 
 All but parquet may be compressed (compression.py). A document that can't be read is a BadDocument where those after it
-can; every complaint names the file, the place, and what to do. A document must fit the memory, and so must
-a .json file.
+can; every complaint names the file, the place, and what to do. A document must fit the memory,
+and so must a .json file.
 """
 
 from __future__ import annotations
