@@ -101,8 +101,8 @@ def build(
 @app.command()
 def verify(folder: FolderArgument) -> None:
     """Read and hash every shard; names those that are broken and ends with exit code 1 if there are any."""
-    from revpatch.stream.inspection import verify_shards
     from revpatch.stream.manifest import Manifest
+    from revpatch.stream.shard_set import verify_shards
 
     total = sum(shard.bytes for shard in Manifest.read(folder).shards)
     with (
@@ -143,8 +143,8 @@ def show(
     blocks: Annotated[int, typer.Option(min=0, help="How many blocks to decode.")] = 3,
 ) -> None:
     """Say what is in a folder of shards, and decode a few blocks of it."""
-    from revpatch.stream.inspection import sample_blocks
     from revpatch.stream.manifest import Manifest
+    from revpatch.stream.shard_set import sample_blocks
     from revpatch.stream.tokenizer import tokenizer_fingerprint
 
     manifest = Manifest.read(folder)

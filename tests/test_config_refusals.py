@@ -28,6 +28,8 @@ from revpatch.config_file import load_config
         ("optimizer.lr=2024-13-45", ["optimizer.lr", "not YAML"]),
         ("optimizer.lr=fast", ["optimizer.lr", "'fast'", "str"]),
         ("optimizer.rate=1e-3", ["optimizer.rate", "no such key"]),
+        ("stream.retries=3", ["stream.retries", "no such key"]),
+        ("build.workers=3", ["build.workers", "no such key"]),
         ("optimizer..lr=1e-3", ["optimizer", "no such key"]),
     ],
 )

@@ -32,7 +32,9 @@ from revpatch.doctor import examine
 from revpatch.durable import sync_directory, write_atomically
 from revpatch.locks import lock_file
 from revpatch.monitoring.board import Board
-from revpatch.stream.cache_folder import CacheFolder, ShardCacheError
+from revpatch.stream.manifest import Shard
+from revpatch.stream.open_shards import PlacedShard
+from revpatch.stream.shard_cache import ShardCache, ShardCacheError
 
 # --- what is printed gets lost ----------------------------------------------------------------------------------------
 
@@ -287,7 +289,7 @@ def test_where_no_file_can_be_locked_this_machine_is_kept_out_and_others_are_nam
     )
     assert made.code == 0 and revpatch("shards", "verify", tmp_path / "out").code == 0
     with pytest.raises(ShardCacheError, match=r"no locks.*shard_cache to a folder on a local disk"):
-        CacheFolder(tmp_path / "cache", 1000).reserve("0" * 64, 10)
+        ShardCache(tmp_path / "cache", 1000).get(PlacedShard("pipe:true", 0, 1, Shard("a", 1, 10, "0" * 64), 0, ""))
 
 
 @pytest.mark.parametrize(

@@ -74,8 +74,6 @@ class StreamConfig(Section):
     """Folder on local disk for shards that lie elsewhere, shared by all processes of a machine."""
     shard_cache_gb: PositiveFloat = 20.0
     """Size that the shard cache may reach, in 10⁹ bytes."""
-    retries: NonNegative = 5
-    """Attempts at fetching a shard after the first one has failed, with growing pauses."""
 
 
 class BuildConfig(Section):
@@ -89,8 +87,6 @@ class BuildConfig(Section):
     holdout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Fraction of the documents held out of a source that both a phase (or replay) and a probe set name: the one gets
     the training side, the other the held-out side."""
-    workers: Positive | None = None
-    """Processes that tokenise; null is one a CPU."""
 
 
 class WeightedShards(Section):

@@ -25,8 +25,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+from revpatch.stream.checkpoint import Split, Splits, UnfinishedBuild
 from revpatch.stream.chunks import (
+    CONTEXT_CHARACTERS,
     LONG_CHARACTERS,
+    PIECE_CHARACTERS,
     BadDocumentError,
     Chunk,
     ChunkReading,
@@ -40,12 +43,9 @@ from revpatch.stream.documents import Document, Input, Reading
 from revpatch.stream.encode import COUNTED, Encoder, EncoderRecipe, Work, encode_in_order
 from revpatch.stream.holdout import share_of
 from revpatch.stream.manifest import MANIFEST_NAME, MANIFEST_VERSION, Manifest, plain
-from revpatch.stream.pieces import CONTEXT_CHARACTERS, PIECE_CHARACTERS
-from revpatch.stream.rows import Row, Rows
 from revpatch.stream.sources import find_inputs, name_of_source
 from revpatch.stream.tars import DEFAULT_SHARD_BYTES, blocks_in, check_installable, install_folder, refuse_foreign
 from revpatch.stream.tokenizer import tokenizer_info
-from revpatch.stream.unfinished import UnfinishedBuild
 
 CHECKPOINT_SECONDS = 5.0
 MAX_LOST = 0.01
@@ -147,8 +147,8 @@ def build_shards(
     eos = tokenizer.backend_tokenizer.id_to_token(info.eos_token_id) or ""
     separators = tuple(dict.fromkeys([_SEPARATOR, *([eos] if eos.strip() else [])]))
     with _opened(out, recipe, blocks_per_shard, inputs, separators) as unfinished:
-        rows = [Row(unfinished.folder / split, dtype, block_size, blocks_per_shard) for split in folders]
-        sides = Rows(rows[0], rows[1] if holdout else None, max_tokens, info.eos_token_id, info.bos_token_ids)
+        splits = [Split(unfinished.folder / split, dtype, block_size, blocks_per_shard) for split in folders]
+        sides = Splits(splits[0], splits[1] if holdout else None, max_tokens, info.eos_token_id, info.bos_token_ids)
         lost = LostText(out, info.name, max_lost, unfinished.folder)
         try:
             reading = ChunkReading(
@@ -161,7 +161,7 @@ def build_shards(
             )
             end = _fill(sides, inputs, reading, encoder, workers, unfinished, lost, progress)
         finally:
-            for row in rows:
+            for row in splits:
                 row.writer.abandon()
         lost.check(sides)
         last_added = max(tokenizer.backend_tokenizer.get_added_tokens_decoder(), default=-1)
@@ -171,7 +171,7 @@ def build_shards(
             "bad": tuple(sides.bad),
         }
         manifests = {
-            split: _manifest(split, row, recipe | found, last_added) for split, row in zip(folders, rows, strict=True)
+            split: _manifest(split, row, recipe | found, last_added) for split, row in zip(folders, splits, strict=True)
         }
         for manifest in manifests.values():
             if not manifest.blocks:
@@ -261,7 +261,7 @@ def _opened(
 
 
 def _fill(
-    rows: Rows,
+    splits: Splits,
     inputs: Sequence[Input],
     reading: ChunkReading,
     encoder: EncoderRecipe,
@@ -274,21 +274,21 @@ def _fill(
     position = Position()
     if unfinished.checkpoint is not None:
         position = Position(**unfinished.checkpoint["position"])
-        rows.restore(unfinished.checkpoint["rows"], is_whole=unfinished.checkpoint["is_whole"])
-        if rows.bad_documents and not reading.skip_bad:
+        splits.restore(unfinished.checkpoint["rows"], is_whole=unfinished.checkpoint["is_whole"])
+        if splits.bad_documents and not reading.skip_bad:
             raise ValueError(
-                f"{unfinished.folder}: holds an unfinished build that has left out {rows.bad_documents} documents, the "
-                f"first being {rows.bad[0]}; resume it with --on-bad skip, or delete that folder to build anew"
+                f"{unfinished.folder}: holds an unfinished build that has left out {splits.bad_documents} documents, "
+                f"the first being {splits.bad[0]}; resume it with --on-bad skip, or delete that folder to build anew"
             )
         if unfinished.checkpoint["is_whole"]:
             return position
     else:
-        rows.start()
+        splits.start()
     end, saved = position, time.monotonic()
     waiting: deque[Chunk] = deque()
     sizes = [found.bytes for found in inputs if found.bytes is not None]
     in_all = sum(sizes) if sizes else None
-    tokens_in_all = None if rows.limit is None else int(rows.limit / (1 - encoder.holdout))
+    tokens_in_all = None if splits.limit is None else int(splits.limit / (1 - encoder.holdout))
 
     def works() -> Iterator[Work]:
         try:
@@ -305,22 +305,22 @@ def _fill(
         chunk = waiting.popleft()
         end = chunk.end
         if chunk.work.is_piece:
-            rows.add_piece(encoded, chunk.held_out, chunk.is_last_piece)
+            splits.add_piece(encoded, chunk.held_out, chunk.is_last_piece)
         else:
-            rows.add_documents(encoded, chunk.bad)
-        if rows.text_counts()[0] >= _ENOUGH_CHARACTERS:
-            lost.refuse(rows)
+            splits.add_documents(encoded, chunk.bad)
+        if splits.text_counts()[0] >= _ENOUGH_CHARACTERS:
+            lost.refuse(splits)
         if progress is not None:
-            progress(Progress(*rows.counts(), chunk.bytes_read, in_all, tokens_in_all))
-        if rows.full:
+            progress(Progress(*splits.counts(), chunk.bytes_read, in_all, tokens_in_all))
+        if splits.full:
             break
         if time.monotonic() - saved >= CHECKPOINT_SECONDS:
-            unfinished.save({"position": asdict(end), "rows": rows.state(), "is_whole": False})
+            unfinished.save({"position": asdict(end), "rows": splits.state(), "is_whole": False})
             saved = time.monotonic()
-    rows.close()
+    splits.close()
     end = Position(len(inputs), lone=end.lone)
-    if all(row.writer.blocks for row in rows.sides):
-        unfinished.save({"position": asdict(end), "rows": rows.state(), "is_whole": True})
+    if all(row.writer.blocks for row in splits.sides):
+        unfinished.save({"position": asdict(end), "rows": splits.state(), "is_whole": True})
     return end
 
 
@@ -350,9 +350,9 @@ class LostText:
     max_lost: float
     kept: Path
 
-    def refuse(self, rows: Rows) -> None:
+    def refuse(self, splits: Splits) -> None:
         """Raise ValueError where it is more."""
-        characters, lost, _, _ = rows.text_counts()
+        characters, lost, _, _ = splits.text_counts()
         if lost <= self.max_lost * characters:
             return
         refusal = (
@@ -367,10 +367,10 @@ class LostText:
             "it; delete it to build otherwise"
         )
 
-    def check(self, rows: Rows) -> None:
+    def check(self, splits: Splits) -> None:
         """Refuse a whole build that lost too much, and log what is worth knowing of its text."""
-        self.refuse(rows)
-        characters, lost, special, pages = rows.text_counts()
+        self.refuse(splits)
+        characters, lost, special, pages = splits.text_counts()
         if lost > _MANY_LOST * characters:
             _log.warning("%s", self._words(characters, lost))
         if special:
@@ -390,7 +390,7 @@ class LostText:
         )
 
 
-def _manifest(split: str, row: Row, recipe: dict[str, Any], last_added: int) -> Manifest:
+def _manifest(split: str, row: Split, recipe: dict[str, Any], last_added: int) -> Manifest:
     is_last_held = row.highest_id + 1 >= recipe["tokenizer"].vocab_size
     counted: dict[str, Any] = dict(zip(COUNTED, row.counts.tolist(), strict=True))
     del counted["pages"]  # told once, when they are built
@@ -410,7 +410,7 @@ def _manifest(split: str, row: Row, recipe: dict[str, Any], last_added: int) -> 
     )
 
 
-def _nothing_built(manifest: Manifest, sides: Rows, inputs: Sequence[Input], reading: ChunkReading) -> str:
+def _nothing_built(manifest: Manifest, sides: Splits, inputs: Sequence[Input], reading: ChunkReading) -> str:
     """Return why a side has no block, and what to do."""
     documents = sides.counts()[0]
     bad = f", {manifest.bad_documents} could not be read: {manifest.bad[0]}" if manifest.bad_documents else ""

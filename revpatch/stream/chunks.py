@@ -1,28 +1,40 @@
 """Documents gathered into work for the tokenizer, each with the place in the corpus where it ends.
 
-A chunk is many short documents, of one input or several, or one piece of a long document (pieces.py). Documents that
-can't be read are left out and counted where that is asked for.
+A chunk is many short documents, of one input or several, or one piece of a long one, as the tokenizer takes many
+times a text's size while it works. Documents that can't be read are left out and counted where that is asked for.
+
+The pieces' tokens, one after another, are those of the whole text, whatever the tokenizer does at a text's ends and
+between words. Each piece is tokenised after a context, the text before it, and the context's own tokens are left out. A
+cut is made only where the tokens of what lies before it don't change with what comes after, which is tried at that very
+place. A text without such a place is not cut.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, islice, pairwise
 from pathlib import Path
 
 from revpatch.stream.documents import BadDocument, Document, Input, Meter, Reading, file_identity
 from revpatch.stream.encode import Work
 from revpatch.stream.holdout import is_held_out, place_of_tail
-from revpatch.stream.pieces import Encode, works_of
 
 CHUNK_DOCUMENTS = 512
 CHUNK_CHARACTERS = 2**18
 LONG_CHARACTERS = 2**20
 """A text of more characters than this is a long one."""
+PIECE_CHARACTERS = 2**18
+CONTEXT_CHARACTERS = 1000
+_TRIES = 32
+_PLACES = re.compile(r"(?<=\S)(?= \S)|(?<=\n)(?=\S)")
+"""Before a single space between two words, and after the end of a line: most tokenizers begin a token there."""
 _REASON_CHARACTERS = 300
+
+Encode = Callable[[str], list[int]]
 
 
 class CorpusError(ValueError):
@@ -255,3 +267,37 @@ def _told(document: BadDocument, source: str) -> str:
     reason = document.reason.replace(source, source.rpartition("/")[2])
     reason = reason.encode("utf-8", "backslashreplace").decode()
     return reason if len(reason) <= _REASON_CHARACTERS else reason[: _REASON_CHARACTERS - 3] + "..."
+
+
+def works_of(text: str, whole_up_to: int, encode: Encode) -> Iterator[tuple[Work, bool]]:
+    """Yield the work for each piece of a text, and whether it is the last one."""
+    cuts = [0, *(cuts_of(text, encode) if len(text) > whole_up_to else []), len(text)]
+    for start, end in pairwise(cuts):
+        context = text[max(0, start - CONTEXT_CHARACTERS) : start]
+        yield Work([text[start:end]], is_piece=True, context=context), end == len(text)
+
+
+def cuts_of(text: str, encode: Encode) -> list[int]:
+    """Return where to cut a text into pieces of at most PIECE_CHARACTERS, or of more where no place before will do."""
+    cuts: list[int] = []
+    start = 0
+    while len(text) - start > PIECE_CHARACTERS:
+        limit = start + PIECE_CHARACTERS
+        # Two characters more, as what follows a place is looked at.
+        nearest = [found.start() for found in _PLACES.finditer(text, start + PIECE_CHARACTERS // 2, limit + 2)]
+        nearest = [place for place in nearest if place <= limit]
+        later = (found.start() for found in _PLACES.finditer(text, limit + 1))
+        places = chain(islice(reversed(nearest), _TRIES), islice(later, _TRIES))
+        cut = next((place for place in places if _is_clean(text, place, encode)), None)
+        if cut is None:
+            break
+        cuts.append(cut)
+        start = cut
+    return cuts
+
+
+def _is_clean(text: str, place: int, encode: Encode) -> bool:
+    """Return whether the tokens before a place are the same with what comes after it and without."""
+    before = text[max(0, place - CONTEXT_CHARACTERS) : place]
+    left, both = encode(before), encode(before + text[place : place + CONTEXT_CHARACTERS])
+    return both[: len(left)] == left

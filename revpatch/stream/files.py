@@ -7,7 +7,8 @@
     .parquet                one a row (parquet.py)
 
 All but parquet may be compressed (compression.py). A document that can't be read is a BadDocument where those after it
-can; every complaint names the file, the place, and what to do. A document must fit the memory.
+can; every complaint names the file, the place, and what to do. A document must fit the memory,
+and so must a .json file.
 """
 
 from __future__ import annotations
@@ -36,13 +37,13 @@ from revpatch.stream.documents import (
     missing_column,
     readable,
 )
-from revpatch.stream.json_values import Repeating, json_values, object_of
 from revpatch.stream.parquet import read_parquet
 from revpatch.stream.utf8 import check_characters, decoded, decoded_unchecked, found_instead, refuse_other_formats
 
 Documents = Iterator[Document | BadDocument]
 _MARK = b"\xef\xbb\xbf"
 _JSON_BEGINS = re.compile(rb"(\xef\xbb\xbf)?\s*\[?\s*\{\s*\"")
+_SPACE = re.compile(r"[ \t\r\n]*")
 _LONGEST_FIELD = 2**28  # characters of a CSV field; a quote that is never closed takes in all that follows
 
 
@@ -198,7 +199,7 @@ def read_lines(file: BinaryIO, place: Place, reading: Reading) -> Documents:
 def read_json(file: BinaryIO, place: Place, reading: Reading) -> Documents:
     """Yield one document an object: of an array, of a file with one alone, or with several one after another."""
     _refuse_at_once(file, place)
-    for number, (text, value, is_single) in enumerate(json_values(file, place.where), 1):
+    for number, (text, value, is_single) in enumerate(_json_values(file.read(), place.where), 1):
         if number > reading.skip:
             name = place.name if is_single else f"{place.name}:{number}"
             where = place.where if is_single else f"{place.where}, object {number}"
@@ -277,6 +278,65 @@ def _refuse_at_once(file: BinaryIO, place: Place) -> None:
     """Raise ValueError where the file begins as no text does."""
     start: bytes = file.peek(1)[:4096]  # type: ignore[attr-defined]
     refuse_other_formats(start, place.where)
+
+
+class Repeating(dict[str, Any]):
+    """An object that has a key more than once, which JSON allows: `times` says how often each. The last value stays."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        self.times = Counter(key for key, _ in pairs)
+
+
+def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object's keys and values as a dict: the `object_pairs_hook` of whatever reads documents."""
+    held = dict(pairs)
+    return held if len(held) == len(pairs) else Repeating(pairs)
+
+
+def _json_values(data: bytes, where: str) -> Iterator[tuple[str, Any, bool]]:
+    """Yield JSON values with the text of each, decoded with surrogateescape, and whether it is the only one: the
+    elements of an array, or what stands one after another.
+
+    Raises ValueError where the JSON is broken, as nothing says where the next value begins.
+    """
+    text = data.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
+    decoder = json.JSONDecoder(object_pairs_hook=object_of)
+
+    def after_space(place: int) -> int:
+        return _SPACE.match(text, place).end()  # type: ignore[union-attr]
+
+    def broken(found: str, place: int) -> ValueError:
+        found = found if place < len(text) else "the end of the file"
+        return ValueError(
+            f"{where}: expected JSON: objects, or an array of them; found {found}, at character {place}; mend the "
+            "file, or give it one object a line and the ending .jsonl, so that --on-bad skip can leave a broken one out"
+        )
+
+    start = at = after_space(0)
+    is_array = text.startswith("[", at)
+    if is_array:
+        at = after_space(at + 1)
+    first = at
+    while at < len(text) and not (is_array and text[at] == "]"):
+        begin = at
+        try:
+            value, end = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:  # a plain ValueError: a number of too many digits
+            found = f"{text[at : at + 20]!r} ({error})"
+            if isinstance(error, json.JSONDecodeError) and (
+                error.pos >= len(text) or error.msg.startswith("Unterminated string")
+            ):
+                found = f"the end of the file within {found}"
+            raise broken(found, at) from None
+        at = after_space(end)
+        yield text[begin:end], value, not is_array and begin == first and at == len(text)
+        if is_array and text.startswith(",", at):
+            at = after_space(at + 1)
+        elif is_array and not text.startswith("]", at):
+            raise broken(f"{text[at : at + 20]!r} within the array that begins at character {start}", at)
+    if is_array and (at == len(text) or after_space(at + 1) < len(text)):
+        raise broken("more after the array's end", at)
 
 
 def _document_of_line(line: bytes, where: str, name: str, text_column: str) -> Document:

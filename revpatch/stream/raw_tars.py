@@ -1,9 +1,9 @@
 """`wds:URL`: documents out of tars of raw text, whose members are read as files of their endings are.
 
-The URL is a path, or anything that remote.py opens: http(s), `pipe:COMMAND`, what else fsspec knows. A tar that is
-compressed is known by its first bytes. Python's tarfile takes a tar that is cut or overwritten for one that ends there,
-so all is read up to the last byte: there must be headers or zeros, and zeros at the end. Several tars one after another
-are read as one.
+The URL is a path, or anything that remote.py opens: http(s), `pipe:COMMAND`, what else fsspec knows; that is downloaded
+whole to a temporary file, anew if the connection breaks. A tar that is compressed is known by its first bytes. Python's
+tarfile takes a tar that is cut or overwritten for one that ends there, so all is read up to the last byte: there must
+be headers or zeros, and zeros at the end. Several tars one after another are read as one.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from __future__ import annotations
 import io
 import logging
 import tarfile
-import zlib
+import tempfile
 from collections import Counter
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -28,7 +29,6 @@ from revpatch.stream.files import READERS, Place, counted, known_ending, last_en
 from revpatch.stream.utf8 import found_instead
 
 _log = logging.getLogger(__name__)
-RETRIES = 5
 _CHUNK = 2**16
 _LINKS = "links"
 # Errors of tarfile that its type stubs leave out.
@@ -67,7 +67,7 @@ def _read_all(url: str, reading: Reading) -> Iterator[Document | BadDocument]:
     left_out: Counter[str] = Counter()
     read = 0
     try:
-        with _Download(url) if remote.is_remote(url) else io.FileIO(url) as raw:
+        with _opened(url) as raw:
             stream = _Unpacked(raw, reading.meter)
             with _Tar.open(fileobj=cast(Any, stream), mode="r|", tarinfo=_Member, ignore_zeros=True) as tar:
                 for member in tar:
@@ -181,83 +181,42 @@ class _Member(tarfile.TarInfo):
         return member
 
 
-class _Download(io.RawIOBase):
-    """A remote tar, read from its beginning; `tell` counts the bytes. After a failure it is opened again, and what came
-    before is read over if it is the same.
+@contextmanager
+def _opened(url: str) -> Iterator[io.RawIOBase]:
+    """Open a tar; a remote one is downloaded first, to a file without a name in the folder for temporary files.
 
-    Reading raises FileNotFoundError and ConnectionError for what the host or the command didn't give, and ValueError
-    as `remote.stream` does.
+    Raises FileNotFoundError and ConnectionError for what the host or the command didn't give, and ValueError for a
+    full disk and as `remote.stream` does.
     """
+    if not remote.is_remote(url):
+        with io.FileIO(url) as local:
+            yield local
+        return
+    with tempfile.TemporaryFile(buffering=0) as file:
+        raw = cast(io.RawIOBase, file)
 
-    def __init__(self, url: str) -> None:
-        self._url = url
-        self._chunks: Generator[bytes, None, None] | None = None
-        self._received, self._crc32 = 0, 0
-        self._rest = memoryview(b"")
-        self._taken = 0
+        def attempt() -> None:
+            raw.seek(0)
+            raw.truncate()
+            for chunk in remote.stream(url):
+                try:
+                    remote.write_all(raw, chunk)
+                except OSError as error:
+                    raise ValueError(
+                        f"wds:{url}: expected room for the tar in {tempfile.gettempdir()}, found {error.strerror} "
+                        f"after {raw.tell()} bytes; name a folder on a larger disk in TMPDIR"
+                    ) from error
 
-    def readable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._taken
-
-    def readinto(self, buffer: Any) -> int:
-        if not self._rest:
-            self._rest = memoryview(self._next())
-        count = min(len(buffer), len(self._rest))
-        buffer[:count], self._rest = self._rest[:count], self._rest[count:]
-        self._taken += count
-        return count
-
-    def close(self) -> None:
-        self._let_go()
-        super().close()
-
-    def _next(self) -> bytes:
         try:
-            chunk = remote.with_retries(self._url, self._attempt, RETRIES)
+            remote.with_retries(url, attempt, remote.RETRIES)
         except ValueError:  # says it all, such as a package that is missing
             raise
         except Exception as error:  # each implementation of fsspec raises errors of its own
             kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ConnectionError
-            found = f"{remote.describe(error)}, after {self._taken} bytes"
-            raise kind(f"wds:{self._url}: expected a tar, found {found}; check the URL or the command") from error
-        self._received, self._crc32 = self._received + len(chunk), zlib.crc32(chunk, self._crc32)
-        return chunk
-
-    def _attempt(self) -> bytes:
-        try:
-            if self._chunks is not None:
-                return next(self._chunks, b"")
-            self._chunks = remote.stream(self._url)
-            return self._read_over(self._chunks)
-        except BaseException:
-            self._let_go()
-            raise
-
-    def _read_over(self, chunks: Iterator[bytes]) -> bytes:
-        """What comes after all that was received before; b"" at the end."""
-        left, crc32 = self._received, 0
-        while left:
-            chunk = next(chunks, b"")
-            if not chunk:
-                raise ConnectionError(f"it ended {left} bytes before the place to go on from")
-            before, after = chunk[:left], chunk[left:]
-            left, crc32 = left - len(before), zlib.crc32(before, crc32)
-            if not left and crc32 != self._crc32:
-                raise ValueError(
-                    f"wds:{self._url}: the connection broke, and opened again it gave other bytes than before; "
-                    "it must stay as it is while it is read"
-                )
-            if after:
-                return after
-        return next(chunks, b"")
-
-    def _let_go(self) -> None:
-        if self._chunks is not None:
-            self._chunks.close()
-            self._chunks = None
+            found = f"{remote.describe(error)}, after {raw.tell()} bytes"
+            raise kind(f"wds:{url}: expected a tar, found {found}; check the URL or the command") from error
+        raw.seek(0)
+        yield raw
 
 
 class _Forwards(io.RawIOBase):

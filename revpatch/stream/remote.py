@@ -6,6 +6,7 @@ is bounded, and so is the time that one may pass without a byte. It has no bound
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import random
@@ -23,6 +24,8 @@ CONNECT_SECONDS = 30.0
 READ_SECONDS = 60.0
 FIRST_WAIT_SECONDS = 0.5
 LONGEST_WAIT_SECONDS = 30.0
+RETRIES = 5
+"""Attempts at a file after the first one has failed."""
 _CHUNK = 2**20
 _PIPE = "pipe:"
 _PLACE = "{name}"
@@ -103,13 +106,20 @@ def with_retries(
     return attempt()
 
 
-def read_all(url: str, retries: int) -> bytes:
+def write_all(file: io.RawIOBase, data: bytes) -> None:
+    """Write all of the data, of which a disk that is nearly full takes a part. Raises OSError where it takes none."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) or 0 :]
+
+
+def read_all(url: str) -> bytes:
     """A small file, whole.
 
     Raises FileNotFoundError when it is not there, ValueError as `stream` does, and ConnectionError for all else.
     """
     try:
-        return with_retries(url, lambda: b"".join(stream(url)), retries)
+        return with_retries(url, lambda: b"".join(stream(url)), RETRIES)
     except (FileNotFoundError, ValueError):
         raise
     except Exception as error:

@@ -1,70 +1,65 @@
-"""Copies of remote shards on the local disk: fetched once a machine, ahead of their use if asked for, and verified."""
+"""Copies of remote shards in a folder on the local disk: fetched once a machine, ahead of their use if asked for.
+
+    <sha256>.tar    a whole shard, under the name of its content
+    <sha256>.part   one that is being fetched, of its full size from the start, locked by who fetches it
+    .lock           locked while room is made
+
+A lock ends with its process, so that what a killed one leaves behind is told from what is being fetched. A copy that is
+removed while it is open stays readable: what is open may lie beyond the budget.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
-import json
 import logging
 import os
 import queue
+import re
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from revpatch.locks import NO_LOCKS
 from revpatch.stream import remote
-from revpatch.stream.cache_folder import CacheFolder
-from revpatch.stream.placed_shard import PlacedShard
+from revpatch.stream.open_shards import OpenShard, OpenShards, PlacedShard
 from revpatch.stream.tars import ShardError
 
 _log = logging.getLogger(__name__)
 
-IDLE_SECONDS = 2.0
-ROOM_SECONDS = 15.0
-_POLL_SECONDS = 0.02
-_OPEN_FILES = 64
+_POLL_SECONDS = 0.05
 _WANTED = 256
 _WRONG_CONTENTS = 2
 _ADVICE = "look whether the host can be reached and the file is there; if it is gone, copy it there again"
 
 
-@dataclass
-class _Held:
-    """An open copy. It may be closed when no reader pins it."""
-
-    descriptor: int
-    pins: int = 0
-    used: float = 0.0
+class ShardCacheError(ValueError):
+    """The cache's folder can't hold what is asked of it: the budget is too small, or the disk is full or read-only."""
 
 
 class ShardCache:
     """Local copies of shards, at most `max_bytes` of them in `folder`, which all processes of a machine may share.
 
-    A shard is fetched by one of them while the others wait. The least recently used one that nobody reads makes room.
-    A copy is hashed once by each process before its first use. Safe for threads; close it, or use it as a context.
-
-    Args:
-        folder: on a local disk; made if it is not there.
-        max_bytes: of all files in the folder, those being fetched included.
-        retries: attempts at a file after the first one has failed.
+    A shard is fetched by one of them while the others wait; where its attempts fail, each of these makes one more. The
+    least recently used copy makes room, and what others put into the folder is counted and left alone. A copy is
+    hashed once by each process. Safe for threads; close it, or use it as a context.
 
     Raises ValueError (ShardCacheError is one) for a budget of nothing or a folder that can't be made.
     """
 
-    def __init__(self, folder: str | Path, max_bytes: int, retries: int = 5) -> None:
-        if retries < 0:
-            raise ValueError(f"retries is {retries}; it must be at least 0 (stream.retries)")
-        self.retries = retries
-        self._folder = CacheFolder(Path(folder).absolute(), max_bytes)
+    def __init__(self, folder: str | Path, max_bytes: int) -> None:
+        self.folder, self.max_bytes = Path(folder).absolute(), max_bytes
+        if max_bytes < 1:
+            raise ValueError(f"{folder}: a shard cache of {max_bytes} bytes holds nothing; raise stream.shard_cache_gb")
+        with self._disk():
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self._files = OpenShards(self._open)
         self._lock = threading.Lock()
-        self._held: OrderedDict[str, _Held] = OrderedDict()  # by sha256, least recently used first
-        self._verified: set[str] = set()
         self._fetched: set[str] = set()
         self._wanted: set[str] = set()
-        self._queue: queue.Queue[PlacedShard] = queue.Queue(_WANTED)
-        self._closing = threading.Event()
+        self._queue: queue.SimpleQueue[PlacedShard | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> ShardCache:
@@ -74,140 +69,139 @@ class ShardCache:
         self.close()
 
     def close(self) -> None:
-        """Close what nobody reads, and let the thread end with the fetch it is in. A later use opens again."""
+        """Close all files, and let the thread end with the fetch it is in. A later use opens again."""
         with self._lock:
-            self._closing.set()
-            self._thread = None
-            self._close_idle(0.0)
+            if self._thread is not None:
+                self._queue.put(None)
+            self._queue, self._thread = queue.SimpleQueue(), None
+            self._wanted.clear()
+        self._files.close()
 
-    def acquire(self, placed: PlacedShard) -> int:
-        """A descriptor of a verified copy of the shard, fetched if need be, good until it is released.
+    def get(self, placed: PlacedShard) -> OpenShard:
+        """Return a verified copy of the shard, fetched if need be.
 
         Raises ShardError when the shard can't be had or is broken, ShardCacheError when there is no room for it, and
         ValueError when its URL needs a package that is not installed.
         """
-        sha256 = placed.shard.sha256
-        with self._lock:
-            held = self._held.get(sha256)
-            if held is not None:
-                held.pins += 1
-                self._held.move_to_end(sha256)
-                return held.descriptor
-        descriptor = self._obtain(placed, in_background=False)
-        with self._lock:
-            self._start_thread()
-            if sha256 in self._held:  # another thread was faster
-                os.close(descriptor)
-            held = self._held.setdefault(sha256, _Held(descriptor))
-            held.pins += 1
-            self._close_idle(IDLE_SECONDS)
-            while len(self._held) > _OPEN_FILES and self._close_oldest():
-                pass
-            return held.descriptor
-
-    def release(self, placed: PlacedShard) -> None:
-        """Done with what `acquire` gave. It stays open for a while."""
-        with self._lock:
-            held = self._held[placed.shard.sha256]
-            held.pins -= 1
-            held.used = time.monotonic()
+        return self._files.get(placed)
 
     def want(self, shards: Iterable[PlacedShard]) -> None:
         """Fetch these in the background. An error is kept quiet: who reads the shard meets it then."""
         with self._lock:
             for placed in shards:
-                sha256 = placed.shard.sha256
-                if sha256 in self._wanted or sha256 in self._held:
+                if placed.location in self._wanted or self._files.has(placed):
                     continue
-                try:
-                    self._queue.put_nowait(placed)
-                except queue.Full:  # it is a wish, not an order
+                if len(self._wanted) >= _WANTED:  # it is a wish, not an order
                     break
-                self._wanted.add(sha256)
-            self._start_thread()
+                self._wanted.add(placed.location)
+                self._queue.put(placed)
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=self._run, args=(self._queue,), name="revpatch-shard-cache", daemon=True
+                )
+                self._thread.start()
 
-    def _obtain(self, placed: PlacedShard, in_background: bool) -> int:
-        """A locked descriptor of a verified copy, whoever fetches it."""
-        deadline: float | None = None  # of waiting for room; another's fetch takes what it takes
-        began = time.time()
-        while True:
-            descriptor = self._open_verified(placed)
-            if descriptor is not None:
-                return descriptor
+    def _run(self, wanted: queue.SimpleQueue[PlacedShard | None]) -> None:
+        while (placed := wanted.get()) is not None and wanted is self._queue:
             try:
-                descriptor = self._fetch(placed, began)
-            except BlockingIOError:
-                if not in_background:
-                    with self._lock:
-                        if self._close_oldest():
-                            continue
-                deadline = deadline or time.monotonic() + ROOM_SECONDS
-                if in_background or time.monotonic() > deadline:
-                    raise self._folder.no_room(placed.shard.bytes) from None
-            if descriptor is not None:
-                return descriptor
-            time.sleep(_POLL_SECONDS)
+                os.close(self._open(placed))
+            except ShardError:  # stays among the wanted: it is not fetched again before someone reads it
+                continue
+            except Exception as error:
+                _log.debug("%s: not fetched ahead: %s", placed.location, error)
+            with self._lock:
+                self._wanted.discard(placed.location)
 
-    def _open_verified(self, placed: PlacedShard) -> int | None:
-        sha256 = placed.shard.sha256
-        descriptor = self._folder.open(sha256)
-        if descriptor is None or sha256 in self._verified:
-            return descriptor
+    def _open(self, placed: PlacedShard) -> int:
+        """Return a descriptor of a verified copy, whoever fetches it."""
+        waited = False
+        while True:
+            with self._disk(), contextlib.suppress(FileNotFoundError):
+                descriptor = os.open(self._path(placed, ".tar"), os.O_RDONLY | os.O_CLOEXEC)
+                if self._is_sound(placed, descriptor):
+                    # The least recently used copy goes first. The time of change stays, as it tells a changed file.
+                    with contextlib.suppress(PermissionError):  # another person's copy, in a folder that is shared
+                        os.utime(descriptor, ns=(time.time_ns(), os.fstat(descriptor).st_mtime_ns))
+                    return descriptor
+            waited = self._fetch(placed, 0 if waited else remote.RETRIES)
+
+    def _is_sound(self, placed: PlacedShard, descriptor: int) -> bool:
+        """Return whether a copy is what it should be. One that isn't is removed, unless it is replaced, and closed."""
         try:
-            placed.verify(descriptor)
+            self._files.verify(placed, descriptor)
+            return True
         except ShardError as error:
-            _log.warning("%s: the cached copy is damaged, and is fetched again: %s", self._folder.folder, error)
-            self._folder.discard(sha256, descriptor)
-            return None
-        self._verified.add(sha256)
-        return descriptor
+            _log.warning("%s: the cached copy is damaged, and is fetched again: %s", self.folder, error)
+            with self._locked():
+                if self._is_at(self._path(placed, ".tar"), descriptor):
+                    self._path(placed, ".tar").unlink()
+            os.close(descriptor)
+            return False
 
-    def _fetch(self, placed: PlacedShard, began: float) -> int | None:
-        """Fetch the shard, unless another thread or process does or did. Raises BlockingIOError for want of room.
+    def _fetch(self, placed: PlacedShard, retries: int) -> bool:
+        """Fetch the shard, unless another thread or process does: then wait for its end, and return True."""
+        part, path = self._path(placed, ".part"), self._path(placed, ".tar")
+        with self._disk():
+            descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX)
+                    return True
+                if not self._is_at(part, descriptor):  # who had it has just ended
+                    return False
+                try:
+                    if path.exists():
+                        part.unlink()
+                    else:
+                        self._fill(placed, descriptor, retries)
+                        with self._locked():  # a listing might else miss both names
+                            part.rename(path)
+                except BaseException:
+                    part.unlink(missing_ok=True)
+                    raise
+            finally:
+                os.close(descriptor)
+        return False
 
-        Raises what another has met since this one `began` to wait for it: all ranks of a machine may wait for a shard
-        that is gone, and one round of attempts is enough for them.
-        """
-        sha256 = placed.shard.sha256
-        descriptor = self._folder.reserve(sha256, placed.shard.bytes)
-        if descriptor is None:
-            return None
-        try:
-            if why := self._folder.failure_since(sha256, began):
-                told = json.loads(why)
-                raise ShardError(**told, location=placed.location, shard=placed.index, digest=placed.digest)
-            self._download(placed, descriptor)
-            self._folder.keep(sha256, descriptor)
-        except BaseException as error:
-            if isinstance(error, ShardError):
-                self._folder.note_failure(sha256, json.dumps({"message": str(error), "offset": error.offset}))
-            self._folder.abandon(sha256, descriptor)
-            raise
-        if sha256 in self._fetched:
+    def _fill(self, placed: PlacedShard, descriptor: int, retries: int) -> None:
+        """Make room for the shard and download it into a file."""
+        if placed.shard.bytes > self.max_bytes:
+            raise self._no_room(placed, "the whole budget is less")
+        os.ftruncate(descriptor, 0)
+        while not self._make_room(placed, descriptor):
+            time.sleep(_POLL_SECONDS)  # what others are fetching takes it all
+        self._download(placed, descriptor, retries)
+        os.fsync(descriptor)  # some file systems find only now that they are full
+        if placed.location in self._fetched:
             _log.warning(
                 "%s was fetched a second time: a cache of %d bytes does not hold the shards that are read in turn; "
                 "raise stream.shard_cache_gb, or lower stream.shuffle_blocks (a remote replay.base must fit it whole)",
                 placed.location,
-                self._folder.max_bytes,
+                self.max_bytes,
             )
-        self._fetched.add(sha256)
-        self._verified.add(sha256)
-        return descriptor
+        self._fetched.add(placed.location)
+        self._files.know(placed, descriptor)
 
-    def _download(self, placed: PlacedShard, descriptor: int) -> None:
+    def _download(self, placed: PlacedShard, descriptor: int, retries: int) -> None:
         """Fill the file. Raises ShardError when no attempt brings the shard."""
         wrong = received = 0
 
         def attempt() -> None:
             nonlocal received
             sha256, received = hashlib.sha256(), 0
-            for chunk in remote.stream(placed.location):
-                received += len(chunk)
-                if received > placed.shard.bytes:
-                    raise placed.error(f"{placed.shard.bytes} bytes", "more", placed.shard.bytes)
-                self._write(descriptor, chunk, received - len(chunk))
-                sha256.update(chunk)
-            placed.check(descriptor, received, sha256.hexdigest())
+            with open(descriptor, "wb", buffering=0, closefd=False) as file:
+                file.seek(0)
+                for chunk in remote.stream(placed.location):
+                    received += len(chunk)
+                    if received > placed.shard.bytes:
+                        raise placed.error(f"{placed.shard.bytes} bytes", "more")
+                    with self._disk():
+                        remote.write_all(file, chunk)
+                    sha256.update(chunk)
+            placed.check_size(received)
+            placed.check_sha256(sha256.hexdigest())
 
         def final(error: Exception) -> bool:
             nonlocal wrong
@@ -217,57 +211,87 @@ class ShardCache:
             return wrong == _WRONG_CONTENTS
 
         try:
-            remote.with_retries(placed.location, attempt, self.retries, final)
+            remote.with_retries(placed.location, attempt, retries, final)
         except ValueError:  # says it all: a broken shard, a full disk, a package that is missing
             raise
         except Exception as error:
             found = f"{remote.describe(error)}, after {received} bytes"
-            raise placed.error(f"{placed.shard.bytes} bytes", found, received, _ADVICE) from error
+            raise placed.error(f"{placed.shard.bytes} bytes", found, _ADVICE) from error
 
-    def _write(self, descriptor: int, chunk: bytes, offset: int) -> None:
-        written = 0
+    def _make_room(self, placed: PlacedShard, descriptor: int) -> bool:
+        """Give the file its size, for which the least recently used copies go. False while too much is being fetched.
+
+        Raises ShardCacheError when what else lies there leaves no room.
+        """
+        size, copies, fetching, foreign = placed.shard.bytes, [], 0, 0
+        with self._locked():
+            for path in self.folder.iterdir():
+                try:
+                    stat = path.stat()
+                    if re.fullmatch(r"[0-9a-f]{64}\.tar", path.name):
+                        copies.append((stat.st_atime_ns, path, stat.st_size))
+                    elif not re.fullmatch(r"[0-9a-f]{64}\.part", path.name):
+                        foreign += stat.st_size
+                    elif not _remove_if_left(path):
+                        fetching += stat.st_size
+                except FileNotFoundError:  # it was given up meanwhile
+                    continue
+            if foreign + size > self.max_bytes:
+                raise self._no_room(placed, "other files take it")
+            if foreign + fetching + size > self.max_bytes:
+                return False
+            excess = foreign + fetching + size + sum(each for *_, each in copies) - self.max_bytes
+            for _, path, each in sorted(copies):
+                if excess > 0:
+                    path.unlink()
+                    excess -= each
+            os.ftruncate(descriptor, size)
+        return True
+
+    def _no_room(self, placed: PlacedShard, why: str) -> ShardCacheError:
+        return ShardCacheError(
+            f"{self.folder}: expected room for a shard of {placed.shard.bytes} bytes in the cache of {self.max_bytes} "
+            f"bytes, found none: {why}; raise stream.shard_cache_gb, or name another folder in stream.shard_cache"
+        )
+
+    def _path(self, placed: PlacedShard, ending: str) -> Path:
+        return self.folder / f"{placed.shard.sha256}{ending}"
+
+    @staticmethod
+    def _is_at(path: Path, descriptor: int) -> bool:
         try:
-            while written < len(chunk):
-                written += os.pwrite(descriptor, chunk[written:], offset + written)
+            return os.path.samestat(path.stat(), os.fstat(descriptor))
+        except FileNotFoundError:
+            return False
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        with (self.folder / ".lock").open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    @contextlib.contextmanager
+    def _disk(self) -> Iterator[None]:
+        """Say of a disk that doesn't do what it is asked what can be done about it."""
+        try:
+            yield
         except OSError as error:
-            raise self._folder.failed(error) from error
-
-    def _close_idle(self, seconds: float) -> None:
-        """Close what this process has not read for so long: its lock would keep others from making room."""
-        before = time.monotonic() - seconds
-        for sha256, held in list(self._held.items()):
-            if held.used <= before and not held.pins:
-                os.close(self._held.pop(sha256).descriptor)
-
-    def _close_oldest(self) -> bool:
-        """Close the least recently used copy that nobody reads; False when there is none."""
-        for sha256, held in self._held.items():
-            if not held.pins:
-                os.close(self._held.pop(sha256).descriptor)
-                return True
-        return False
-
-    def _start_thread(self) -> None:
-        if self._thread is None:
-            self._closing = threading.Event()
-            self._thread = threading.Thread(
-                target=self._run, args=(self._closing,), name="revpatch-shard-cache", daemon=True
+            remedy = (
+                "free room on its disk, or set stream.shard_cache to another folder or stream.shard_cache_gb to less"
             )
-            self._thread.start()
+            if error.errno in NO_LOCKS:
+                remedy = "its file system has no locks; set stream.shard_cache to a folder on a local disk"
+            raise ShardCacheError(
+                f"{self.folder}: the shard cache can't be used: {error.strerror or error}; {remedy}"
+            ) from error
 
-    def _run(self, closing: threading.Event) -> None:
-        while not closing.is_set():
-            try:
-                placed = self._queue.get(timeout=IDLE_SECONDS)
-            except queue.Empty:
-                with self._lock:
-                    self._close_idle(IDLE_SECONDS)
-                continue
-            try:
-                os.close(self._obtain(placed, in_background=True))
-            except ShardError:  # stays among the wanted: it is not fetched again before someone reads it
-                continue
-            except Exception as error:
-                _log.debug("%s: not fetched ahead: %s", placed.location, error)
-            with self._lock:
-                self._wanted.discard(placed.shard.sha256)
+
+def _remove_if_left(part: Path) -> bool:
+    """Remove a file that nobody is filling; return whether it is gone."""
+    with part.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        part.unlink()
+        return True

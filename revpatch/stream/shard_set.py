@@ -1,31 +1,30 @@
 """A built set of shards, opened for reading any block of it: a local folder, or one behind an URL or a command.
 
 tarfile takes a tar that is cut or overwritten in the middle for one that ends there, so nothing is left to it: a shard
-is hashed against the manifest before its first block is handed out, and every block's header must bear the block's own
-name.
+is hashed against the manifest before its first block is handed out, and again when its file has changed since.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from revpatch.stream import remote
-from revpatch.stream.local_files import LocalFiles
-from revpatch.stream.manifest import MANIFEST_NAME, Manifest
-from revpatch.stream.placed_shard import PlacedShard, place
+from revpatch.stream.manifest import MANIFEST_NAME, Manifest, Shard
+from revpatch.stream.open_shards import OpenShard, OpenShards, PlacedShard
 from revpatch.stream.shard_cache import ShardCache
-from revpatch.stream.tars import HEADER_BYTES, ShardError, member_name, stride_of
-
-_NAME_BYTES = len(member_name(0)) + 1
-_DIGITS = 10 ** np.arange(11, -1, -1, dtype=np.int64)
+from revpatch.stream.tars import HEADER_BYTES, ShardError, stride_of
 
 Int64s = np.ndarray[Any, np.dtype[np.int64]]
+
+_READ_BYTES = 2**22
 
 
 class ShardSet:
@@ -43,18 +42,18 @@ class ShardSet:
     def __init__(self, location: str | Path, cache: ShardCache | None = None) -> None:
         self.location = str(location)
         self.is_local = not remote.is_remote(self.location)
-        self._files: LocalFiles | ShardCache
+        self._files: OpenShards | ShardCache
         if self.is_local:
             self.location = str(Path(location).absolute())
             self.manifest = Manifest.read(self.location)
-            self._files = LocalFiles()
+            self._files = OpenShards(_open_local)
         else:
             if cache is None:
                 raise ValueError(
                     f"{self.location}: shards that are not local are kept in a cache, found none; "
                     "set stream.shard_cache to a folder on a local disk"
                 )
-            self.manifest = _fetch_manifest(self.location, cache.retries)
+            self.manifest = _fetch_manifest(self.location)
             self._files = cache
         self.block_size = self.manifest.block_size
         self._stride = stride_of(self.manifest.block_bytes)
@@ -74,27 +73,25 @@ class ShardSet:
 
     def close(self) -> None:
         """Close the files of a local set. A later read opens them again."""
-        if isinstance(self._files, LocalFiles):
-            with self._lock:
-                self._files.close()
+        if self.is_local:
+            self._files.close()
 
     def read(self, block_ids: np.ndarray[Any, Any]) -> Int64s:
-        """The tokens of these blocks, (n,) -> (n, block_size) int64, in the order asked for.
+        """Return the tokens of these blocks, (n,) -> (n, block_size) int64, in the order asked for.
 
         Raises IndexError for an id that is not in the set, ShardError for a shard that is broken or can't be had, at
         once when that is known already, and ShardCacheError (a ValueError) when the cache has no room for it.
         """
         block_ids = self._checked(block_ids)
         order = np.argsort(block_ids, kind="stable")
-        ordered = block_ids[order]
         with self._lock:
-            members = self._read_members(ordered)
-        tokens = np.empty((len(ordered), self.block_size), dtype=np.int64)
+            members = self._read_members(block_ids[order])
+        tokens = np.empty((len(order), self.block_size), dtype=np.int64)
         tokens[order] = members[:, HEADER_BYTES : HEADER_BYTES + self.manifest.block_bytes].view(self._dtype)
         return tokens
 
     def shards_of(self, block_ids: np.ndarray[Any, Any]) -> Int64s:
-        """The index of the shard that each block lies in, (n,) -> (n,) int64. Raises IndexError as `read` does."""
+        """Return the index of the shard of each block, (n,) -> (n,) int64. Raises IndexError as `read` does."""
         return self.manifest.shards_of(self._checked(block_ids))
 
     def want(self, shards: Iterable[int]) -> None:
@@ -110,16 +107,13 @@ class ShardSet:
             path = Path(placed.location)
             if not path.is_file():
                 raise placed.error("a file", "nothing")
-            if (size := path.stat().st_size) != placed.shard.bytes:
-                with path.open("rb") as file:
-                    placed.check_size(file.fileno(), size)
+            placed.check_size(path.stat().st_size)
 
     def verify(self) -> None:
         """Hash every shard that has not been. Raises ShardError for the first one that is broken."""
         for placed in self._placed:
             with self._lock:
-                self._acquire(placed)
-                self._files.release(placed)
+                self._open(placed)
 
     def _checked(self, block_ids: np.ndarray[Any, Any]) -> Int64s:
         block_ids = np.asarray(block_ids, dtype=np.int64)
@@ -128,7 +122,7 @@ class ShardSet:
         return block_ids
 
     def _read_members(self, ordered: Int64s) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """The members of these sorted ids, header and padding included, (n,) -> (n, stride); neighbours in one go."""
+        """Return the members of these sorted ids with header and padding, (n,) -> (n, stride); neighbours in one go."""
         members = np.empty((len(ordered), self._stride), dtype=np.uint8)
         shards = self.manifest.shards_of(ordered)
         is_first = np.ones(len(ordered), dtype=bool)  # of a run of neighbours in one shard
@@ -137,53 +131,88 @@ class ShardSet:
         stops = np.append(starts[1:], len(ordered))[: len(starts)]
         for shard, start, stop in zip(shards[starts].tolist(), starts.tolist(), stops.tolist(), strict=True):
             placed = self._placed[shard]
-            descriptor = self._acquire(placed)
+            file, run = self._open(placed), members[start:stop]
             try:
-                self._read_run(placed, descriptor, int(ordered[start]), members[start:stop])
-            finally:
-                self._files.release(placed)
-        self._check_names(ordered, shards, members)
+                found = os.preadv(file.descriptor, [run.data], (ordered[start] - placed.first_block) * self._stride)
+            except OSError as error:
+                raise placed.error("a file that can be read", str(error)) from error
+            if found != run.nbytes:  # it was hashed, so it is being cut at this very moment
+                raise placed.error(f"{placed.shard.bytes} bytes", "a file that was cut while it was read")
         return members
 
-    def _acquire(self, placed: PlacedShard) -> int:
-        """A descriptor of the verified shard. A broken one is found so once, and from then on it is known."""
+    def _open(self, placed: PlacedShard) -> OpenShard:
+        """Return a verified shard. A broken one is found so once, and from then on it is known."""
         if placed.index in self._broken:
             raise self._broken[placed.index].with_traceback(None)
         try:
-            return self._files.acquire(placed)
+            return self._files.get(placed)
         except ShardError as error:
             self._broken[placed.index] = error
             raise
 
-    def _read_run(self, placed: PlacedShard, descriptor: int, block_id: int, members: np.ndarray[Any, Any]) -> None:
-        """Fill `members`, (n, stride), with blocks block_id, block_id + 1, ..."""
-        offset = (block_id - placed.first_block) * self._stride
+
+@dataclass(frozen=True)
+class ShardReport:
+    """One shard that was read whole; `faults` says in words what is wrong with it, and is empty for a sound one."""
+
+    path: Path
+    shard: Shard
+    faults: tuple[str, ...]
+
+
+def verify_shards(directory: Path, read: Callable[[int], None] = lambda _: None) -> Iterator[ShardReport]:
+    """Read and hash every shard of a folder, in order; `read` is told how many bytes each time.
+
+    Raises FileNotFoundError when there is no manifest and ValueError when that is not sound.
+    """
+    for placed in place(str(directory), Manifest.read(directory)):
+        path, shard = Path(placed.location), placed.shard
+        sha256, size, faults = hashlib.sha256(), 0, []
         try:
-            found = os.preadv(descriptor, [members.data], offset)
+            with path.open("rb") as file:
+                while data := file.read(_READ_BYTES):
+                    sha256.update(data)
+                    size += len(data)
+                    read(len(data))
+            if size != shard.bytes:
+                faults.append(f"expected {shard.bytes} bytes, found {size}")
+            if sha256.hexdigest() != shard.sha256:
+                faults.append(f"expected sha256 {shard.sha256}, found {sha256.hexdigest()}")
         except OSError as error:
-            raise placed.error("a file that can be read", str(error), offset) from error
-        if found != members.nbytes:
-            # The shard was hashed, so what is seen here is a file that was changed since.
-            last = offset + found // self._stride * self._stride
-            raise placed.error(f"{self._stride} bytes at offset {last}", str(offset + found - last), last)
-
-    def _check_names(self, ordered: Int64s, shards: Int64s, members: np.ndarray[Any, Any]) -> None:
-        """Every header must begin with its block's name: again, the file may have been changed."""
-        expected = np.zeros((len(ordered), _NAME_BYTES), dtype=np.uint8)
-        expected[:] = np.frombuffer(member_name(0).encode() + b"\0", dtype=np.uint8)
-        expected[:, : len(_DIGITS)] += (ordered[:, None] // _DIGITS % 10).astype(np.uint8)
-        wrong = np.flatnonzero((members[:, :_NAME_BYTES] != expected).any(axis=1))
-        if len(wrong):
-            placed, block_id = self._placed[shards[wrong[0]]], int(ordered[wrong[0]])
-            offset = (block_id - placed.first_block) * self._stride
-            found = bytes(members[wrong[0], :_NAME_BYTES])
-            raise placed.error(f"member {member_name(block_id)} at offset {offset}", repr(found), offset)
+            faults.append(f"it can't be read: {error.strerror}")
+        yield ShardReport(path, shard, tuple(faults))
 
 
-def _fetch_manifest(location: str, retries: int) -> Manifest:
+def sample_blocks(directory: Path, count: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Return the ids of `count` blocks spread evenly over a set, and their tokens, (count, block_size)."""
+    with ShardSet(directory) as shards:
+        ids = np.unique(np.linspace(0, len(shards) - 1, count).astype(np.int64))
+        return ids, shards.read(ids)
+
+
+def place(location: str, manifest: Manifest) -> list[PlacedShard]:
+    """Return the shards of a set in this folder, which may be an URL or `pipe:`."""
+    placed, first_block = [], 0
+    for i, shard in enumerate(manifest.shards):
+        path = remote.url_in(location, shard.name) if remote.is_remote(location) else f"{location}/{shard.name}"
+        placed.append(PlacedShard(path, i, len(manifest.shards), shard, first_block, manifest.digest))
+        first_block += shard.blocks
+    return placed
+
+
+def _open_local(placed: PlacedShard) -> int:
+    try:
+        return os.open(placed.location, os.O_RDONLY)
+    except FileNotFoundError as error:
+        raise placed.error("a file", "nothing") from error
+    except OSError as error:
+        raise placed.error("a file that can be read", str(error)) from error
+
+
+def _fetch_manifest(location: str) -> Manifest:
     url = remote.url_in(location, MANIFEST_NAME)
     try:
-        return Manifest.from_json(remote.read_all(url, retries), url)
+        return Manifest.from_json(remote.read_all(url), url)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{url}: there is no manifest, so {location} is not a whole set of shards; check the URL, or copy the "

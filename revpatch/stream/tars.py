@@ -5,8 +5,7 @@ and no table of offsets is needed:
 
     | header, 512 bytes | block_size tokens, little endian | zeros up to a multiple of 512 |  × blocks  | tar's end |
 
-Time, user, group and mode are fixed: the same blocks give the same bytes, those of webdataset's own TarWriter. Beside
-each tar lie the checksums of its members (checksums.py).
+Time, user, group and mode are fixed: the same blocks give the same bytes, those of webdataset's own TarWriter.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ from typing import Any
 import numpy as np
 
 from revpatch.durable import sync_directory
-from revpatch.stream.checksums import Crc32s, checksums_bytes, checksums_name, checksums_of, pack_checksums
 from revpatch.stream.manifest import MANIFEST_NAME, Manifest, Shard
 
 _log = logging.getLogger(__name__)
@@ -35,17 +33,14 @@ _COPY_BYTES = 2**20
 
 
 class ShardError(ValueError):
-    """A shard can't be read, or is not what its manifest says: another size or hash, or another block in a place.
+    """A shard can't be read, or has another size or sha256 than its manifest says.
 
-    `location` is its full path or URL, `shard` its index in the manifest whose digest is `digest`, and `offset` the
-    first byte that is known to be wrong, or None.
+    `location` is its full path or URL, and `shard` its index in the manifest whose digest is `digest`.
     """
 
-    def __init__(
-        self, message: str, location: str = "", shard: int = -1, offset: int | None = None, digest: str = ""
-    ) -> None:
+    def __init__(self, message: str, location: str = "", shard: int = -1, digest: str = "") -> None:
         super().__init__(message)
-        self.location, self.shard, self.offset, self.digest = location, shard, offset, digest
+        self.location, self.shard, self.digest = location, shard, digest
 
 
 def member_key(block_id: int) -> str:
@@ -114,7 +109,6 @@ class ShardWriter:
         """
         for shard in shards:
             _check_length(self.directory / shard.name, shard.bytes, exact=True)
-            _check_length(self.directory / checksums_name(shard.name), checksums_bytes(shard.blocks), exact=True)
         self.shards = list(shards)
         self.blocks = sum(shard.blocks for shard in shards) + open_blocks
         if open_blocks:
@@ -184,13 +178,11 @@ class _OpenShard:
         self.blocks = blocks
         self.bytes = blocks * stride
         self.sha256 = hashlib.sha256()
-        self.checksums: list[Crc32s] = []
         if blocks:
             _check_length(path, self.bytes, exact=False)
             with path.open("rb") as file:
-                while rows := file.read(min(max(1, _COPY_BYTES // stride) * stride, self.bytes - file.tell())):
-                    self.sha256.update(rows)
-                    self.checksums.append(checksums_of(np.frombuffer(rows, dtype=np.uint8).reshape(-1, stride)))
+                while data := file.read(min(_COPY_BYTES, self.bytes - file.tell())):
+                    self.sha256.update(data)
         self.file = path.open("r+b" if blocks else "wb", buffering=0)
         self.file.truncate(self.bytes)
         self.file.seek(self.bytes)
@@ -198,21 +190,15 @@ class _OpenShard:
     def write(self, rows: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
         """Append (n, stride) members."""
         self._append(rows.reshape(-1).data)
-        self.checksums.append(checksums_of(rows))
         self.blocks += len(rows)
 
     def finish(self) -> Shard:
-        """End the tar, and write its checksums: a build that is killed in between finishes it again."""
+        """End the tar."""
         end = 2 * 512  # of zeros, and more of them up to a whole record
         self._append(memoryview(bytes(end + -(self.bytes + end) % tarfile.RECORDSIZE)))
         os.fsync(self.file.fileno())
         self.file.close()
-        sha256 = self.sha256.hexdigest()
-        with (self.path.parent / checksums_name(self.path.name)).open("wb") as file:
-            file.write(pack_checksums(np.concatenate(self.checksums), sha256))
-            file.flush()
-            os.fsync(file.fileno())
-        return Shard(self.path.name, self.blocks, self.bytes, sha256)
+        return Shard(self.path.name, self.blocks, self.bytes, self.sha256.hexdigest())
 
     def _append(self, data: memoryview) -> None:
         self.sha256.update(data)

@@ -34,14 +34,12 @@ LOOK_AHEAD_STEPS = 64
 
 @dataclass(frozen=True)
 class Failure:
-    """What kept a rank from its batch; of a broken shard, which one of which set, where it lies, and the offset of the
-    damage if it is known."""
+    """What kept a rank from its batch; of a broken shard, which one of which set, and where it lies."""
 
     what: str
     digest: str = ""
     shard: int = -1
     where: str = ""
-    offset: int | None = None
 
     @classmethod
     def of(cls, error: Exception, rank: int) -> Failure:
@@ -49,7 +47,7 @@ class Failure:
         what = f"rank {rank} on {socket.gethostname()}: {error}"
         if not isinstance(error, ShardError):
             return cls(what)
-        return cls(what, error.digest, error.shard, error.location, error.offset)
+        return cls(what, error.digest, error.shard, error.location)
 
 
 @dataclass
@@ -198,7 +196,7 @@ def stopping(failures: list[Failure]) -> ValueError:
     if not all(failure.digest for failure in failures):
         return ValueError(words)
     words += ". To train on without such shards: --set stream.on_error=quarantine"
-    return ShardError(words, location=first.where, shard=first.shard, offset=first.offset, digest=first.digest)
+    return ShardError(words, location=first.where, shard=first.shard, digest=first.digest)
 
 
 def _part(blocks: int, peers: Peers) -> tuple[int, int]:

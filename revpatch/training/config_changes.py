@@ -11,7 +11,7 @@ from revpatch.training.snapshot import Snapshot
 
 MAY_CHANGE = (
     r"output_dir|monitoring\..*|snapshot\..*|engine\..*|build\..*|teacher\..*|probes\.(every|placement)",
-    r"stream\.(on_error|shard_cache|shard_cache_gb|retries)",
+    r"stream\.(on_error|shard_cache|shard_cache_gb)",
     r"base\.(model|compile|activation_checkpointing)|batch\.micro_blocks",  # a base has its sha256
     r"phases\.\d+\.steps",
     r"replay\.base|probes\.sets\.\d+\.shards|phases\.\d+\.shards(\.\d+\.shards)?",  # shards have their digests

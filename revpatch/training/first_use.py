@@ -133,7 +133,7 @@ def _build(config: Config, place: str, tokenizer: Any, holdout: float, world: in
                     folder,
                     text_column=build.text_column,
                     holdout=holdout,
-                    workers=build.workers or cores(),
+                    workers=cores(),
                     progress=progress,
                 )
         except BlockingIOError:  # another run builds them just now

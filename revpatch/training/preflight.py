@@ -168,7 +168,7 @@ def shard_cache(stream: StreamConfig, places: list[str]) -> ShardCache | None:
     """Where the shards of those places that are not local are kept, if there are any."""
     if stream.shard_cache is None or not any(is_remote(place) for place in places):
         return None
-    return ShardCache(Path(stream.shard_cache).expanduser(), int(stream.shard_cache_gb * 1e9), stream.retries)
+    return ShardCache(Path(stream.shard_cache).expanduser(), int(stream.shard_cache_gb * 1e9))
 
 
 def _mixture(config: Config, index: int, corpus: Corpus) -> Mixture:

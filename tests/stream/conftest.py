@@ -63,11 +63,12 @@ def server(folder: Path) -> Iterator[FlakyServer]:
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Iterator[ShardCache]:
-    with ShardCache(tmp_path / "cache", 10**6, retries=3) as opened:
+    with ShardCache(tmp_path / "cache", 10**6) as opened:
         yield opened
 
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between the attempts of a fetch."""
+    """Between the attempts of a fetch, of which there are four."""
+    monkeypatch.setattr(remote, "RETRIES", 3)
     monkeypatch.setattr(remote, "FIRST_WAIT_SECONDS", 0.01)

@@ -20,17 +20,14 @@ def second(folder: Path) -> Path:
     return folder / Manifest.read(folder).shards[1].name
 
 
-def check_broken(shards: ShardSet, *words: str, offset: int | range | None) -> ShardError:
+def check_broken(shards: ShardSet, *words: str) -> ShardError:
     placed = f"{shards.location}/" if not shards.location.startswith("pipe:") else "pipe:"
     with pytest.raises(ShardError) as caught:
         shards.read(np.array([9, 14]))
     error, message = caught.value, str(caught.value)
     assert error.shard == 1
-    assert error.offset in offset if isinstance(offset, range) else error.offset == offset, message
     assert error.location.startswith(placed) and "shard-000001.tar" in error.location
     assert message.startswith(f"{error.location}: shard 1 of 6: expected "), message
-    if offset is not None:
-        assert str(error.offset) in message, message
     for word in words:
         assert word in message, message
     np.testing.assert_array_equal(shards.read(np.array([9, 20])), BLOCKS[[9, 20]])

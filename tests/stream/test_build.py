@@ -373,7 +373,7 @@ def test_the_only_document_is_held_out_alike_in_pieces_and_after_a_kill(
     source = corpus(["", long_text(300), " "])
     build_shards(source, tokenizer, 16, tmp_path / "whole", holdout=0.2)
     monkeypatch.setattr("revpatch.stream.chunks.LONG_CHARACTERS", 2000)
-    monkeypatch.setattr("revpatch.stream.pieces.PIECE_CHARACTERS", 900)
+    monkeypatch.setattr("revpatch.stream.chunks.PIECE_CHARACTERS", 900)
     monkeypatch.setattr("revpatch.stream.build.CHECKPOINT_SECONDS", 0.0)
     steps = iter([3, 9, 12, 10**9])
 

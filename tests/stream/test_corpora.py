@@ -372,6 +372,9 @@ def test_one_bad_document_does_not_cost_the_others(tmp_path: Path, case: str) ->
 
 CUT = {
     "a.json": (b'[{"text": "a"}, {"text": "b"', "found the end of the file within"),
+    "d.json": (b'[{"text": "a"}, ', "found the end of the file, at character 16"),
+    "e.json": (b'[{"text": "a"} {"text": "b"}]', "within the array that begins at character 0, at character 15"),
+    "f.json": (b'[{"text": "a"}] {"text": "b"}', "found more after the array's end, at character 14"),
     "b.json": (b'[{"text": "a"}, {"text" "b"}]' + b" " * 99, "expected JSON: objects, or an array of them; found"),
     "c.json": (
         b'[{"text": "a", "n": ' + b"9" * 5000 + b"}]",

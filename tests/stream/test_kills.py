@@ -22,7 +22,7 @@ from revpatch.stream.manifest import Manifest
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = """
 import json, sys
-import revpatch.stream.build, revpatch.stream.chunks, revpatch.stream.pieces
+import revpatch.stream.build, revpatch.stream.chunks
 from light_tokenizer import LightTokenizer
 
 if __name__ == "__main__":
@@ -30,7 +30,7 @@ if __name__ == "__main__":
     revpatch.stream.build.CHECKPOINT_SECONDS = 0.0
     revpatch.stream.chunks.CHUNK_DOCUMENTS = arguments.pop("chunk", 20)
     revpatch.stream.chunks.LONG_CHARACTERS = 20_000
-    revpatch.stream.pieces.PIECE_CHARACTERS = 3_000
+    revpatch.stream.chunks.PIECE_CHARACTERS = 3_000
     tokenizer = LightTokenizer(arguments.pop("tokenizer"))
     def progress(p):
         print(p.tokens, flush=True)

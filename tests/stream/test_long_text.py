@@ -12,10 +12,10 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from toy import make_text
 
-from revpatch.stream import chunks, pieces
+from revpatch.stream import chunks
 from revpatch.stream.build import build_shards
+from revpatch.stream.chunks import works_of
 from revpatch.stream.encode import Encoder, EncoderRecipe
-from revpatch.stream.pieces import works_of
 from revpatch.stream.sources import read_documents
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,14 +84,14 @@ TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_pieces_have_the_tokens_of_the_whole(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pieces, "CONTEXT_CHARACTERS", 60)
+    monkeypatch.setattr(chunks, "CONTEXT_CHARACTERS", 60)
     tokenizer = TOKENIZERS[kind]()
     encoder = Encoder(EncoderRecipe(tokenizer.to_str(), False, (), 0, "uint32", 0.0))
     cut = 0
     for seed in range(12):
         generator = random.Random(seed)
         text = " ".join(generator.choice([*WORDS, *make_text(seed).split()]) for _ in range(400))
-        monkeypatch.setattr(pieces, "PIECE_CHARACTERS", 100 + 20 * seed)
+        monkeypatch.setattr(chunks, "PIECE_CHARACTERS", 100 + 20 * seed)
         works = [work for work, _ in works_of(text, 0, encoder.ids)]
         assert "".join(piece for work in works for piece in work.texts) == text
         assert [i for work in works for i in encoder.encode(work).ids] == encoder.ids(text), seed
@@ -113,7 +113,7 @@ def test_pieces_have_the_tokens_of_the_whole(kind: str, monkeypatch: pytest.Monk
 def test_a_text_is_cut_between_words_or_lines_or_not_at_all(
     text: str, lengths: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pieces, "PIECE_CHARACTERS", 10)
+    monkeypatch.setattr(chunks, "PIECE_CHARACTERS", 10)
     ids = Encoder(EncoderRecipe(Tokenizer.from_file(str(BYTE_LEVEL)).to_str(), False, (), 0, "uint32", 0.0)).ids
     assert [len(work.texts[0]) for work, _ in works_of(text, 0, ids)] == lengths
 
@@ -121,7 +121,7 @@ def test_a_text_is_cut_between_words_or_lines_or_not_at_all(
 @pytest.fixture
 def low_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunks, "LONG_CHARACTERS", 500)
-    monkeypatch.setattr(pieces, "PIECE_CHARACTERS", 100)
+    monkeypatch.setattr(chunks, "PIECE_CHARACTERS", 100)
 
 
 def texts_for(seed: int) -> list[str]:

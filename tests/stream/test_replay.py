@@ -103,7 +103,6 @@ def test_a_replay_set_holds_the_blocks_and_is_a_set_like_any_other(source: Shard
     manifest = write_replay(Corpus([source]), ids([40, 3, 17, 3]), tmp_path / "replay", "000_wiki")
     assert sorted(path.name for path in (tmp_path / "replay").iterdir()) == ["000_wiki"]
     assert sorted(path.name for path in (tmp_path / "replay" / "000_wiki").iterdir()) == [
-        "000_wiki-000000.crc32",
         "000_wiki-000000.tar",
         "manifest.json",
     ]

@@ -335,7 +335,7 @@ def test_a_long_document_begins_once(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     tokenizer = load_tokenizer(str(folder_of(tmp_path / "base", with_template(BOS, "$"), bos_token=BOS)))
     source = source_of(tmp_path, make_text(1), " ".join(make_text(i) for i in range(90)), make_text(2))
     build_shards(source, tokenizer, 4, tmp_path / "whole")
-    monkeypatch.setattr("revpatch.stream.pieces.PIECE_CHARACTERS", 400)
+    monkeypatch.setattr("revpatch.stream.chunks.PIECE_CHARACTERS", 400)
     monkeypatch.setattr("revpatch.stream.chunks.LONG_CHARACTERS", 1000)
     build_shards(source, tokenizer, 4, tmp_path / "pieces")
     assert tokens_of(tmp_path / "pieces") == tokens_of(tmp_path / "whole")
@@ -487,7 +487,7 @@ def test_special_tokens_that_the_text_spells_are_counted(revpatch: Call, said: l
 def test_pages_of_html_are_counted(
     text: str, pages: int, revpatch: Call, said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("revpatch.stream.pieces.PIECE_CHARACTERS", 400)
+    monkeypatch.setattr("revpatch.stream.chunks.PIECE_CHARACTERS", 400)
     monkeypatch.setattr("revpatch.stream.chunks.LONG_CHARACTERS", 1000)
     assert build(revpatch, folder_of(tmp_path / "base"), tmp_path / "out", "one", text, "a b", text).code == 0
     lines = [line for line in said if "pages of HTML" in line]

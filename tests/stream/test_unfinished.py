@@ -11,8 +11,8 @@ import pytest
 
 from revpatch.stream import build
 from revpatch.stream.build import Progress
+from revpatch.stream.checkpoint import UnfinishedBuild
 from revpatch.stream.manifest import Manifest
-from revpatch.stream.unfinished import UnfinishedBuild
 
 RECIPE: dict[str, Any] = {"block_size": 16}
 INPUTS = [{"name": "a.txt"}]

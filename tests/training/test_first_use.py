@@ -29,7 +29,7 @@ def raw_runs(toy: Toy, server: RunServer, tmp_path: Path, **changes: Any) -> Run
     settings: dict[str, Any] = {
         "phases": [{"name": "first", "shards": str(source), "steps": 6}],
         "probes": {"every": 6, "sets": [{"name": "new", "shards": str(source), "tolerance": 0.5}]},
-        "build": {"folder": str(tmp_path / "built"), "text_column": "body", "holdout": 0.3, "workers": 1},
+        "build": {"folder": str(tmp_path / "built"), "text_column": "body", "holdout": 0.3},
     }
     return Runs(server, toy.config_file(tmp_path, **{**settings, **changes}), tmp_path)
 
@@ -130,7 +130,7 @@ def test_a_run_waits_for_another_that_builds_the_same(
     monkeypatch.setattr(first_use, "_POLL_SECONDS", 0.01)
     probes = {"sets": [{"name": "base", "shards": str(toy.shards("base_probe"))}]}
     phases = [{"name": "first", "shards": str(source), "steps": 6}]
-    settings = {"folder": str(tmp_path / "built"), "text_column": "body", "workers": 1}
+    settings = {"folder": str(tmp_path / "built"), "text_column": "body"}
     config = toy.config(tmp_path, phases=phases, probes=probes, build=settings)
     folders = first_use._build_all(config, world=1)
     assert Manifest.read(folders["phases.0.shards"]).blocks and len(calls) == 3

@@ -26,7 +26,7 @@ for rank in range(1, processes):  # forked, as importing takes seconds
 else:
     rank = 0
 random = np.random.default_rng(rank if reads > 2 else 0)
-with ShardCache(folder, budget, retries=3) as cache:
+with ShardCache(folder, budget) as cache:
     shards = ShardSet(url, cache)
     for _ in range(reads):
         ids = random.integers(0, len(shards), size=4)

@@ -12,8 +12,6 @@ from cached_set import BLOCKS, READER, SHARD_BYTES
 from flaky_server import FlakyServer
 from toy_shards import write_blocks
 
-from revpatch.stream import shard_cache
-
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
@@ -26,11 +24,6 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def where(tmp_path: Path) -> Path:
     return tmp_path / "cache"
-
-
-@pytest.fixture(autouse=True)
-def short_wait_for_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_cache, "ROOM_SECONDS", 0.3)
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cached_set import BLOCKS, SHARD_BYTES, tar_of
+from cached_set import BLOCKS
 from flaky_server import FlakyServer, slow, status
 from waiting import until
 
-from revpatch.stream import shard_cache
+from revpatch.stream import open_shards
 from revpatch.stream.shard_cache import ShardCache
 from revpatch.stream.shard_set import ShardSet
 from revpatch.stream.tars import ShardError
@@ -53,22 +53,10 @@ def test_a_fault_ahead_is_quiet_until_the_shard_is_read(server: FlakyServer, whe
             shards.read(np.array([20]))
 
 
-def test_nothing_in_use_makes_room_for_what_is_only_wanted(folder: Path, server: FlakyServer, where: Path) -> None:
-    with ShardCache(where, SHARD_BYTES) as cache, ShardSet(server.url, cache) as shards:
-        cache.acquire(shards._placed[0])
-        shards.want([1])
-        time.sleep(0.3)
-        assert tar_of(folder, where, 0).exists()
-        assert server.count("shard-000001.tar") == 0
-        cache.release(shards._placed[0])
-        shards.want([1])
-        np.testing.assert_array_equal(shards.read(np.array([10])), BLOCKS[[10]])
-
-
 def test_no_more_files_stay_open_than_asked_and_none_after_closing(
     server: FlakyServer, where: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shard_cache, "_OPEN_FILES", 2)
+    monkeypatch.setattr(open_shards, "OPEN_FILES", 2)
 
     def open_copies() -> int:
         links = Path("/proc/self/fd").glob("*")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import os
 import subprocess
 import threading
 import time
@@ -14,10 +13,10 @@ import numpy as np
 import pytest
 from cached_set import BLOCKS, SHARD_BYTES, check_output, size_of, tar_of
 from flaky_server import FlakyServer, slow
+from waiting import until
 
-from revpatch.stream import shard_cache
-from revpatch.stream.cache_folder import CacheFolder, ShardCacheError
-from revpatch.stream.shard_cache import ShardCache
+from revpatch.stream import open_shards
+from revpatch.stream.shard_cache import ShardCache, ShardCacheError
 from revpatch.stream.shard_set import ShardSet
 
 # The budget.
@@ -54,7 +53,7 @@ def test_the_least_recently_used_goes_first_and_what_others_put_there_stays(
         shards = ShardSet(server.url, cache)
         for block in (0, 10, 20, 0, 30, 0, 40):
             shards.read(np.array([block]))
-            cache.close()  # its locks would decide, instead of the order of use
+            cache.close()  # it is opened again at its next use, which tells the others of it
             time.sleep(0.02)
     assert [tar_of(folder, where, i).exists() for i in range(6)] == [True, False, False, True, True, False]
     assert server.count("shard-000000.tar") == 1
@@ -67,26 +66,26 @@ def test_what_a_process_no_longer_reads_makes_room_for_it(server: FlakyServer, w
         assert size_of(where) == SHARD_BYTES
 
 
-def test_a_shard_in_use_stays_and_the_error_says_what_to_do(
-    folder: Path, server: FlakyServer, where: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(shard_cache, "IDLE_SECONDS", 0.2)
+def test_what_is_open_stays_readable_though_it_makes_room(folder: Path, server: FlakyServer, where: Path) -> None:
     with ShardCache(where, SHARD_BYTES) as mine, ShardCache(where, SHARD_BYTES) as other:
-        first = ShardSet(server.url, mine)
-        placed = first._placed[0]
-        mine.acquire(placed)
-        second = ShardSet(server.url, other)
-        for _ in range(2):  # not a fault of the shard, so it is not remembered as one
-            with pytest.raises(
-                ShardCacheError, match=f"{SHARD_BYTES} bytes.*all that is there is in use; raise stream.s"
-            ):
-                second.read(np.array([10]))
-        assert tar_of(folder, where, 0).exists()
-        np.testing.assert_array_equal(first.read(np.arange(10)), BLOCKS[:10])
-        mine.release(placed)
-        monkeypatch.setattr(shard_cache, "ROOM_SECONDS", 20)  # the other lets go of it when it has been idle
+        first, second = ShardSet(server.url, mine), ShardSet(server.url, other)
+        first.read(np.array([0]))
         np.testing.assert_array_equal(second.read(np.array([10])), BLOCKS[[10]])
-        assert not tar_of(folder, where, 0).exists()
+        assert not tar_of(folder, where, 0).exists() and size_of(where) == SHARD_BYTES
+        np.testing.assert_array_equal(first.read(np.arange(10)), BLOCKS[:10])
+    assert server.count("shard-000000.tar") == 1
+
+
+def test_what_others_fetch_is_waited_for_and_what_they_keep_there_is_not(server: FlakyServer, where: Path) -> None:
+    server.always["shard-000000.tar"] = slow(0.4)
+    with ShardCache(where, SHARD_BYTES + 1000) as cache, ShardSet(server.url, cache) as shards:
+        shards.want([0])
+        until(lambda: list(where.glob("*.part")), "a fetch")
+        np.testing.assert_array_equal(shards.read(np.array([10])), BLOCKS[[10]])
+        assert not list(where.glob("*.part")), "the other was done before this one began"
+        (where / "notes.txt").write_bytes(bytes(2000))
+        with pytest.raises(ShardCacheError, match="found none: other files take it; raise"):
+            shards.read(np.array([20]))
 
 
 def test_budgets_that_hold_nothing(server: FlakyServer, where: Path) -> None:
@@ -100,8 +99,9 @@ def test_budgets_that_hold_nothing(server: FlakyServer, where: Path) -> None:
 
 
 def test_a_budget_that_is_too_small_to_read_in_turn_is_told(
-    server: FlakyServer, where: Path, caplog: pytest.LogCaptureFixture
+    server: FlakyServer, where: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(open_shards, "OPEN_FILES", 1)
     with ShardCache(where, SHARD_BYTES) as cache, ShardSet(server.url, cache) as shards:
         for block in (0, 10, 0):
             shards.read(np.array([block]))
@@ -140,23 +140,6 @@ def test_threads_and_sets_share_too(folder: Path, server: FlakyServer, where: Pa
             np.testing.assert_array_equal(shards.read(np.arange(60)), BLOCKS)
     assert server.count("shard-000001.tar") <= 1
     assert len(list(where.glob("*.tar"))) == 6
-
-
-def test_only_one_may_fill_a_file(where: Path) -> None:
-    mine, other = CacheFolder(where, 1000), CacheFolder(where, 1000)
-    descriptor = mine.reserve("a" * 64, 600)
-    assert descriptor is not None
-    assert other.reserve("a" * 64, 600) is None
-    with pytest.raises(BlockingIOError):
-        other.reserve("b" * 64, 600)
-    mine.keep("a" * 64, descriptor)
-    assert other.reserve("a" * 64, 600) is None
-    os.close(descriptor)
-    descriptor = other.reserve("b" * 64, 600)
-    assert descriptor is not None
-    assert mine.open("a" * 64) is None
-    other.abandon("b" * 64, descriptor)
-    assert size_of(where) == 0
 
 
 def test_a_second_run_fetches_nothing(server: FlakyServer, where: Path) -> None:
