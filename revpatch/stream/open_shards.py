@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from revpatch.stream.manifest import Shard
-from revpatch.stream.tars import ShardError
+from revpatch.stream.tars import ShardError, ShardFault
 
 OPEN_FILES = 16
 _ADVICE = "copy this file again from where it came, or build the shards again into a new folder"
@@ -31,7 +31,7 @@ class PlacedShard:
     def error(self, expected: str, found: str, advice: str = _ADVICE) -> ShardError:
         """Return the error to raise; it names the shard's location and number."""
         message = f"{self.location}: shard {self.index} of {self.count}: expected {expected}, found {found}; {advice}"
-        return ShardError(message, self.location, self.index, self.digest)
+        return ShardError(message, ShardFault(self.digest, self.index, self.location, message))
 
     def verify(self, descriptor: int) -> None:
         """Hash an open copy of the shard. Raises ShardError when it is not what the manifest says."""

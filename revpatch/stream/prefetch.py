@@ -23,33 +23,22 @@ class _Fetched(Generic[Batch]):
 
 
 class Prefetcher(Iterator[Batch], Generic[Batch]):
-    """`settle(step, fetch(step))` for every step, in order, ahead of the caller.
+    """`fetch(step)` for every step, in order, ahead of the caller.
 
-    At most `depth` settled batches wait for the caller, and one more is fetched; it is settled when one is taken. What
-    `fetch`, `settle` or `steps` raises is raised by `next` at the very step it belongs to, after the batches before it;
-    nothing is fetched after that. Close it, or use it as a context.
-
-    `settle` may meet other processes, if all take batches and close at the same steps: a thread that is closed settles
-    what the fastest one can have settled, `depth` steps after the last that was taken, so that none is left waiting for
-    another. After an error there is no such step: leaving the context by one doesn't wait for a thread that settles.
+    At most `depth` batches wait for the caller, and one more is fetched. What `fetch` or `steps` raises is raised by
+    `next` at the very step it belongs to, after the batches before it; nothing is fetched after that. Close it, or use
+    it as a context.
     """
 
-    def __init__(
-        self,
-        fetch: Callable[[int], Batch],
-        steps: Iterable[int],
-        depth: int = 2,
-        settle: Callable[[int, Batch], Batch] | None = None,
-    ) -> None:
+    def __init__(self, fetch: Callable[[int], Batch], steps: Iterable[int], depth: int = 2) -> None:
         if depth < 1:
             raise ValueError(f"depth is {depth}; at least 1 batch must fit")
-        self._fetch, self._settle = fetch, settle
+        self._fetch = fetch
         self._steps = steps
         self._depth = depth
         self._room = threading.Semaphore(depth)
         self._ready: queue.SimpleQueue[_Fetched[Batch] | BaseException] = queue.SimpleQueue()
         self._closing = threading.Event()
-        self._taken = 0
         self.waited = 0.0
         """Seconds that the caller has waited for batches in all."""
         self._end: BaseException | None = None
@@ -62,12 +51,7 @@ class Prefetcher(Iterator[Batch], Generic[Batch]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None or self._settle is None:
-            self.close()
-        else:
-            self._settle = None
-            self._closing.set()
-            self._room.release()
+        self.close()
 
     def __iter__(self) -> Prefetcher[Batch]:
         return self
@@ -81,7 +65,6 @@ class Prefetcher(Iterator[Batch], Generic[Batch]):
             ready = self._ready.get()
             self.waited += time.monotonic() - began
             if isinstance(ready, _Fetched):
-                self._taken += 1
                 self._room.release()
                 return ready.batch
             self._end = ready
@@ -95,21 +78,12 @@ class Prefetcher(Iterator[Batch], Generic[Batch]):
 
     def _run(self) -> None:
         try:
-            for number, step in enumerate(self._steps, start=1):
-                if self._past_the_end(number):
+            for step in self._steps:
+                if self._closing.is_set():
                     return
                 batch = self._fetch(step)
                 self._room.acquire()
-                settle = self._settle
-                if self._past_the_end(number):
-                    return
-                if settle is not None:
-                    batch = settle(step, batch)
                 self._ready.put(_Fetched(batch))
             self._ready.put(StopIteration())
         except BaseException as error:  # handed over: it belongs to the caller
             self._ready.put(error)
-
-    def _past_the_end(self, number: int) -> bool:
-        """Whether the batch of this number will be neither taken nor settled by another process."""
-        return self._closing.is_set() and (self._settle is None or number > self._taken + self._depth)

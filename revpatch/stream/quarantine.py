@@ -8,7 +8,6 @@ blocks a step has is still a function of the seed, the step and this list, for a
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -16,26 +15,11 @@ import numpy as np
 from revpatch.stream.corpus import Corpus
 from revpatch.stream.manifest import Manifest
 from revpatch.stream.permutation import hash64
-from revpatch.stream.tars import ShardError
+from revpatch.stream.tars import ShardError, ShardFault
 
 _VERSION = 1
 
 Int64s = np.ndarray[Any, np.dtype[np.int64]]
-
-
-@dataclass(frozen=True)
-class Broken:
-    """A shard that is out: which one, of the set with which digest, from which step of the run on, and why."""
-
-    digest: str
-    shard: int
-    since: int
-    location: str
-    reason: str
-
-    def as_fields(self) -> dict[str, Any]:
-        """What the journal and a snapshot keep of it."""
-        return asdict(self)
 
 
 class Quarantine:
@@ -46,11 +30,11 @@ class Quarantine:
         broken: those known already, as when a run goes on.
     """
 
-    def __init__(self, seed: int, broken: Iterable[Broken] = ()) -> None:
+    def __init__(self, seed: int, broken: Iterable[ShardFault] = ()) -> None:
         self.seed = seed
-        self.broken: list[Broken] = list(broken)
+        self.broken: list[ShardFault] = list(broken)
 
-    def add(self, broken: Broken) -> bool:
+    def add(self, broken: ShardFault) -> bool:
         """Takes a shard out; false if it was out already."""
         known = any((b.digest, b.shard) == (broken.digest, broken.shard) for b in self.broken)
         if not known:
@@ -59,7 +43,7 @@ class Quarantine:
 
     def out(self, digest: str, step: int | None = None) -> Int64s:
         """The shards of a set that are out at a step of the run, or now."""
-        shards = (b.shard for b in self.broken if b.digest == digest and (step is None or b.since <= step))
+        shards = (b.shard for b in self.broken if b.digest == digest and (step is None or (b.since or 0) <= step))
         return np.array(sorted(shards), dtype=np.int64)
 
     def sound(self, manifest: Manifest, numbers: Int64s) -> np.ndarray[Any, np.dtype[np.bool_]]:
@@ -79,9 +63,7 @@ class Quarantine:
             raise ShardError(
                 f"every one of the {len(manifest.shards)} shards of this set is broken, the last of them being "
                 f"{last.location}: {last.reason}",
-                location=last.location,
-                shard=last.shard,
-                digest=last.digest,
+                last,
             )
         numbers = numbers.copy()
         attempt = 0

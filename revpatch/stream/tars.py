@@ -14,7 +14,7 @@ import hashlib
 import logging
 import os
 import tarfile
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +32,33 @@ _KEY_DIGITS = 12
 _COPY_BYTES = 2**20
 
 
+@dataclass(frozen=True)
+class ShardFault:
+    """A shard that can't be read, or is not what its manifest says: what ranks tell one another, the quarantine keeps
+    and the journal writes."""
+
+    digest: str
+    """Of the manifest of its set."""
+    shard: int
+    """Its index in that manifest."""
+    location: str
+    """Full path or URL."""
+    reason: str
+    since: int | None = None
+    """Step of the run from which on it is read around; None until it is taken out."""
+
+    def as_fields(self) -> dict[str, Any]:
+        """Return what the journal and a snapshot keep of it."""
+        return {key: getattr(self, key) for key in ("digest", "shard", "since", "location", "reason")}
+
+
 class ShardError(ValueError):
-    """A shard can't be read, or has another size or sha256 than its manifest says.
+    """A shard can't be read, or has another size or sha256 than its manifest says; `fault` is None where no one shard
+    is to blame."""
 
-    `location` is its full path or URL, and `shard` its index in the manifest whose digest is `digest`.
-    """
-
-    def __init__(self, message: str, location: str = "", shard: int = -1, digest: str = "") -> None:
+    def __init__(self, message: str, fault: ShardFault | None = None) -> None:
         super().__init__(message)
-        self.location, self.shard, self.digest = location, shard, digest
+        self.fault = fault
 
 
 def member_key(block_id: int) -> str:

@@ -1,16 +1,15 @@
 """The batches of one phase on one rank: which blocks, in which micro-batches; read ahead by one thread.
 
-In each step the reading threads of all ranks meet, ahead of the training and beside it: what one of them has met (a
-shard that is broken, a signal to stop) all of them know before any trains on that step, so that all do the same.
+Before each step the ranks agree: what one of them has met (a broken shard, a signal to stop) all of them know before
+any trains on that step, so all do the same.
 """
 
 from __future__ import annotations
 
 import copy
 import socket
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from itertools import repeat
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -22,32 +21,14 @@ from revpatch.config import BatchConfig
 from revpatch.stream.corpus import Corpus
 from revpatch.stream.mixture import Mixture
 from revpatch.stream.prefetch import Prefetcher
-from revpatch.stream.quarantine import Broken, Quarantine
+from revpatch.stream.quarantine import Quarantine
 from revpatch.stream.replay import ReplayMixture, bottom_k
-from revpatch.stream.tars import ShardError
+from revpatch.stream.tars import ShardError, ShardFault
 from revpatch.training.engine import MicroBatch
 from revpatch.training.launch import Peers
 
 LOOK_AHEAD_STEPS = 64
 """Shards that lie elsewhere are fetched so many steps before their first block is needed."""
-
-
-@dataclass(frozen=True)
-class Failure:
-    """What kept a rank from its batch; of a broken shard, which one of which set, and where it lies."""
-
-    what: str
-    digest: str = ""
-    shard: int = -1
-    where: str = ""
-
-    @classmethod
-    def of(cls, error: Exception, rank: int) -> Failure:
-        """From what reading raised."""
-        what = f"rank {rank} on {socket.gethostname()}: {error}"
-        if not isinstance(error, ShardError):
-            return cls(what)
-        return cls(what, error.digest, error.shard, error.location)
 
 
 @dataclass
@@ -56,12 +37,12 @@ class Ready:
 
     step: int
     micro_batches: list[MicroBatch] = field(default_factory=list)
-    quarantined: list[Broken] = field(default_factory=list)
+    quarantined: list[ShardFault] = field(default_factory=list)
     """Shards that were taken out for this step and the ones after it."""
     interrupted: bool = False
     """A rank was told to stop: this step is not trained."""
-    failure: Failure | None = None
-    """What kept this rank from its batches, while the ranks have not agreed yet."""
+    failure: ShardFault | str | None = None
+    """What kept this rank from its batches, until the ranks have agreed."""
 
 
 class Batches:
@@ -97,18 +78,32 @@ class Batches:
         self._new = _part(batch.new_blocks, peers)
         self._replayed = _part(batch.replay_blocks, peers)
         self._wanted = self._last = 0
+        self.waited = 0.0
+        """Seconds that this phase's steps have waited for data."""
         rehearsed = () if replay is None else replay.sets
         remote = not all(shards.is_local for shards in (*corpus.sets, *rehearsed))
         self._ahead = copy.deepcopy(mixture) if remote else None  # with a memory of its own of where it is
 
-    def stream(self, steps: int, done: int = 0) -> Prefetcher[Ready]:
-        """What steps `done` + 1 to `steps` train on, in CPU memory (pinned for a GPU); a context manager.
+    def stream(self, steps: int, done: int = 0) -> Generator[Ready, None, None]:
+        """Yield what steps `done` + 1 to `steps` train on, in CPU memory (pinned for a GPU); close it at the end.
 
         Raises ShardError, on all ranks at the same step, for a shard that is broken, if that stops the run; ValueError
         likewise for what else kept a rank from reading.
         """
-        self._wanted, self._last = done, steps
-        return Prefetcher(self._fetch, range(done + 1, steps + 1), depth=1, settle=self._settle)
+        self._wanted, self._last, quarantined = done, steps, list[ShardFault]()
+        while done < steps:
+            failures: list[ShardFault | str] = []
+            with Prefetcher(self._fetch, range(done + 1, steps + 1), depth=1) as fetched:
+                for ready in fetched:
+                    failures, ready.interrupted = self.peers.agree(ready.failure, self.interrupted())
+                    self.waited, fetched.waited = self.waited + fetched.waited, 0.0
+                    if failures and not ready.interrupted:
+                        break  # what was read ahead is read again, without the shards that go
+                    ready.quarantined, quarantined = quarantined, []
+                    yield ready
+                    done = ready.step
+            if failures:
+                quarantined += self._take_out(failures, done + 1)
 
     def to_device(self, micro_batches: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
         """Moves them to this rank's device without waiting."""
@@ -134,28 +129,22 @@ class Batches:
                 self._look_ahead(step, self._ahead)
             ready.micro_batches = self._read(step)
         except (ValueError, OSError) as error:  # a broken shard, a cache without room, a disk that fails
-            ready.failure = Failure.of(error, self.peers.rank)
+            ready.failure = failure_of(error, self.peers.rank)
         return ready
 
-    def _settle(self, step: int, ready: Ready) -> Ready:
-        """The same once all ranks have theirs, or have agreed on what to do about those that have not."""
-        while True:
-            failures, ready.interrupted = self.peers.agree(ready.failure, self.interrupted())
-            if ready.interrupted or not failures:
-                return ready
-            if self.on_error == "stop" or not all(failure.digest for failure in failures):
-                raise stopping(failures)
-            new = [broken for broken in map(self.broken, failures, repeat(step)) if self.quarantine.add(broken)]
-            if not new:  # what is out already can't be what is missing: no shard is left to read instead
-                raise stopping(failures)
-            ready.quarantined += new
-            again = self._fetch(step)
-            ready.micro_batches, ready.failure = again.micro_batches, again.failure
+    def _take_out(self, failures: list[ShardFault | str], step: int) -> list[ShardFault]:
+        """Return the shards that are out from this step of the phase on, the same on every rank. Raises as `stream`."""
+        faults = [failure for failure in failures if isinstance(failure, ShardFault)]
+        if self.on_error == "stop" or len(faults) < len(failures):
+            raise stopping(failures)
+        new = [fault for fault in (self.out_from(each, step) for each in faults) if self.quarantine.add(fault)]
+        if not new:  # what is out already can't be what is missing: no shard is left to read instead
+            raise stopping(failures)
+        return new
 
-    def broken(self, failure: Failure, step: int) -> Broken:
-        """The failure as a shard that is out from this step of the phase on."""
-        since = self.first_step + step - 1
-        return Broken(failure.digest, failure.shard, since, failure.where, failure.what)
+    def out_from(self, fault: ShardFault, step: int) -> ShardFault:
+        """Return the fault of a shard that is out from this step of the phase on."""
+        return replace(fault, since=self.first_step + step - 1)
 
     def _read(self, step: int) -> list[MicroBatch]:
         new = self._tensor(self.corpus.read(self._ids(step, *self._new)))
@@ -189,14 +178,22 @@ class Batches:
         return tensor.pin_memory() if self.peers.device.type == "cuda" else tensor
 
 
-def stopping(failures: list[Failure]) -> ValueError:
-    """What every rank raises, so that all of them say why."""
-    words = f"{'; '.join(failure.what for failure in failures)}. All ranks stop here"
+def failure_of(error: Exception, rank: int) -> ShardFault | str:
+    """Return what a rank tells the others of what reading raised."""
+    what = f"rank {rank} on {socket.gethostname()}: {error}"
+    fault = error.fault if isinstance(error, ShardError) else None
+    return what if fault is None else replace(fault, reason=what)
+
+
+def stopping(failures: Sequence[ShardFault | str]) -> ValueError:
+    """Return what every rank raises, so that all of them say why."""
+    whats = [failure if isinstance(failure, str) else failure.reason for failure in failures]
+    words = f"{'; '.join(whats)}. All ranks stop here"
     first = failures[0]
-    if not all(failure.digest for failure in failures):
+    if not all(isinstance(failure, ShardFault) for failure in failures):
         return ValueError(words)
-    words += ". To train on without such shards: --set stream.on_error=quarantine"
-    return ShardError(words, location=first.where, shard=first.shard, digest=first.digest)
+    assert isinstance(first, ShardFault)
+    return ShardError(f"{words}. To train on without such shards: --set stream.on_error=quarantine", first)
 
 
 def _part(blocks: int, peers: Peers) -> tuple[int, int]:

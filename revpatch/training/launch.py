@@ -33,18 +33,11 @@ class Peers:
         launch: where this one stands.
         device: where its tensors live.
         control: the group for verdicts and states; None for the default one.
-        reading: the group in which the reading threads meet, beside what the main threads do.
     """
 
-    def __init__(
-        self,
-        launch: Launch,
-        device: torch.device,
-        control: dist.ProcessGroup | None,
-        reading: dist.ProcessGroup | None = None,
-    ) -> None:
+    def __init__(self, launch: Launch, device: torch.device, control: dist.ProcessGroup | None) -> None:
         self.launch, self.rank, self.world, self.device = launch, launch.rank, launch.world, device
-        self.control, self.reading = control, reading
+        self.control = control
 
     def from_rank0(self, value: Any) -> Any:
         """Rank 0's value, on every rank; the others pass None."""
@@ -64,16 +57,19 @@ class Peers:
         return tensor.div_(self.world)
 
     def agree(self, failure: T | None, interrupted: bool) -> tuple[list[T], bool]:
-        """What the reading threads of all ranks have met: every failure, by rank, and whether any was told to stop."""
+        """Return what the ranks have met, on every rank: every failure, by rank, and whether any was told to stop.
+
+        It is one all-reduce of two numbers, between CPUs; only where there is a failure is it gathered too.
+        """
         if self.world == 1:
             return [] if failure is None else [failure], interrupted
         flags = torch.tensor([failure is not None, interrupted], dtype=torch.int32)
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.reading)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.control)
         failed, stopped = flags.tolist()
         if not failed:
             return [], bool(stopped)
         found: list[Any] = [None] * self.world
-        dist.all_gather_object(found, failure, group=self.reading)
+        dist.all_gather_object(found, failure, group=self.control)
         return [each for each in found if each is not None], bool(stopped)
 
     def barrier(self) -> None:
@@ -116,8 +112,7 @@ def process_group(launch: Launch, device: torch.device, timeout_minutes: float) 
         ) from error
     try:
         control = dist.new_group(backend="gloo", timeout=timeout) if device.type == "cuda" else None
-        reading = dist.new_group(backend="gloo", timeout=timeout) if launch.world > 1 else None
-        peers = Peers(launch, device, control, reading)
+        peers = Peers(launch, device, control)
         yield peers
         peers.barrier()
         # A gloo worker that frees the tensors of the last collective needs the interpreter's lock; if it first gets it
@@ -125,7 +120,7 @@ def process_group(launch: Launch, device: torch.device, timeout_minutes: float) 
         time.sleep(0.2)
         dist.destroy_process_group()
     except BaseException as error:
-        if launch.world == 1:  # with others, destroying it would wait for what the reading thread has begun with them
+        if launch.world == 1:  # with others, destroying it would wait for what they have begun with this one
             dist.destroy_process_group()
         if isinstance(error, RuntimeError) and _is_lost_peer(error):
             found = (str(error).strip() or type(error).__name__).splitlines()[0][:200]

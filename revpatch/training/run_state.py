@@ -164,8 +164,7 @@ class RunState:
             identity=self.identity,
             digests=self.plan.digests(self.config, None if committed else phase.index),
             replay=list(self.samples),
-            # Not what the reading thread has met ahead of the steps; the sample of a phase is made at its end.
-            quarantine=[broken for broken in self.quarantine.broken if broken.since < step + committed],
+            quarantine=list(self.quarantine.broken),
             committed=self.committed,
             first=self.watch.first,
             buffers={name: value.cpu() for name, value in self.patch.named_buffers()},

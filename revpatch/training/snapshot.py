@@ -24,7 +24,7 @@ from torch import Tensor
 from revpatch.config import ConfigError
 from revpatch.durable import write_atomically
 from revpatch.ledger.patch_file import EntryError, read_entry, serialise
-from revpatch.stream.quarantine import Broken
+from revpatch.stream.tars import ShardFault
 from revpatch.training.engine_state import MOMENTS, EngineState
 from revpatch.training.guard import Comparison
 from revpatch.training.probe import Measurement
@@ -79,7 +79,7 @@ class Snapshot:
     """Digests of the sets of shards that are in use, by the config's key."""
     replay: list[str]
     """Folders of the committed phases' samples."""
-    quarantine: list[Broken]
+    quarantine: list[ShardFault]
     committed: Measurements
     first: Measurements
     buffers: dict[str, Tensor]
@@ -137,7 +137,7 @@ class Snapshot:
         return cls(
             **{key: metadata[key] for key in _PLAIN},
             engine=tensors.state("engine", metadata["engine_step"]),
-            quarantine=[Broken(**fields) for fields in metadata["quarantine"]],
+            quarantine=[ShardFault(**fields) for fields in metadata["quarantine"]],
             committed=tensors.measurements("committed", metadata["committed"]),
             first=tensors.measurements("first", metadata["first"]),
             buffers=tensors.under("buffer/"),

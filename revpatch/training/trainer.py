@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import closing
 
 import torch
 
@@ -15,9 +16,9 @@ from revpatch.config import PhaseConfig
 from revpatch.ledger.journal import Sets
 from revpatch.patch.patched_model import patch_disabled, patch_state
 from revpatch.stream.replay import write_replay
-from revpatch.stream.tars import ShardError
+from revpatch.stream.tars import ShardError, ShardFault
 from revpatch.training.bare_base import bare_base
-from revpatch.training.batches import Failure, Ready, stopping
+from revpatch.training.batches import Ready, failure_of, stopping
 from revpatch.training.engine_state import fresh_state
 from revpatch.training.guard import Comparison, Keep, Rollback, Stop, decide, stopped_phase_keeps
 from revpatch.training.objective import TERMS
@@ -55,7 +56,7 @@ class Trainer(RunState):
     def _train(self, phase: Phase) -> bool:
         """The loop; false if a signal ended it."""
         steps = phase.config.steps
-        with phase.batches.stream(steps, phase.done) as stream:
+        with closing(phase.batches.stream(steps, phase.done)) as stream:
             for ready in stream:
                 self._note(phase, ready)
                 if ready.interrupted:
@@ -66,7 +67,7 @@ class Trainer(RunState):
                 self.meter.add(*self.engine.train_step(phase.batches.to_device(ready.micro_batches), rate))
                 phase.done = step
                 phase.pending.append(step)
-                self.record.advance(self._tokens_a_step(), stream.waited)
+                self.record.advance(self._tokens_a_step(), phase.batches.waited)
 
                 verdict: Verdict = Keep()
                 if step % self.config.monitoring.every == 0 or self._probe_due(step, steps):
@@ -266,7 +267,7 @@ class Trainer(RunState):
         if not self.config.batch.replay_blocks or not phase.learned:
             return
         name, broken, kept = f"{phase.index:03d}_{phase.config.name}", [], False
-        failure: Failure | None = None
+        failure: ShardFault | str | None = None
         while self.peers.rank == 0:
             ids = phase.batches.sample(self.config.seed, phase.learned, self.config.replay.blocks_per_phase)
             try:
@@ -274,9 +275,11 @@ class Trainer(RunState):
                     write_replay(self.plan.phases[phase.index], ids, self.directory / "replay", name)
                 break
             except ShardError as error:
-                failure = Failure.of(error, rank=0)
-                found = phase.batches.broken(failure, phase.done + 1)
-                if self.config.stream.on_error == "stop" or not self.quarantine.add(found):
+                failure = failure_of(error, rank=0)
+                if self.config.stream.on_error == "stop" or not isinstance(failure, ShardFault):
+                    break
+                found = phase.batches.out_from(failure, phase.done + 1)
+                if not self.quarantine.add(found):
                     break
                 broken.append(found)
                 failure = None

@@ -25,9 +25,10 @@ def check_broken(shards: ShardSet, *words: str) -> ShardError:
     with pytest.raises(ShardError) as caught:
         shards.read(np.array([9, 14]))
     error, message = caught.value, str(caught.value)
-    assert error.shard == 1
-    assert error.location.startswith(placed) and "shard-000001.tar" in error.location
-    assert message.startswith(f"{error.location}: shard 1 of 6: expected "), message
+    fault = error.fault
+    assert fault is not None and fault.shard == 1
+    assert fault.location.startswith(placed) and "shard-000001.tar" in fault.location
+    assert message.startswith(f"{fault.location}: shard 1 of 6: expected "), message
     for word in words:
         assert word in message, message
     np.testing.assert_array_equal(shards.read(np.array([9, 20])), BLOCKS[[9, 20]])

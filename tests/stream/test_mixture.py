@@ -15,10 +15,10 @@ from revpatch.stream.corpus import Corpus
 from revpatch.stream.lanes import Lanes
 from revpatch.stream.manifest import Manifest
 from revpatch.stream.mixture import Mixture
-from revpatch.stream.quarantine import Broken, Quarantine
+from revpatch.stream.quarantine import Quarantine
 from revpatch.stream.replay import ReplayMixture
 from revpatch.stream.shard_set import ShardSet
-from revpatch.stream.tars import ShardError
+from revpatch.stream.tars import ShardError, ShardFault
 
 WORLDS = [1, 2, 3, 4, 6, 8]
 
@@ -112,8 +112,8 @@ def test_a_corpus_numbers_the_blocks_of_its_sets_one_after_the_other(tmp_path: P
         Corpus([ShardSet(tmp_path / "a"), ShardSet(tmp_path / "c")])
 
 
-def out(manifest: Manifest, shard: int, step: int) -> Broken:
-    return Broken(manifest.digest, shard, step, f"shard-{shard}", "it is torn")
+def out(manifest: Manifest, shard: int, step: int) -> ShardFault:
+    return ShardFault(manifest.digest, shard, f"shard-{shard}", "it is torn", step)
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,4 +1,4 @@
-"""Reading ahead: in order, no further than asked, settled once, and over when it is closed."""
+"""Reading ahead: in order, no further than asked, and over when it is closed."""
 
 from __future__ import annotations
 
@@ -70,57 +70,3 @@ def test_closing_after_the_caller_failed() -> None:
 def test_no_room_at_all() -> None:
     with pytest.raises(ValueError, match="depth is 0"):
         Prefetcher(lambda step: step, range(3), depth=0)
-
-
-def test_closing_settles_what_the_fastest_of_several_can_have_settled() -> None:
-    """Four readers that meet in every step, closed after the same batch at different speeds: none is left waiting."""
-    meeting = threading.Barrier(4)
-
-    def settle(step: int, batch: int) -> int:
-        meeting.wait(10)
-        return batch
-
-    def reader(pause: float) -> Prefetcher[int]:
-        return Prefetcher(lambda step: time.sleep(pause) or step, itertools.count(), depth=1, settle=settle)
-
-    readers = [reader(pause) for pause in (0.0, 0.0, 0.02, 0.05)]
-    for _ in range(5):
-        assert len({next(each) for each in readers}) == 1
-    closing = [threading.Thread(target=each.close) for each in readers]
-    for thread in closing:
-        thread.start()
-    for thread in closing:
-        thread.join(5)
-    assert not any(thread.is_alive() for thread in closing)
-    assert not meeting.broken
-
-
-def test_a_batch_is_settled_when_there_is_room_and_not_before() -> None:
-    settled: list[int] = []
-
-    def settle(step: int, batch: int) -> int:
-        settled.append(step)
-        return batch
-
-    with Prefetcher(lambda step: step, itertools.count(1), depth=1, settle=settle) as batches:
-        for taken in range(1, 6):
-            time.sleep(0.05)
-            assert settled[-1] <= taken, "one batch waits, and no more is settled"
-            assert next(batches) == taken
-
-
-def test_leaving_by_an_error_does_not_wait_for_a_settling_that_never_ends() -> None:
-    stuck = threading.Event()
-
-    def settle(step: int, batch: int) -> int:
-        if step == 2:
-            stuck.wait(30)
-        return batch
-
-    began = time.monotonic()
-    with pytest.raises(KeyError), Prefetcher(lambda step: step, itertools.count(1), depth=1, settle=settle) as batches:
-        next(batches)
-        time.sleep(0.05)
-        raise KeyError
-    assert time.monotonic() - began < 5
-    stuck.set()

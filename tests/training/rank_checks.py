@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from wire import bytes_sent
 
 
 def batches_of(phase: Phase, steps: int) -> list[list[MicroBatch]]:
-    with phase.batches.stream(steps) as stream:
+    with closing(phase.batches.stream(steps)) as stream:
         return [ready.micro_batches for ready in stream]
 
 

@@ -7,6 +7,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -143,7 +144,7 @@ class OfTwo(Peers):
     """This rank, and another that meets the same broken shards at the same steps."""
 
     def agree(self, failure: Any, interrupted: bool) -> tuple[list[Any], bool]:
-        return [] if failure is None else [failure, replace(failure, what="rank 1")], interrupted
+        return [] if failure is None else [failure, replace(failure, reason="rank 1")], interrupted
 
 
 def test_a_shard_that_is_met_twice_is_quarantined_once(runs: Runs) -> None:
@@ -156,7 +157,7 @@ def test_a_shard_that_is_met_twice_is_quarantined_once(runs: Runs) -> None:
         with ShardSet(runs.folder / "new") as shards:  # which has forgotten what it met
             mixture = Mixture([shards.manifest], [1.0], 4, first_step, 8, repeat=True)
             batches = Batches(Corpus([shards]), mixture, None, batch, peers, first_step, quarantine, "quarantine")
-            with batches.stream(24) as stream:
+            with closing(batches.stream(24)) as stream:
                 found += [(first_step, broken.shard, broken.reason[:6]) for r in stream for broken in r.quarantined]
     assert found == [(0, 1, "rank 0")] and len(quarantine.broken) == 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,7 @@ def test_the_next_shard_is_asked_for_before_its_first_step(
         batches = Batches(Corpus([shards]), mixture, None, batch, peers, 0, Quarantine(0))
         order = [int(shards.shards_of(mixture.block_ids(step))[0]) for step in range(0, 100, BLOCKS_PER_SHARD)]
         names = [shards.manifest.shards[index].name for index in order]
-        with batches.stream(3 * BLOCKS_PER_SHARD) as stream:
+        with closing(batches.stream(3 * BLOCKS_PER_SHARD)) as stream:
             for step in range(1, 2 * BLOCKS_PER_SHARD):
                 next(stream)
                 # One step is read ahead of the caller besides, and one more of those that wait.
@@ -79,6 +80,6 @@ def test_rehearsed_shards_are_asked_for_ahead_too(
         soon = {int(base.shards_of(replay.locate(step)[1])[0]) for step in range(7, 40)}
         names = {base.manifest.shards[index].name for index in soon}
         assert len(names) > 3
-        with Batches(corpus, mixture, replay, batch, peers, 0, Quarantine(0)).stream(100) as stream:
+        with closing(Batches(corpus, mixture, replay, batch, peers, 0, Quarantine(0)).stream(100)) as stream:
             next(stream)
             until(lambda: names <= set(server.requests), "all of them at the first step", 10)

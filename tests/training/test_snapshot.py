@@ -12,7 +12,7 @@ import torch
 
 from revpatch.config import ConfigError
 from revpatch.ledger.patch_file import EntryError, serialise
-from revpatch.stream.quarantine import Broken
+from revpatch.stream.tars import ShardFault
 from revpatch.training.engine_state import EngineState
 from revpatch.training.guard import Comparison
 from revpatch.training.probe import Measurement
@@ -51,7 +51,7 @@ def snapshot(step: int, in_phase: bool = True) -> Snapshot:
         identity={"seed": 1},
         digests={"replay.base": ["d"]},
         replay=["000_a"],
-        quarantine=[Broken("d", 3, 12, "http://x/y", "torn")],
+        quarantine=[ShardFault("d", 3, "http://x/y", "torn", 12)],
         committed=MEASURED,
         first={},
         buffers={"00.channels": torch.tensor([0.5, 3.0])},
