@@ -153,8 +153,8 @@ def ledger_restore(
     from revpatch.ledger.restoring import restore
 
     restored = restore(reference, run)
-    assert restored.event is not None
-    source = restored.event.fields["restored"]
+    assert restored.event is not None and restored.event.restored is not None
+    source = restored.event.restored
     if as_json:
         print_json({"run": str(run), "name": restored.path.name, "sha256": restored.sha256, "source": source})
         return

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from revpatch.ledger.history import Ledger, effective
+from revpatch.ledger.plain import to_plain
 
 CHECKS = Path(__file__).parent / "training/rank_checks.py"
 BIN = Path(sys.executable).parent
@@ -151,8 +152,8 @@ class Runs:
         return self.server.wait(timeout)
 
     def events(self, name: str, kind: str) -> list[dict[str, Any]]:
-        records = Ledger(self.path(name) / "ledger", readonly=True).journal.records()
-        return [event for event in effective(records) if event["event"] == kind]
+        events = Ledger(self.path(name) / "ledger", readonly=True).journal.events()
+        return [to_plain(event.as_record()) for event in effective(events) if event.event == kind]
 
     def commits(self, name: str) -> list[str]:
         return [event["sha256"] for event in self.events(name, "entry") if event["kind"] == "commit"]

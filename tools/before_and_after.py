@@ -14,6 +14,7 @@ import textwrap
 from pathlib import Path
 
 from revpatch.config_file import load_config
+from revpatch.ledger.events import Sample
 from revpatch.loading import load_patched
 from revpatch.monitoring.terminal import quiet_libraries
 from revpatch.patch.patched_model import set_gate
@@ -23,11 +24,8 @@ from revpatch.training.samples import Sampler
 
 WIDTH = 112
 
-Texts = list[dict[str, str]]
-"""A prompt and a text of each."""
 
-
-def told_by(run: Path) -> list[tuple[str, Texts]]:
+def told_by(run: Path) -> list[tuple[str, list[Sample]]]:
     """Return what a run wrote at its start and after each phase, oldest first.
 
     Raises ValueError when it has not written at its start and after a phase, or as `read_history`.
@@ -41,7 +39,7 @@ def told_by(run: Path) -> list[tuple[str, Texts]]:
     return [("before", first[1]), *((f"after {name}", texts) for name, texts in others)]
 
 
-def written_off(run: Path, base: str | None) -> Texts:
+def written_off(run: Path, base: str | None) -> list[Sample]:
     """Return what the base writes from the same prompts with the run's newest commit on it and every gate at 0.
 
     Raises ValueError where the config names no prompts, or as `load_patched`.
@@ -55,16 +53,16 @@ def written_off(run: Path, base: str | None) -> Texts:
     return Sampler(model, of, config.monitoring.samples, {}).write()
 
 
-def shown(states: list[tuple[str, Texts]], off: Texts) -> str:
+def shown(states: list[tuple[str, list[Sample]]], off: list[Sample]) -> str:
     """Return each prompt with its texts one below the other, the runs of spaces in them made one."""
     before = states[0][1]
     width = max(len(title) for title, _ in states) + 2
     lines: list[str] = []
     for number, sample in enumerate(before):
-        lines += ["", f"{' '.join(sample['prompt'].split())} …"]
-        texts = [(title, texts[number]["text"]) for title, texts in states]
-        same = off[number]["text"] == sample["text"]
-        texts.append(("patch off", "(the same as before)" if same else off[number]["text"]))
+        lines += ["", f"{' '.join(sample.prompt.split())} …"]
+        texts = [(title, texts[number].text) for title, texts in states]
+        same = off[number].text == sample.text
+        texts.append(("patch off", "(the same as before)" if same else off[number].text))
         for title, text in texts:
             left = f"  {title:<{width}}"
             words = " ".join(text.split()) or "(nothing: the document ends)"
@@ -85,7 +83,7 @@ def main() -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"before_and_after: {error}")
     print(shown(states, off))
-    different = sum(one["text"] != other["text"] for one, other in zip(off, before, strict=True))
+    different = sum(one.text != other.text for one, other in zip(off, before, strict=True))
     if different:
         sys.exit(f"With the patch off, {different} of {len(before)} texts are not what the base wrote before.")
     print(f"\nWith the patch off, all {len(before)} texts are what the base wrote before, to the letter.")

@@ -62,12 +62,12 @@ def make_run(run: Path, entries: int, size: int) -> Path:
     journal = Journal(run / "ledger/journal.jsonl")
     lines: list[bytes] = []
     journal._write = lines.append  # type: ignore[method-assign, assignment]
-    journal.append("run", base={"model": "base", "sha256": "0" * 64, "dtype": "float32"}, seed=0, facts={"ranks": 2})
+    journal.append("phase_start", phase="corpus", phase_index=0, steps=entries)
     for step in range(1, entries + 1):
         name, data = entry_name(0, "corpus", "good", step), os.urandom(size)
         (run / "ledger" / name).write_bytes(data)
         place = {"phase": "corpus", "step": step}
-        journal.append("probe", **place, sets=SETS)
+        journal.append("probe", **place, sets=SETS, training={"lm": 3.0})
         found = {"file": name, "sha256": sha256_of(data), "bytes": size}
         journal.append("entry", kind="good", phase_index=0, **place, **found, sets=SETS)
     journal.path.write_bytes(b"".join(lines))

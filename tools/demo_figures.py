@@ -15,17 +15,19 @@ from pathlib import Path
 
 from figures import Figure, show
 
+from revpatch.ledger.events import PhaseCommitted, RolledBack
 from revpatch.ledger.history import Ledger, effective
+from revpatch.ledger.plain import to_plain
 
 
 def figures_of(run: Path, again: Path | None) -> list[Figure]:
     """The figures of a demo run, and of a second one with the same seed."""
     ledger = Ledger(run / "ledger", readonly=True)
-    events = effective(ledger.journal.records())
-    commits = {event["phase"]: event["sets"] for event in events if event["event"] == "commit"}
-    rollbacks = [event for event in events if event["event"] == "rollback" and event["phase"] == "scrambled"]
+    events = effective(ledger.journal.events())
+    commits = {event.phase: to_plain(event.sets) for event in events if isinstance(event, PhaseCommitted)}
+    rollbacks = [event for event in events if isinstance(event, RolledBack) and event.phase == "scrambled"]
     jargon, scrambled = commits["jargon"], commits["scrambled"]
-    seconds = (datetime.fromisoformat(events[-1]["time"]) - datetime.fromisoformat(events[0]["time"])).total_seconds()
+    seconds = (datetime.fromisoformat(events[-1].time) - datetime.fromisoformat(events[0].time)).total_seconds()
     learned = jargon["jargon"]["before"] - jargon["jargon"]["loss"]
     rises = {phase: sets["sotu"]["loss"] - sets["sotu"]["before"] for phase, sets in commits.items()}
     since_base = max(sets["sotu"]["loss"] - sets["sotu"]["base"] for sets in commits.values())

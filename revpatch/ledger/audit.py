@@ -9,16 +9,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from revpatch.durable import TEMPORARY_SUFFIX, sha256_of_file
+from revpatch.ledger.events import EntryWritten
 from revpatch.ledger.history import (
+    ENTRY_EVENTS,
     JOURNAL_NAME,
-    Recorded,
     ledger_of,
     live_entries,
     pruned_names,
     run_of,
     stray_files,
 )
-from revpatch.ledger.journal import GENESIS, Scan, scan
+from revpatch.ledger.journal import GENESIS, Scan, events_in, scan
 from revpatch.ledger.patch_file import EntryError, read_metadata
 
 SNAPSHOTS = "snapshot"
@@ -75,12 +76,13 @@ def verify(run: Path, expected_head: str | None = None, hash_files: bool = True)
     report.head = found.digests[-1] if found.digests else GENESIS
     _check_journal(found, noted, expected_head, report)
     improper: list[str] = []
-    live = live_entries(found.records, improper)
+    events = [e for e in events_in(found.records, problems=improper) if isinstance(e, ENTRY_EVENTS)]
+    live = live_entries(events)
     for problem in improper:
         report.add(JOURNAL_NAME, problem, "Take journal.jsonl from a backup.")
     for entry in live.values():
         _check_entry(directory, entry, report)
-    _check_strays(files, live, pruned_names(found.records), report)
+    _check_strays(files, live, pruned_names(events), report)
     return report
 
 
@@ -118,7 +120,7 @@ def _check_journal(found: Scan, noted: dict[str, tuple[int, str]], expected: str
             report.add(JOURNAL_NAME, what, "Lines at the end were removed or edited: take it from a backup.")
 
 
-def _check_entry(directory: Path, entry: Recorded, report: VerifyReport) -> None:
+def _check_entry(directory: Path, entry: EntryWritten, report: VerifyReport) -> None:
     report.entries += 1
     place = f"(journal line {entry.seq + 1})"
     try:
@@ -138,7 +140,7 @@ def _check_entry(directory: Path, entry: Recorded, report: VerifyReport) -> None
         report.add(entry.name, what, "It was damaged or edited: take it from a backup, and don't load it.")
 
 
-def _check_strays(files: list[Path], live: dict[str, Recorded], pruned: set[str], report: VerifyReport) -> None:
+def _check_strays(files: list[Path], live: dict[str, EntryWritten], pruned: set[str], report: VerifyReport) -> None:
     for path in files:
         if path.name in live or not path.exists():
             continue

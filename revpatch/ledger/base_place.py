@@ -11,25 +11,25 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import yaml
 
+from revpatch.ledger.events import BasePlace, EntryWritten, RunBegun, RunResumed
 from revpatch.ledger.history import PatchFile, run_of
 
-FIELD = "base_at"
 CONFIG_NAME = "config.yaml"
 
 
-def place_now(model: str) -> dict[str, str | None]:
+def place_now(model: str) -> BasePlace:
     """Return what a journal is to say of a base that is being used under this name."""
-    return {"model": model, "folder": str(Path(model).absolute()) if Path(model).is_dir() else None}
+    return BasePlace(model=model, folder=str(Path(model).absolute()) if Path(model).is_dir() else None)
 
 
-def folder_noted(patch: PatchFile, model: str) -> str | None:
-    """Return the absolute path of the base's folder as the journal last noted it, whether it is still there or not; of
-    a file without a journal, of the folder of that name here. None if there is none, or it is a hub's name."""
-    return (place_now(model) if patch.ledger is None else _noted(patch, model) or {}).get("folder")
+def folder_noted(patch: PatchFile, model: str) -> BasePlace | None:
+    """Return the base's folder as the journal last noted it, whether it is still there or not; of a file without a
+    journal, the folder of that name here. None if there is none, or it is a hub's name."""
+    place = place_now(model) if patch.ledger is None else _noted(patch, model)
+    return None if place is None or place.folder is None else place
 
 
 def base_place(patch: PatchFile, model: str) -> str:
@@ -44,7 +44,7 @@ def base_place(patch: PatchFile, model: str) -> str:
     if Path(model).is_absolute():
         return model
     noted = None if patch.ledger is None else _noted(patch, model)
-    folder = None if noted is None else noted["folder"]
+    folder = None if noted is None else noted.folder
     beside = _project_of(patch)
     places = [Path(folder)] if folder is not None else []
     places += [] if beside is None else [beside / model]
@@ -61,13 +61,14 @@ def base_place(patch: PatchFile, model: str) -> str:
     )
 
 
-def _noted(patch: PatchFile, model: str) -> dict[str, Any] | None:
+def _noted(patch: PatchFile, model: str) -> BasePlace | None:
     """Return the newest note of a base of that name."""
     assert patch.ledger is not None
-    for event in reversed(patch.ledger.journal.records()):
-        place = event.get(FIELD)
-        if isinstance(place, dict) and place.get("model") == model and isinstance(place.get("folder"), str | None):
-            return {"folder": place.get("folder")}
+    for event in reversed(patch.ledger.journal.events(RunBegun, RunResumed, EntryWritten)):
+        assert isinstance(event, RunBegun | RunResumed | EntryWritten)
+        place = event.base_at
+        if place is not None and place.model == model:
+            return place
     return None
 
 

@@ -11,7 +11,7 @@ line, then the file, and it finishes what a crash interrupted.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 from revpatch.config import SidecarConfig
 from revpatch.durable import TEMPORARY_SUFFIX, sha256_of_file, sync_directory
-from revpatch.ledger.journal import EVENT_FIELDS, Journal, JournalError
+from revpatch.ledger.events import EntriesPruned, EntryWritten, Event, RunResumed
+from revpatch.ledger.journal import Journal, JournalError
 from revpatch.ledger.patch_file import (
     KINDS,
     OLD_SUFFIX,
     OLD_VERSION,
     SUFFIX,
     EntryError,
-    check_name,
     entry_name,
     parse_base,
     parse_sidecar,
@@ -38,59 +38,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 JOURNAL_NAME = "journal.jsonl"
-_ENTRY_FIELDS = ("kind", "phase", "phase_index", "step", "file", "sha256", "bytes")
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """What the journal says about one entry. `step` counts optimizer steps of the phase, `bytes` the file's size;
-    `fields` is what else was recorded."""
-
-    name: str
-    kind: str
-    phase: str
-    phase_index: int
-    step: int
-    sha256: str
-    bytes: int
-    time: str
-    seq: int
-    fields: dict[str, Any]
-
-
-def recorded(event: dict[str, Any]) -> Recorded:
-    """An `entry` event as a Recorded. Raises JournalError if it lacks a field or its file name is no entry's."""
-    try:
-        name = check_name(event["file"], "entry name")
-        rest = {key: value for key, value in event.items() if key not in (*_ENTRY_FIELDS, *EVENT_FIELDS)}
-        return Recorded(
-            name,
-            str(event["kind"]),
-            str(event["phase"]),
-            int(event["phase_index"]),
-            int(event["step"]),
-            str(event["sha256"]),
-            int(event["bytes"]),
-            str(event["time"]),
-            int(event["seq"]),
-            rest,
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise JournalError(f"{JOURNAL_NAME} line {event['seq'] + 1} is no proper `entry` event: {error!r}") from error
-
-
-def pruned_in(event: dict[str, Any]) -> list[str]:
-    """The names that a `pruned` event took away; none for any other event."""
-    return _names(event.get("files")) if event["event"] == "pruned" else []
-
-
-def superseded_in(event: dict[str, Any]) -> list[str]:
-    """The names that a `resume` event set aside; none for any other event."""
-    return _names(event.get("superseded")) if event["event"] == "resume" else []
-
-
-def _names(value: Any) -> list[str]:
-    return [str(name) for name in value] if isinstance(value, list) else []
+ENTRY_EVENTS = (EntryWritten, EntriesPruned, RunResumed)
+"""The kinds of events that say which entries there are."""
 
 
 def ledger_of(run: Path) -> Path:
@@ -106,37 +55,40 @@ def run_of(ledger: Path) -> Path:
     return ledger.parent if ledger.name == "ledger" else ledger
 
 
-def effective(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The events that count: without those that a run went back before when it went on from a snapshot."""
-    kept: list[dict[str, Any]] = []
+def effective(events: Iterable[Event]) -> list[Event]:
+    """Return the events that count: without those that a run went back before when it was resumed from a snapshot.
+
+    `events` must have the RunResumed ones among them.
+    """
+    kept: list[Event] = []
     for event in events:
-        if event["event"] == "resume" and isinstance(since := event.get("undoes_from"), int):
-            kept = [earlier for earlier in kept if earlier["seq"] < since]
+        if isinstance(event, RunResumed):
+            kept = [earlier for earlier in kept if earlier.seq < event.undoes_from]
         kept.append(event)
     return kept
 
 
-def live_entries(events: list[dict[str, Any]], problems: list[str] | None = None) -> dict[str, Recorded]:
-    """The entries that should be on disk after these events, by name, oldest first.
+def live_entries(events: Iterable[Event]) -> dict[str, EntryWritten]:
+    """Return the entries that should be on disk after these events, by name, oldest first.
 
-    An `entry` event that is not a proper one raises JournalError, or is passed over and named in `problems`.
+    Of `events` those in `ENTRY_EVENTS` are looked at. Raises JournalError for an entry of an earlier version.
     """
-    live: dict[str, Recorded] = {}
+    live: dict[str, EntryWritten] = {}
     for event in events:
-        if event["event"] == "entry":
-            try:
-                entry = recorded(event)
-            except JournalError as error:
-                if problems is None:
-                    raise
-                problems.append(str(error))
-                continue
-            check_suffix(entry.name)
-            live.pop(entry.name, None)  # recorded again, after a resume: it moves to its new place in time
-            live[entry.name] = entry
-        for name in (*pruned_in(event), *superseded_in(event)):
+        if isinstance(event, EntryWritten):
+            check_suffix(event.file)
+            live.pop(event.file, None)  # recorded again, after a resume: it moves to its new place in time
+            live[event.file] = event
+        for name in names_gone(event):
             live.pop(name, None)
     return live
+
+
+def names_gone(event: Event) -> list[str]:
+    """Return the entries that an event took away: pruned, or superseded by a resume."""
+    if isinstance(event, EntriesPruned):
+        return event.files
+    return event.superseded if isinstance(event, RunResumed) else []
 
 
 def check_suffix(name: str) -> None:
@@ -148,12 +100,12 @@ def check_suffix(name: str) -> None:
         )
 
 
-def pruned_names(events: list[dict[str, Any]]) -> set[str]:
-    """Every name that was ever pruned."""
-    return {name for event in events for name in pruned_in(event)}
+def pruned_names(events: Iterable[Event]) -> set[str]:
+    """Return every name that was ever pruned."""
+    return {name for event in events if isinstance(event, EntriesPruned) for name in event.files}
 
 
-def stray_files(directory: Path, live: dict[str, Recorded]) -> list[Path]:
+def stray_files(directory: Path, live: dict[str, EntryWritten]) -> list[Path]:
     """Files in `directory` that no live entry vouches for: orphans, half-written temporary files, half-done prunes."""
     with os.scandir(directory) as found:
         names = [each.name for each in found if each.name.endswith((SUFFIX, TEMPORARY_SUFFIX)) and each.is_file()]
@@ -176,7 +128,7 @@ class PatchFile:
     """What a person called it, for messages."""
     ledger: Ledger | None = None
     """The ledger in which it lies; None without a journal."""
-    event: Recorded | None = None
+    event: EntryWritten | None = None
     """What the journal says of it; None without a journal."""
 
     @cached_property
@@ -201,7 +153,7 @@ class Ledger:
     def __init__(self, directory: Path, readonly: bool = False) -> None:
         self.directory = directory
         self.journal = Journal(directory / JOURNAL_NAME, readonly=readonly)
-        self._live = live_entries(self.journal.records())
+        self._live = live_entries(self.journal.events(*ENTRY_EVENTS))
 
     def record(
         self,
@@ -217,11 +169,9 @@ class Ledger:
 
         `step` is the optimizer step of the phase at which it was taken (0 for a start), `tensors` the patch (any
         shapes, CPU or GPU), `metadata` plain values. Recording the same content again, as after a resume, is
-        fine; raises EntryError for other content under the same name, JournalError for fields that are not plain,
+        fine; raises EntryError for other content under the same name, JournalError for fields that no entry has,
         OSError when the disk fails. Whatever fails, no line vouches for a file that isn't whole.
         """
-        if clash := sorted(set(journal_fields) & set(_ENTRY_FIELDS)):
-            raise JournalError(f"the field {clash[0]!r} is the ledger's own; choose another name")
         numbered = kind in ("good", "rollback")
         name = entry_name(phase_index, phase, kind, step if numbered else None)
         path = self.directory / name
@@ -237,15 +187,16 @@ class Ledger:
             bytes=path.stat().st_size,
             **journal_fields,
         )
+        assert isinstance(event, EntryWritten)
         self._live.pop(name, None)
-        self._live[name] = recorded(event)
+        self._live[name] = event
         return path, sha256
 
-    def entries(self) -> list[Recorded]:
+    def entries(self) -> list[EntryWritten]:
         """The entries that are kept, oldest first."""
         return list(self._live.values())
 
-    def newest(self, kind: str | None = None) -> Recorded | None:
+    def newest(self, kind: str | None = None) -> EntryWritten | None:
         """The entry recorded last (of `kind`: start, good, rollback, commit); None if there is none.
 
         The newest `good` may be of an earlier phase. Raises EntryError for an unknown kind.
@@ -260,7 +211,7 @@ class Ledger:
         Raises EntryError for a name that isn't in the journal or was pruned, and as `read_entry` does.
         """
         if name not in self._live:
-            gone = name in pruned_names(self.journal.records())
+            gone = name in pruned_names(self.journal.events(EntriesPruned))
             raise EntryError(
                 f"{name!r} {'was pruned from' if gone else 'is not in'} {self.directory}. "
                 f"Entries there: {', '.join(self._live) or 'none'}"
@@ -277,7 +228,7 @@ class Ledger:
         file but the pruned. Raises OSError.
         """
         names = []
-        pruned = pruned_names(self.journal.records())
+        pruned = pruned_names(self.journal.events(EntriesPruned))
         for path in stray_files(self.directory, self._live):
             if path.name in pruned:
                 path.unlink()
@@ -321,18 +272,18 @@ class Ledger:
         self.remove(surplus)
         return [entry.name for entry in surplus]
 
-    def surplus_good(self, keep: int, spared: Collection[str] = ()) -> list[Recorded]:
+    def surplus_good(self, keep: int, spared: Collection[str] = ()) -> list[EntryWritten]:
         """The `good` entries beyond the newest `keep` of each phase, without those whose names are `spared`."""
         if keep < 1:
             raise ValueError(f"keep must be at least 1 (got {keep}): a rollback needs the last good entry")
-        by_phase: dict[tuple[int, str], list[Recorded]] = {}
+        by_phase: dict[tuple[int, str], list[EntryWritten]] = {}
         for entry in self.entries():
             if entry.kind == "good":
                 by_phase.setdefault((entry.phase_index, entry.phase), []).append(entry)
         surplus = [entry for entries in by_phase.values() for entry in entries[:-keep]]
         return [entry for entry in surplus if entry.name not in spared]
 
-    def remove(self, entries: list[Recorded], leftovers: list[Path] | None = None) -> int:
+    def remove(self, entries: list[EntryWritten], leftovers: list[Path] | None = None) -> int:
         """Removes entries, and files of earlier resumes that no journal line vouches for; returns the bytes freed.
 
         Journals one `pruned` event, if there is anything to remove. Raises OSError.

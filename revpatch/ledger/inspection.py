@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from revpatch.ledger.events import EntryWritten
 from revpatch.ledger.history import PatchFile
 from revpatch.ledger.layers import LayerDifference, LayerFacts, check_comparable, check_patch, differences, layers_of
 from revpatch.ledger.plain import to_plain
@@ -15,14 +16,14 @@ from revpatch.ledger.references import read_patch
 class PatchFacts:
     """A patch file: where it is, what it and the journal say of it, and its layers.
 
-    `recorded` (kind, phase, step, sha256, bytes, time, sets, ...) is None for a file that no journal lies beside.
+    `recorded` is None for a file that no journal lies beside.
     `parent` is the name of the entry it descends from, or the sha256 of one that is not kept.
     """
 
     name: str
     path: str
     metadata: dict[str, Any]
-    recorded: dict[str, Any] | None
+    recorded: EntryWritten | None
     parent: str | None
     layers: list[LayerFacts]
 
@@ -59,7 +60,7 @@ def inspect(reference: str) -> PatchFacts:
         patch.path.name,
         str(patch.path),
         patch.metadata,
-        None if patch.event is None else asdict(patch.event),
+        patch.event,
         _parent(patch),
         layers_of(patch.tensors),
     )
@@ -87,13 +88,11 @@ def _parent(patch: PatchFile) -> str | None:
 
 
 def _probes(*patches: PatchFile) -> dict[str, dict[str, list[float | None]]]:
-    sets = [{} if each.event is None else each.event.fields.get("sets", {}) for each in patches]
-    names = {**sets[0], **sets[1]}
+    sets = [(None if each.event is None else each.event.sets) or {} for each in patches]
     return {
-        name: {key: [_number(found.get(name, {}).get(key)) for found in sets] for key in ("loss", "gate")}
-        for name in names
+        name: {
+            "loss": [found[name].loss if name in found else None for found in sets],
+            "gate": [found[name].gate if name in found else None for found in sets],
+        }
+        for name in {**sets[0], **sets[1]}
     }
-
-
-def _number(value: Any) -> float | None:
-    return None if value is None else float(value)

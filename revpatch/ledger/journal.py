@@ -12,17 +12,18 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from revpatch.durable import sha256_of, sync_directory, write_atomically
+from revpatch.ledger.events import KINDS, Event, event_of
 from revpatch.ledger.plain import to_plain
 
 GENESIS = sha256_of(b"revpatch journal, version 1")
-Sets = dict[str, dict[str, Any]]
-"""What an event keeps of each probe set, by name; docs/RUNS.md says what."""
+E = TypeVar("E", bound=Event)
 EVENT_FIELDS = ("seq", "time", "event", "previous")
 _decode = json.JSONDecoder().raw_decode  # json.loads looks for white space around the value: a fifth of the time
 
@@ -39,6 +40,26 @@ class Scan:
     digests: list[str] = field(default_factory=list)
     torn: bytes = b""
     problems: list[str] = field(default_factory=list)
+
+
+def events_in(
+    records: Iterable[dict[str, Any]], kinds: tuple[type[Event], ...] = (), problems: list[str] | None = None
+) -> Iterator[Event]:
+    """Yield the events of lines, in their order: of these kinds, or of all, unknown ones too, where none is named.
+
+    A line of another kind is not looked at. One that is no proper event of its kind raises JournalError, or is passed
+    over and named, by its number, in `problems`.
+    """
+    for record in records:
+        if kinds and KINDS.get(record["event"]) not in kinds:
+            continue
+        try:
+            yield event_of(record)
+        except ValueError as error:
+            words = f"line {record['seq'] + 1} is no proper `{record['event']}` event: {error}"
+            if problems is None:
+                raise JournalError(words) from error
+            problems.append(words)
 
 
 def scan(data: bytes) -> Scan:
@@ -105,14 +126,23 @@ class Journal:
         """The sha256 of the last line (without its newline); GENESIS while there is none."""
         return self._digests[-1] if self._digests else GENESIS
 
-    def some_records(self) -> list[dict[str, Any]]:
-        """All events, as `records` gives them. Raises JournalError where there is none: it is no run's history yet."""
+    def events(self, *kinds: type[E]) -> list[E]:
+        """Return the events of these kinds, or all, oldest first.
+
+        Raises JournalError, with file and line, for one of them that is no proper event of its kind.
+        """
+        try:
+            return cast(list[E], list(events_in(self._records, kinds)))
+        except JournalError as error:
+            raise JournalError(f"{self.path} {error}") from error
+
+    def check_begun(self) -> None:
+        """Raise JournalError where there is no event: it is no run's history yet."""
         if not self._records:
             raise JournalError(
                 f"{self.path} is empty: the run has not begun its first step, or its journal was lost; then put it "
                 "back from a backup (`revpatch ledger verify RUN` looks at what is there)"
             )
-        return self.records()
 
     def holds(self, head: str) -> bool:
         """Whether a head that was noted earlier is still part of this history."""
@@ -125,34 +155,42 @@ class Journal:
         return self._digests[events - 1] if events else GENESIS
 
     def records(self) -> list[dict[str, Any]]:
-        """All events, oldest first, each with `seq`, `time`, `event`, its fields, and `previous`."""
+        """Return all lines as JSON has them, oldest first: `seq`, `time`, `event`, the kind's fields, `previous`."""
         return list(self._records)
 
     def lines(self) -> list[bytes]:
         """The same as they stand in the file, each without its newline; read anew. Raises OSError."""
         return self.path.read_bytes()[: self._size].split(b"\n")[: len(self._records)]
 
-    def append(self, event: str, **fields: Any) -> dict[str, Any]:
-        """Writes an event, synced to disk before this returns, and returns it as recorded.
+    def append(self, event: str, **fields: Any) -> Event:
+        """Write an event of a kind in `KINDS`, synced to disk before this returns, and return it.
 
-        Raises JournalError for fields that are not plain, a `readonly` journal, or a file that another process has
-        changed since; OSError when the disk fails, with the file cut back to its whole lines.
+        Raises JournalError for an unknown kind, a field that is missing, wrong, unknown or not plain, a `readonly`
+        journal, or a file that another process has changed since; OSError when the disk fails, with the file cut back
+        to its whole lines.
         """
         if self.readonly:
             raise JournalError(f"{self.path} was opened for reading only; event {event!r} can't be added")
+        if event not in KINDS:
+            raise JournalError(f"event {event!r}: a journal has no such kind; it has {', '.join(KINDS)}")
         if clash := [name for name in EVENT_FIELDS if name in fields]:
             raise JournalError(f"event {event!r}: the field {clash[0]!r} is the journal's own; choose another name")
+        time = datetime.now(timezone.utc).isoformat(timespec="microseconds")
+        own = {"seq": len(self._records), "time": time, "event": event, "previous": self.head}
         try:
             plain = to_plain(fields, where=f"event {event!r}")
         except ValueError as error:
             raise JournalError(str(error)) from error
-        time = datetime.now(timezone.utc).isoformat(timespec="microseconds")
-        record = {"seq": len(self._records), "time": time, "event": event, **plain, "previous": self.head}
+        try:
+            written = event_of({**plain, **own})
+        except ValueError as error:
+            raise JournalError(f"event {event!r}: {error}") from error
+        record = to_plain(written.as_record())
         line = json.dumps(record, separators=(",", ":"), allow_nan=False).encode()
         self._write(line + b"\n")
         self._records.append(record)
         self._digests.append(sha256_of(line))
-        return record
+        return written
 
     def _write(self, data: bytes) -> None:
         descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND)
@@ -195,4 +233,5 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
         return None
     if end != len(text) or not isinstance(record, dict) or not all(name in record for name in EVENT_FIELDS):
         return None
-    return record if isinstance(record["seq"], int) and isinstance(record["event"], str) else None
+    texts = (record["time"], record["event"], record["previous"])
+    return record if type(record["seq"]) is int and all(isinstance(text, str) for text in texts) else None

@@ -10,28 +10,29 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from revpatch.ledger.history import JOURNAL_NAME, ledger_of, pruned_in, superseded_in
-from revpatch.ledger.journal import EVENT_FIELDS, Journal
+from revpatch.ledger.events import (
+    EntriesPruned,
+    EntryWritten,
+    PhaseCommitted,
+    Probed,
+    Readings,
+    RunResumed,
+    UnknownEvent,
+    event_of,
+)
+from revpatch.ledger.history import ENTRY_EVENTS, JOURNAL_NAME, ledger_of, names_gone
+from revpatch.ledger.journal import EVENT_FIELDS, Journal, events_in
 
 KEPT, PRUNED, SUPERSEDED, AGAIN, UNDONE = "kept", "pruned", "superseded", "recorded again", "undone"
 _IN_COLUMNS = frozenset(("kind", "phase", "phase_index", "step", "bytes", "sha256", "sets", *EVENT_FIELDS))
 _DONE_FOR_GOOD = ("pruned", "orphan", "torn", "resume")
+_WITH_READINGS = (Probed, EntryWritten, PhaseCommitted)
 _IN_NOTE_OF_RUN = ("ranks", "device", "engine")
 
 
-class ProbeReading(NamedTuple):
-    """One probe set's losses in nats per token; what the journal doesn't say is None. A set that was measured but
-    not guarded then (a corpus that no phase had learned yet) has no tolerance."""
-
-    name: str
-    loss: float | None
-    reference: float | None
-    rise: float | None
-    tolerance: float | None
-
-
 class LogRow(NamedTuple):
-    """One event; `kind` (of an entry) is empty for any other, `note` says why, or what else was recorded.
+    """One event; `kind` (of an entry) is empty for any other, `note` says why, or what else was recorded; or, of a
+    line that is no proper event of its kind, what is wrong with it.
 
     `state` of an entry: its file is kept, was pruned, was superseded (the run went back before it, and its file was
     set aside), or was recorded again, by a later line. Of another event: undone if the run went back before it, else
@@ -44,7 +45,7 @@ class LogRow(NamedTuple):
     kind: str
     phase: str
     step: int | None
-    probes: list[ProbeReading]
+    probes: Readings
     bytes: int | None
     sha256: str
     note: str
@@ -56,14 +57,19 @@ def log_rows(run: Path) -> list[LogRow]:
     return list(rows_of(Journal(ledger_of(run) / JOURNAL_NAME, readonly=True).records()))
 
 
-def rows_of(events: list[dict[str, Any]]) -> Iterator[LogRow]:
-    """The same, of events that were read already."""
-    sets, told = None, readings(None)
-    for event, state in zip(events, states_of(events), strict=True):
-        if event.get("sets") != sets:  # an entry repeats what the probe before it has measured
-            sets = event.get("sets")
-            told = readings(sets)
-        yield _row(event, told, state)
+def rows_of(records: list[dict[str, Any]]) -> Iterator[LogRow]:
+    """The same, of lines that were read already."""
+    sets, told = None, Readings()
+    for record, state in zip(records, states_of(records), strict=True):
+        note = None
+        try:
+            event = event_of(record)
+        except ValueError as error:
+            event, note = UnknownEvent.model_validate(record), f"no proper event of its kind: {error}"
+        if record.get("sets") != sets:  # an entry repeats what the probe before it has measured
+            sets = record.get("sets")
+            told = (event.sets or {}) if isinstance(event, _WITH_READINGS) else {}
+        yield _row(record, told, state, note)
 
 
 def as_json(run: Path) -> str:
@@ -73,40 +79,35 @@ def as_json(run: Path) -> str:
     journal.
     """
     journal = Journal(ledger_of(run) / JOURNAL_NAME, readonly=True)
-    states = states_of(journal.some_records())
+    journal.check_begun()
+    states = states_of(journal.records())
     events = ", ".join(
         f'{line.decode()[:-1]},"state":"{state}"}}' for line, state in zip(journal.lines(), states, strict=True)
     )
     return f'{{"run": {json.dumps(str(run))}, "head": "{journal.head}", "events": [{events}]}}'
 
 
-def readings(sets: Any) -> list[ProbeReading]:
-    """The `sets` of a probe or an entry; what is no such table has none."""
-    return [_reading(name, values) for name, values in sets.items()] if isinstance(sets, dict) else []
-
-
-def states_of(events: list[dict[str, Any]]) -> list[str]:
-    """What `LogRow.state` says of each event."""
-    states = [""] * len(events)
-    live: dict[Any, int] = {}
-    for place, event in enumerate(events):
-        if event["event"] == "entry":
-            if (earlier := live.pop(event.get("file"), None)) is not None:
+def states_of(records: list[dict[str, Any]]) -> list[str]:
+    """Return what `LogRow.state` says of each line; one that is no proper event changes nothing."""
+    states = [""] * len(records)
+    live: dict[str, int] = {}
+    for event in events_in(records, ENTRY_EVENTS, problems=[]):
+        if isinstance(event, EntryWritten):
+            if (earlier := live.pop(event.file, None)) is not None:
                 states[earlier] = AGAIN
-            live[event.get("file")] = place
-            states[place] = KEPT
-        elif event["event"] == "resume" and isinstance(since := event.get("undoes_from"), int):
-            for undone in range(max(since, 0), place):
-                if events[undone]["event"] not in _DONE_FOR_GOOD:
+            live[event.file] = event.seq
+            states[event.seq] = KEPT
+        elif isinstance(event, RunResumed):
+            for undone in range(event.undoes_from, event.seq):
+                if records[undone]["event"] not in _DONE_FOR_GOOD:
                     states[undone] = states[undone] or UNDONE
-        for names, state in ((pruned_in(event), PRUNED), (superseded_in(event), SUPERSEDED)):
-            for name in names:
-                if (gone := live.pop(name, None)) is not None:
-                    states[gone] = state
+        for name in names_gone(event):
+            if (gone := live.pop(name, None)) is not None:
+                states[gone] = PRUNED if isinstance(event, EntriesPruned) else SUPERSEDED
     return states
 
 
-def _row(event: dict[str, Any], probes: list[ProbeReading], state: str) -> LogRow:
+def _row(event: dict[str, Any], probes: Readings, state: str, note: str | None) -> LogRow:
     return LogRow(
         event["seq"],
         str(event["time"]),
@@ -117,7 +118,7 @@ def _row(event: dict[str, Any], probes: list[ProbeReading], state: str) -> LogRo
         probes,
         _integer(event.get("bytes")),
         str(event.get("sha256", "")),
-        _note(event),
+        _note(event) if note is None else note,
         state,
     )
 
@@ -223,25 +224,6 @@ def _short(sha256: Any) -> str:
 
 def _new(values: Any) -> str:
     return json.dumps(values[-1] if isinstance(values, list) and values else values)
-
-
-def _reading(name: str, values: Any) -> ProbeReading:
-    if not isinstance(values, dict):
-        return ProbeReading(name, _number(values), None, None, None)
-    get = values.get
-    loss, reference, rise, tolerance = get("loss"), get("reference"), get("rise"), get("tolerance")
-    if not type(loss) is type(reference) is type(rise) is type(tolerance) is float:
-        loss, reference, rise, tolerance = map(_number, (loss, reference, rise, tolerance))
-    if rise is None and loss is not None and reference is not None:
-        rise = loss - reference
-    return ProbeReading(name, loss, reference, rise, None if get("guarded") is False else tolerance)
-
-
-def _number(value: Any) -> float | None:
-    try:
-        return float(value)  # "NaN" and "Infinity" are how the journal spells them
-    except (TypeError, ValueError):
-        return None
 
 
 def _integer(value: Any) -> int | None:

@@ -11,9 +11,12 @@ import json
 import math
 from typing import Any
 
+from pydantic import BaseModel
+
 
 def to_plain(value: Any, where: str = "value") -> Any:
-    """Returns `value` as None, bool, int, float, str, list and dict with str keys; tuples become lists.
+    """Returns `value` as None, bool, int, float, str, list and dict with str keys; tuples become lists, and a model a
+    dict of the fields that it was given.
 
     Raises ValueError with the path below `where` of the first thing that has no place in JSON (a tensor, a Path, a
     numpy number, a key that is not a str).
@@ -33,6 +36,8 @@ def to_plain(value: Any, where: str = "value") -> Any:
             if not isinstance(key, str):
                 raise ValueError(f"{where} has the key {key!r} of type {type(key).__name__}: keys must be str")
         return {key: to_plain(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, BaseModel):
+        return to_plain(value.model_dump(exclude_unset=True, warnings=False), where)
     raise ValueError(
         f"{where} is a {type(value).__name__}: only None, bool, int, float, str, list and dict can be recorded. "
         "Convert it first (a tensor or numpy number with .item() or .tolist(), a path with str())."

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from revpatch.ledger.audit import SNAPSHOTS
-from revpatch.ledger.history import JOURNAL_NAME, Ledger, effective, ledger_of, run_of, superseded_in
+from revpatch.ledger.events import RolledBack, RunResumed
+from revpatch.ledger.history import JOURNAL_NAME, Ledger, effective, ledger_of, run_of
 from revpatch.ledger.journal import JournalError
 from revpatch.ledger.patch_file import SUFFIX, read_metadata
 from revpatch.ledger.run_lock import lock_run
@@ -70,9 +71,9 @@ def prune(run: Path, keep: int, dry_run: bool = False) -> Pruned:
 def _needed(run: Path, ledger: Ledger) -> dict[str, str]:
     """Entries that something refers to, by name, and what that is."""
     needed: dict[str, str] = {}  # the newest entry is not among them: it is the newest of its phase, and stays
-    for event in effective(ledger.journal.records()):
-        if event["event"] == "rollback":
-            needed[str(event.get("to_file"))] = f"the rollback of journal line {event['seq'] + 1} went back to it"
+    for event in effective(ledger.journal.events(RolledBack, RunResumed)):
+        if isinstance(event, RolledBack):
+            needed[event.to_file] = f"the rollback of journal line {event.seq + 1} went back to it"
     by_sha256 = {entry.sha256: entry.name for entry in ledger.entries()}
     snapshots = run / SNAPSHOTS
     for path in sorted(snapshots.glob("step*.safetensors")) if snapshots.is_dir() else []:
@@ -91,8 +92,8 @@ def _texts(value: Any) -> Iterator[str]:
 
 def _leftovers(ledger: Ledger) -> list[Path]:
     """Files that resumes have set aside, without what the newest resume did."""
-    resumes = [superseded_in(event) for event in ledger.journal.records() if event["event"] == "resume"]
-    newest = set(resumes[-1]) if resumes else set()
+    resumes = ledger.journal.events(RunResumed)
+    newest = set(resumes[-1].superseded) if resumes else set()
     numbered: dict[str, list[tuple[int, Path]]] = {}
     for path in ledger.directory.iterdir():
         if (found := _SUPERSEDED.fullmatch(path.name)) is not None and path.is_file():

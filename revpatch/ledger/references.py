@@ -14,7 +14,8 @@ import re
 from pathlib import Path
 
 from revpatch.durable import sha256_of_file
-from revpatch.ledger.history import JOURNAL_NAME, Ledger, PatchFile, Recorded, ledger_of
+from revpatch.ledger.events import EntryWritten
+from revpatch.ledger.history import JOURNAL_NAME, Ledger, PatchFile, ledger_of
 from revpatch.ledger.patch_file import FOLDER_WEIGHTS, KINDS, SUFFIX, EntryError, check_kind, read_entry
 
 HEAD = "head"
@@ -62,7 +63,7 @@ def _ledger_of(run: Path, reference: str) -> Ledger:
     return Ledger(directory, readonly=True)
 
 
-def _newest_commit(ledger: Ledger, run: str) -> Recorded:
+def _newest_commit(ledger: Ledger, run: str) -> EntryWritten:
     entry = ledger.newest("commit")
     if entry is None:
         raise EntryError(
@@ -72,7 +73,7 @@ def _newest_commit(ledger: Ledger, run: str) -> Recorded:
     return entry
 
 
-def _entry(ledger: Ledger, name: str) -> Recorded:
+def _entry(ledger: Ledger, name: str) -> EntryWritten:
     if "/" in name or "\\" in name or ".." in name:
         raise EntryError(
             f"@{name}: an entry is named by its file's name alone, without '/' and '..'; nothing outside of "

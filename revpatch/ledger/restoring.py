@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 
 from revpatch.durable import new_folder, unfinished
-from revpatch.ledger.base_place import FIELD, folder_noted
+from revpatch.ledger.base_place import folder_noted
 from revpatch.ledger.history import JOURNAL_NAME, Ledger, PatchFile
 from revpatch.ledger.layers import check_patch, layers_of
 from revpatch.ledger.references import read_patch
@@ -45,8 +45,8 @@ def restore(reference: str, run: Path) -> PatchFile:
     source = {"from": reference, "file": patch.path.name, "sha256": patch.sha256, **where, "head": head}
     phase = str(metadata.get("phase", "patch"))
     model = metadata["base"].get("model")
-    lay = folder_noted(patch, model) if isinstance(model, str) else None
-    base_at = {} if lay is None else {FIELD: {"model": model, "folder": lay}}
+    place_of_base = folder_noted(patch, model) if isinstance(model, str) else None
+    base_at = {} if place_of_base is None else {"base_at": place_of_base}
     own = {"kind": KIND, "phase": phase, "phase_index": 0, "step": 0, "parent": patch.sha256, "restored": where}
     # A folder that is there keeps its owner and rights, and may be where a disk is mounted or a shell stands.
     with new_folder(place if there else run, f"--as-new-run {run}") as folder:

@@ -17,9 +17,10 @@ from rich.console import Console
 from rich.text import Text
 
 from revpatch.ledger.audit import VerifyReport
+from revpatch.ledger.events import ProbeReading
 from revpatch.ledger.history import JOURNAL_NAME, ledger_of
 from revpatch.ledger.journal import Journal
-from revpatch.ledger.log import AGAIN, KEPT, PRUNED, SUPERSEDED, UNDONE, LogRow, ProbeReading, rows_of
+from revpatch.ledger.log import AGAIN, KEPT, PRUNED, SUPERSEDED, UNDONE, LogRow, rows_of
 from revpatch.ledger.paint import Painter
 
 _COLOURS = {
@@ -39,7 +40,8 @@ def print_log(run: Path, console: Console) -> None:
     """Prints every event of the run in `run`, oldest first, then what is kept. Raises JournalError for a damaged
     or an empty journal."""
     journal = Journal(ledger_of(run) / JOURNAL_NAME, readonly=True)
-    events = journal.some_records()
+    journal.check_begun()
+    events = journal.records()
     paint, kept, commit = Painter(console), [], "none yet"
 
     def paragraphs() -> Iterator[str]:
@@ -50,7 +52,7 @@ def print_log(run: Path, console: Console) -> None:
                 kept.append(row)
                 commit = _file(row) if row.kind == "commit" else commit
             if row.probes is not probes:
-                probes, lines = row.probes, [_probe(probe, paint) for probe in row.probes]
+                probes, lines = row.probes, [_probe(name, reading, paint) for name, reading in row.probes.items()]
             yield _paragraph(row, lines, paint)
 
     paint.print(paragraphs())
@@ -110,12 +112,8 @@ def _paragraph(row: LogRow, probes: list[str], paint: Painter) -> str:
     return indent.join(pieces + probes)
 
 
-def _probe(probe: ProbeReading, paint: Painter) -> str:
-    name, loss, _, rise, tolerance = probe
-    text = f"{paint(name)} {'?' if loss is None else f'{loss:.3f}'}"
-    if rise is None:
-        return text
-    limit = "" if tolerance is None else f" / {tolerance:g}"
+def _probe(name: str, reading: ProbeReading, paint: Painter) -> str:
+    limit = f" / {reading.tolerance:g}" if reading.guarded else ""
     # Not "greater than": a rise that is NaN is too high as well.
-    high = tolerance is not None and not rise <= tolerance
-    return f"{text} " + paint(f"({rise:+.3f}{limit})", "red" if high else "")
+    high = reading.guarded and not reading.rise <= reading.tolerance
+    return f"{paint(name)} {reading.loss:.3f} " + paint(f"({reading.rise:+.3f}{limit})", "red" if high else "")

@@ -9,21 +9,21 @@ from rich.table import Table
 from rich.text import Text
 
 from revpatch.ledger.inspection import PatchDifference, PatchFacts
-from revpatch.ledger.log import how_made, readings
+from revpatch.ledger.log import how_made
 from revpatch.ledger.show import size
 
 
 def print_patch(facts: PatchFacts, console: Console) -> None:
     """Prints what a patch is."""
-    recorded, metadata = facts.recorded or {}, facts.metadata
+    recorded, metadata = facts.recorded, facts.metadata
     base, sidecar = metadata["base"], metadata["sidecar"]
     lines = {
         "kind": f"{metadata.get('kind')} of phase {metadata.get('phase')}, step {metadata.get('step')}",
-        "recorded": f"{recorded['time'][:19].replace('T', ' ')}, line {recorded['seq'] + 1}" if recorded else None,
-        "sha256": recorded.get("sha256"),
-        "size": size(recorded["bytes"]) if recorded else None,
+        "recorded": f"{recorded.time[:19].replace('T', ' ')}, line {recorded.seq + 1}" if recorded else None,
+        "sha256": recorded.sha256 if recorded else None,
+        "size": size(recorded.bytes) if recorded else None,
         "descends from": facts.parent,
-        "restored from": _restored(recorded.get("fields", {}).get("restored")),
+        "restored from": _restored(recorded.restored if recorded else None),
         "made by": how_made(metadata.get("made_by")) or None,
         "base": f"{base.get('model')} ({base.get('dtype')}, sha256 {base.get('sha256')})",
         "tokenizer": metadata.get("tokenizer"),
@@ -34,9 +34,8 @@ def print_patch(facts: PatchFacts, console: Console) -> None:
     for name, value in lines.items():
         if value is not None:
             _line(console, f"  {name:14} {value}")
-    for probe in readings(recorded.get("fields", {}).get("sets")):
-        rise = "" if probe.rise is None else f" ({probe.rise:+.4f})"
-        _line(console, f"  {'held-out loss':14} {probe.name} {probe.loss}{rise}")
+    for name, reading in ((recorded.sets if recorded else None) or {}).items():
+        _line(console, f"  {'held-out loss':14} {name} {reading.loss} ({reading.rise:+.4f})")
     table = _table("layer", "norm", "gate at rest", "gate weight", "scale")
     for layer in facts.layers:
         table.add_row(str(layer.layer), *map(_figure, (layer.norm, layer.gate, layer.gate_weight, layer.scale)))
@@ -65,8 +64,8 @@ def print_difference(difference: PatchDifference, console: Console) -> None:
     console.print(table)
 
 
-def _restored(source: Any) -> str | None:
-    if not isinstance(source, dict):
+def _restored(source: dict[str, Any] | None) -> str | None:
+    if source is None:
         return None
     return f"{source.get('from')} ({source.get('file')}, sha256 {source.get('sha256')})"
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from revpatch.ledger.events import PhaseCommitted, ProbeReading, RunResumed
 from revpatch.ledger.history import effective
 from revpatch.ledger.journal import Journal
 
@@ -18,8 +18,7 @@ def print_summary(run: Path, console: Console) -> None:
 
     Raises JournalError for a damaged journal, FileNotFoundError if `run` holds none.
     """
-    events = effective(Journal(run / "ledger/journal.jsonl", readonly=True).records())
-    commits = [event for event in events if event["event"] == "commit"]
+    events = effective(Journal(run / "ledger/journal.jsonl", readonly=True).events(PhaseCommitted, RunResumed))
     title = Text(f"{run.name}: held-out losses in nats per token", style="table.title")
     table = Table(title=title, title_justify="left")
     for column in (
@@ -34,25 +33,27 @@ def print_summary(run: Path, console: Console) -> None:
         "patch norm",
     ):
         table.add_column(column, justify="left" if column in ("phase", "held-out set") else "right")
-    for event in commits:
-        label = f"{event['phase']}  ({event['rollbacks']} rollbacks)"
-        for name, values in event["sets"].items():
-            table.add_row(label, name, *_cells(values))
+    for event in events:
+        if not isinstance(event, PhaseCommitted):
+            continue
+        label = f"{event.phase}  ({event.rollbacks} rollbacks)"
+        for name, reading in event.sets.items():
+            table.add_row(label, name, *_cells(reading))
             label = ""
         table.add_section()
     console.print(table)
 
 
-def _cells(values: dict[str, Any]) -> list[str]:
-    change, tolerance = float(values["loss"]) - float(values["before"]), values["tolerance"]
-    guarded = values["guarded"]
+def _cells(reading: ProbeReading) -> list[str]:
+    assert reading.before is not None and reading.base is not None  # the trainer knows both
+    change, tolerance = reading.loss - reading.before, reading.tolerance
     colour = "green" if change <= tolerance else "red"
     return [
-        f"{values['before']:.3f}",
-        f"{values['loss']:.3f}",
-        f"[{colour}]{change:+.3f}[/]" if guarded else f"{change:+.3f}",
-        f"{values['loss'] - values['base']:+.3f}",
-        f"{tolerance:g}" if guarded else "not guarded",
-        f"{values['gate']:.2f}",
-        f"{values['patch_norm']:.3g}",
+        f"{reading.before:.3f}",
+        f"{reading.loss:.3f}",
+        f"[{colour}]{change:+.3f}[/]" if reading.guarded else f"{change:+.3f}",
+        f"{reading.loss - reading.base:+.3f}",
+        f"{tolerance:g}" if reading.guarded else "not guarded",
+        f"{reading.gate:.2f}",
+        f"{reading.patch_norm:.3g}",
     ]

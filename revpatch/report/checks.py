@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
-from revpatch.ledger.journal import Sets
-from revpatch.report.history import PhaseHistory, RolledBack, RunHistory
+from revpatch.ledger.events import ProbeReading, Readings
+from revpatch.report.history import PhaseHistory, RollbackHistory, RunHistory
 from revpatch.report.matrix import Matrix
 
 MIN_GATE_GAP = 0.1
@@ -79,8 +78,8 @@ def _stability(run: RunHistory) -> Check:
     check = Check("stability", "Was every guarded probe within its tolerance of its phase's start at every commit?")
     worst = (-math.inf, "nothing was guarded yet")
     for phase in run.committed:
-        for name, values in _guarded(phase.commit).items():
-            drift, tolerance = values["drift"], values["tolerance"]
+        for name, reading in _guarded(phase.commit).items():
+            drift, tolerance = reading.drift, reading.tolerance
             figure = f"{drift:+.4f} of {tolerance:g}"
             check.rows.append(Row(f"{name} at the commit of {phase.name}", figure, drift <= tolerance))
             worst = max(worst, (drift / tolerance, f"worst: {name} {figure} at {phase.name}"))
@@ -92,10 +91,10 @@ def _locality(run: RunHistory) -> Check:
     question = f"Is the mean gate higher on each new corpus than on the base's own text, by {MIN_GATE_GAP:g} or more?"
     check = Check("locality", question)
     for phase, names, new, old in _new_against_old(run):
-        figure = f"mean gate {new['gate']:.2f} on {names[0]}, {old['gate']:.2f} on {names[1]}"
-        if new.get("sparsity") is not None:
-            figure += f"; below 0.1 on {new['sparsity']:.0%} and {old['sparsity']:.0%} of tokens"
-        check.rows.append(Row(f"phase {phase}", figure, new["gate"] - old["gate"] >= MIN_GATE_GAP))
+        figure = f"mean gate {new.gate:.2f} on {names[0]}, {old.gate:.2f} on {names[1]}"
+        if new.sparsity is not None and old.sparsity is not None:
+            figure += f"; below 0.1 on {new.sparsity:.0%} and {old.sparsity:.0%} of tokens"
+        check.rows.append(Row(f"phase {phase}", figure, new.gate - old.gate >= MIN_GATE_GAP))
     check.figure = _first_figure(check, NOTHING_TO_COMPARE)
     return check
 
@@ -104,7 +103,7 @@ def _magnitude(run: RunHistory) -> Check:
     question = f"Is ‖h − u‖ on the base's own text at most {MAX_NORM_SHARE:g} of what it is on the new?"
     check = Check("patch magnitude", question)
     for phase, names, new, old in _new_against_old(run):
-        new_norm, old_norm = new["patch_norm"], old["patch_norm"]
+        new_norm, old_norm = new.patch_norm, old.patch_norm
         figure = f"{new_norm:.3g} on {names[0]}, {old_norm:.3g} on {names[1]}"
         check.rows.append(Row(f"phase {phase}", figure, old_norm <= MAX_NORM_SHARE * new_norm < math.inf))
     check.figure = _first_figure(check, NOTHING_TO_COMPARE)
@@ -126,19 +125,19 @@ def _ledger(run: RunHistory) -> Check:
     return check
 
 
-def _restored(rollback: RolledBack) -> tuple[str, bool | None]:
+def _restored(rollback: RollbackHistory) -> tuple[str, bool | None]:
     """The guarded probe that had risen most, before and as it was measured afterwards, and whether all are within
     their tolerances now; None if none was measured."""
     restored = _guarded(rollback.restored)
     if not restored:
         return f"back to {rollback.to_file}; no guarded probe was measured there", None
-    within = all(values["drift"] <= values["tolerance"] for values in restored.values())
-    rejected = {name: values for name, values in _guarded(rollback.rejected).items() if name in restored}
+    within = all(reading.drift <= reading.tolerance for reading in restored.values())
+    rejected = {name: reading for name, reading in _guarded(rollback.rejected).items() if name in restored}
     if not rejected:
         return f"back to {rollback.to_file}; no probe was measured of what was given up", within
-    name = max(rejected, key=lambda n: _or_infinite(rejected[n]["loss"] - restored[n]["loss"]))
-    lower = _or_infinite(rejected[name]["loss"]) >= restored[name]["loss"]
-    return f"{name} {rejected[name]['loss']:.4f} back to {restored[name]['loss']:.4f}", within and lower
+    name = max(rejected, key=lambda n: _or_infinite(rejected[n].loss - restored[n].loss))
+    lower = _or_infinite(rejected[name].loss) >= restored[name].loss
+    return f"{name} {rejected[name].loss:.4f} back to {restored[name].loss:.4f}", within and lower
 
 
 def _first_row(check: Check) -> Row | None:
@@ -161,7 +160,7 @@ def _taught(run: RunHistory, phase: PhaseHistory) -> list[str]:
     return [name for name, index in run.taught_by.items() if index == phase.index]
 
 
-def _new_against_old(run: RunHistory) -> Iterator[tuple[str, tuple[str, str], dict[str, Any], dict[str, Any]]]:
+def _new_against_old(run: RunHistory) -> Iterator[tuple[str, tuple[str, str], ProbeReading, ProbeReading]]:
     """For each set that a committed phase teaches and each of the base's own text: the phase's name, the names of the
     two sets, and what was measured on them at the commit. Nothing for a phase that was given up."""
     for phase in run.committed:
@@ -173,5 +172,5 @@ def _new_against_old(run: RunHistory) -> Iterator[tuple[str, tuple[str, str], di
                 yield phase.name, (name, other), sets[name], sets[other]
 
 
-def _guarded(sets: Sets | None) -> Sets:
-    return {name: values for name, values in (sets or {}).items() if values["guarded"]}
+def _guarded(sets: Readings | None) -> Readings:
+    return {name: reading for name, reading in (sets or {}).items() if reading.guarded}

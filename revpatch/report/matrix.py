@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from revpatch.ledger.journal import Sets
+from revpatch.ledger.events import ProbeReading, Readings
 from revpatch.report.history import RunHistory
 from revpatch.training.guard import student_t_quantile
 
@@ -118,19 +118,23 @@ def matrix_of(run: RunHistory) -> Matrix | None:
     if not run.phases or not run.phases[0].start:
         return None
     committed, start = run.committed, run.phases[0].start
-    of_rows: list[Sets] = [start, *(phase.commit or {} for phase in committed)]
+    of_rows: list[Readings] = [start, *(phase.commit or {} for phase in committed)]
     sets = [name for name in run.taught_by if all(name in row for row in of_rows)]
     return Matrix(
         rows=[run.begins_with, *(phase.name for phase in committed)],
         sets=sets,
         taught_by=[run.taught_by[name] for name in sets],
-        values=np.array([[-row[name]["loss"] for name in sets] for row in of_rows], dtype=np.float64),
+        values=np.array([[-row[name].loss for name in sets] for row in of_rows], dtype=np.float64),
         losses=[[_blocks(row[name]) for name in sets] for row in of_rows],
         confidence=run.confidence,
-        base=None if run.begins_with == "base" else [-start[name]["base"] for name in sets],
+        base=None if run.begins_with == "base" else [-_of_the_base(start[name]) for name in sets],
     )
 
 
-def _blocks(values: dict[str, object]) -> Losses | None:
-    losses = values.get("block_losses")
-    return None if losses is None else np.asarray(losses, dtype=np.float64)
+def _of_the_base(reading: ProbeReading) -> float:
+    assert reading.base is not None  # the trainer knows it
+    return reading.base
+
+
+def _blocks(reading: ProbeReading) -> Losses | None:
+    return None if reading.block_losses is None else np.asarray(reading.block_losses, dtype=np.float64)

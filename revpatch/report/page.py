@@ -123,17 +123,17 @@ def _charts(report: Report) -> list[str]:
             if name not in phase.start:
                 continue
             start = phase.start[name]
-            losses.append((phase.first_step, start["loss"]))
-            losses += ((point.step, point.sets[name]["loss"]) for point in phase.probes)
-            losses += [] if phase.commit is None else [(phase.end, phase.commit[name]["loss"])]
-            if start["guarded"]:
-                limit = start["loss"] + report.run.tolerances[name]
+            losses.append((phase.first_step, start.loss))
+            losses += ((point.step, point.sets[name].loss) for point in phase.probes)
+            losses += [] if phase.commit is None else [(phase.end, phase.commit[name].loss)]
+            if start.guarded:
+                limit = start.loss + report.run.tolerances[name]
                 limits += ((phase.first_step, limit), (phase.end, limit), (phase.end, float("nan")))
         lines = [Line(name, losses, _COLOURS[number % len(_COLOURS)])]
         lines += [Line("limit for a commit", limits, "#888", dashed=True)] if limits else []
         charts.append(chart(f"held-out loss of {name}, nats per token", lines, marks))
     gates = [
-        Line(name, [(p.step, p.sets[name]["gate"]) for p in points], _COLOURS[number % len(_COLOURS)])
+        Line(name, [(p.step, p.sets[name].gate) for p in points], _COLOURS[number % len(_COLOURS)])
         for number, name in enumerate(report.run.taught_by)
     ]
     charts.append(chart("mean gate on each held-out set", gates, marks))
@@ -155,9 +155,9 @@ def _samples(report: Report) -> str:
     count = max(len(texts) for _, texts in report.run.samples)
     for number in range(count):
         of_prompt = [(after, texts[number]) for after, texts in report.run.samples if number < len(texts)]
-        prompt = of_prompt[0][1]["prompt"]
+        prompt = of_prompt[0][1].prompt
         versions = "".join(
-            f'<dt>{escape(after)}</dt><dd class="text">{escape(sample["text"])}</dd>' for after, sample in of_prompt
+            f'<dt>{escape(after)}</dt><dd class="text">{escape(sample.text)}</dd>' for after, sample in of_prompt
         )
         parts.append(f'<details open><summary class="text">{escape(prompt)}</summary><dl>{versions}</dl></details>')
     return "".join(parts)

@@ -36,7 +36,7 @@ def print_report(report: Report, console: Console) -> None:
         console.print(Text(words, "red" if happening.kind == "rollback" else ""), soft_wrap=True)
     for after, texts in report.run.samples:
         for sample in texts:
-            parts = ((f"sample, {after}: ", "dim"), (sample["prompt"], "bold"), sample["text"])
+            parts = ((f"sample, {after}: ", "dim"), (sample.prompt, "bold"), sample.text)
             console.print(Text.assemble(*parts), soft_wrap=True)
     for name, value in report.run.environment.items():
         console.print(Text.assemble((f"{name}  ", "dim"), value), soft_wrap=True)

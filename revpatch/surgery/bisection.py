@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from revpatch.ledger.history import Ledger, PatchFile, Recorded, ledger_of
+from revpatch.ledger.events import EntryWritten
+from revpatch.ledger.history import Ledger, PatchFile, ledger_of
 from revpatch.surgery.arithmetic import bypassed, layers_of
 from revpatch.surgery.held_out import HeldOut, sets_of
 from revpatch.surgery.losses import Losses, interval
@@ -91,10 +92,10 @@ def bisect(
     return search.found
 
 
-def _states(ledger: Ledger, run: Path) -> list[Recorded | None]:
+def _states(ledger: Ledger, run: Path) -> list[EntryWritten | None]:
     """What the run began with, None for the base alone, and every commit, oldest first."""
     entries = ledger.entries()
-    commits: list[Recorded | None] = [entry for entry in entries if entry.kind == "commit"]
+    commits: list[EntryWritten | None] = [entry for entry in entries if entry.kind == "commit"]
     if not commits:
         raise ValueError(f"{run} has no commit yet, so there is nothing to search")
     start = next((entry for entry in entries if entry.kind == "start" and entry.seq < commits[0].seq), None)  # type: ignore[union-attr]
@@ -108,7 +109,7 @@ class _Search:
         self,
         subject: Subject,
         ledger: Ledger,
-        states: list[Recorded | None],
+        states: list[EntryWritten | None],
         held_out: HeldOut,
         report: Callable[[Evaluation], None],
     ) -> None:

@@ -10,6 +10,7 @@ import torch
 import transformers
 from torch import nn
 
+from revpatch.ledger.events import EntryWritten, RolledBack
 from revpatch.ledger.history import Ledger, PatchFile
 from revpatch.surgery.modeling import FILE_NAME
 
@@ -104,32 +105,31 @@ def _history(entry: PatchFile) -> str:
     """The commits that led here, and their held-out losses; or what the entry alone says."""
     ledger, recorded = entry.ledger, entry.event
     if ledger is None or recorded is None:
-        probes = {name: {"loss": loss} for name, loss in dict(entry.metadata.get("probes", {})).items()}
-        return _losses(str(entry.metadata.get("phase", "")), probes) or "No journal came with this patch."
+        phase, losses = str(entry.metadata.get("phase", "")), dict(entry.metadata.get("probes", {}))
+        rows = [f"| {name} |  | {_number(loss)} |  |" for name, loss in losses.items()]
+        return _losses(phase, rows) or "No journal came with this patch."
     commits = [of for of in ledger.entries() if of.kind == "commit" and of.seq < recorded.seq]
-    parts = [_phase(ledger, of.name, of.phase, of.fields, of.sha256) for of in commits]
-    last = _phase(ledger, recorded.name, recorded.phase, recorded.fields, recorded.sha256)
-    return "\n\n".join([*parts, f"{last}\n\nThis folder holds `{recorded.name}`."])
+    parts = [_phase(ledger, of) for of in (*commits, recorded)]
+    return "\n\n".join([*parts[:-1], f"{parts[-1]}\n\nThis folder holds `{recorded.name}`."])
 
 
-def _phase(ledger: Ledger, name: str, phase: str, fields: dict[str, Any], sha256: str) -> str:
-    back = sum(e["event"] == "rollback" and e.get("phase") == phase for e in ledger.journal.records())
+def _phase(ledger: Ledger, entry: EntryWritten) -> str:
+    back = sum(event.phase == entry.phase for event in ledger.journal.events(RolledBack))
     rollbacks = f", {back} rollback{'s' if back != 1 else ''}" if back else ""
-    made = fields.get("made_by")
-    how = f", made by {made['operation']}" if isinstance(made, dict) and "operation" in made else ""
-    sets = fields.get("sets")
-    table = _losses(phase, sets if isinstance(sets, dict) else {})
-    return f"**{phase}** (`{name}`, sha256 `{sha256[:16]}…`{rollbacks}{how})" + (f"\n\n{table}" if table else "")
-
-
-def _losses(phase: str, sets: dict[str, dict[str, Any]]) -> str:
-    if not sets:
-        return ""
+    how = f", made by {entry.made_by['operation']}" if entry.made_by and "operation" in entry.made_by else ""
     rows = [
-        f"| {name} | {_number(values.get('reference'))} | {_number(values.get('loss'))} | "
-        f"{_number(values.get('tolerance')) if values.get('guarded', True) else 'not guarded'} |"
-        for name, values in sets.items()
+        f"| {name} | {_number(reading.reference)} | {_number(reading.loss)} | "
+        f"{_number(reading.tolerance) if reading.guarded else 'not guarded'} |"
+        for name, reading in (entry.sets or {}).items()
     ]
+    table = _losses(entry.phase, rows)
+    head = f"**{entry.phase}** (`{entry.name}`, sha256 `{entry.sha256[:16]}…`{rollbacks}{how})"
+    return f"{head}\n\n{table}" if table else head
+
+
+def _losses(phase: str, rows: list[str]) -> str:
+    if not rows:
+        return ""
     head = f"| held-out set | before {phase} | after | tolerance |"
     return "\n".join([head, "| --- | --- | --- | --- |", *rows, "", "Losses in nats per token."])
 

@@ -7,13 +7,14 @@ from pathlib import Path
 
 from revpatch.config import ProbeSetConfig, RollbackConfig, StreamConfig
 from revpatch.config_file import load_config
+from revpatch.ledger.events import Readings, RunBegun, RunResumed
 from revpatch.ledger.history import JOURNAL_NAME
-from revpatch.ledger.journal import Journal, Sets
+from revpatch.ledger.journal import Journal
 from revpatch.patch.patched_model import Patch
 from revpatch.surgery.held_out import HeldOut, sets_of
 from revpatch.surgery.subject import Subject
-from revpatch.training.guard import Comparison, Keep, ProbeSet, compare_all, decide
-from revpatch.training.probe import Measurement
+from revpatch.training.guard import Keep, ProbeSet, compare_all, decide
+from revpatch.training.probe import reading_of
 from revpatch.training.resume import CONFIG_NAME
 from revpatch.training.startup import REHEARSED
 
@@ -63,7 +64,7 @@ class Judgement:
 
     agrees: bool
     reason: str
-    sets: Sets
+    sets: Readings
 
 
 def judge(probes: Probes, subject: Subject, before: list[Patch], after: Patch, guarded: set[str]) -> Judgement:
@@ -87,7 +88,13 @@ def judge(probes: Probes, subject: Subject, before: list[Patch], after: Patch, g
     then, losses = ({name: m.losses for name, m in of.items()} for of in (reference, now))
     comparisons = compare_all(watched, losses, then, then, probes.rollback.max_drift, probes.rollback.confidence)
     verdict = decide(comparisons, rollbacks_so_far=0, max_rollbacks=1)
-    sets = _sets(probes.sets, reference, now, comparisons)
+    compared = {comparison.name: comparison for comparison in comparisons}
+    sets = {
+        s.name: reading_of(
+            now[s.name], reference[s.name].loss, reference[s.name].loss, s.tolerance, compared.get(s.name)
+        )
+        for s in probes.sets
+    }
     if isinstance(verdict, Keep):
         above = [c for c in comparisons if not c.within]
         reason = "; ".join(f"{c.name} rose by {c.drift:.4f}, above its tolerance of {c.tolerance:g}" for c in above)
@@ -97,31 +104,8 @@ def judge(probes: Probes, subject: Subject, before: list[Patch], after: Patch, g
 
 def _own_text_of(run: Path) -> str:
     """Where the run's base had written its own text, when it last trained."""
-    records = Journal(run / "ledger" / JOURNAL_NAME, readonly=True).records()
-    noted = [event["facts"][REHEARSED] for event in records if REHEARSED in event.get("facts", {})]
+    events = Journal(run / "ledger" / JOURNAL_NAME, readonly=True).events(RunBegun, RunResumed)
+    noted = [e.facts[REHEARSED] for e in events if isinstance(e, RunBegun | RunResumed) and REHEARSED in e.facts]
     if not noted:
         raise ValueError(f"{run}: its journal doesn't say where its base's own text lies: name shards with --shards")
     return str(noted[-1])
-
-
-def _sets(
-    configs: list[ProbeSetConfig],
-    before: dict[str, Measurement],
-    after: dict[str, Measurement],
-    comparisons: list[Comparison],
-) -> Sets:
-    compared = {comparison.name: comparison.as_fields() for comparison in comparisons}
-    return {
-        c.name: {
-            "loss": after[c.name].loss,
-            "reference": before[c.name].loss,
-            "rise": after[c.name].loss - before[c.name].loss,
-            "drift": after[c.name].loss - before[c.name].loss,
-            "tolerance": c.tolerance,
-            **compared.get(c.name, {}),
-            "guarded": c.name in compared,
-            "gate": after[c.name].gate,
-            "patch_norm": after[c.name].patch_norm,
-        }
-        for c in configs
-    }

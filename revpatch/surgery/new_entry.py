@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from revpatch.config_file import load_config
-from revpatch.ledger.base_place import FIELD, folder_noted
+from revpatch.ledger.base_place import folder_noted
+from revpatch.ledger.events import EntryWritten, Readings
 from revpatch.ledger.history import JOURNAL_NAME, Ledger, PatchFile
-from revpatch.ledger.journal import Sets
 from revpatch.ledger.run_lock import LOCK_NAME
 from revpatch.surgery.arithmetic import Tensors
 from revpatch.surgery.judgement import Judgement
@@ -29,7 +29,7 @@ class Made:
     made_by: dict[str, Any]
     agrees: bool
     reason: str
-    sets: Sets = field(default_factory=dict)
+    sets: Readings = field(default_factory=dict)
     name: str | None = None
     sha256: str | None = None
 
@@ -105,20 +105,20 @@ def write(
         "step": 0,
         "parent": of.sha256,
         **kept,
-        "probes": {key: values["loss"] for key, values in sets.items()},
+        "probes": {key: reading.loss for key, reading in sets.items()},
         "made_by": made_by,
     }
     known: dict[str, Any] = {"sets": sets, "made_by": made_by}
     model = of.base["model"]
-    if model is not None and (folder := folder_noted(of, model)) is not None:  # a new folder's journal says it too
-        known[FIELD] = {"model": model, "folder": folder}
+    if model is not None and (place := folder_noted(of, model)) is not None:  # a new folder's journal says it too
+        known["base_at"] = place
     path, sha256 = ledger.record("commit", index, name, 0, tensors, metadata, **known)
     return Made(str(run), made_by, agrees, reason, sets, path.name, sha256)
 
 
 def _next_index(ledger: Ledger) -> int:
     """Above that of every entry there ever was, and of every phase that the run's config has."""
-    used = [int(e["phase_index"]) for e in ledger.journal.records() if e["event"] == "entry" and "phase_index" in e]
+    used = [entry.phase_index for entry in ledger.journal.events(EntryWritten)]
     file = ledger.directory.parent / CONFIG_NAME
     phases = len(load_config(file).phases) if file.is_file() else 0
     return max([phases, *(index + 1 for index in used)])

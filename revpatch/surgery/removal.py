@@ -5,10 +5,12 @@ And that training has left the base alone: today's is held against what the run'
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from revpatch.ledger.base_place import base_place
+from revpatch.ledger.events import BareBase, Event, PhaseBegun, RunBegun, RunEnded, RunResumed
 from revpatch.ledger.history import PatchFile, effective
 from revpatch.ledger.references import read_patch
 from revpatch.monitoring.doing import doing
@@ -18,6 +20,7 @@ from revpatch.training.bare_base import bare_base, logits_of, logits_sha256
 
 MOMENTS = {"run": "the run's start", "run_end": "the run's end"}
 """Events of the journal that note the bare base."""
+_OF_TRAINING = (RunBegun, RunEnded, PhaseBegun, RunResumed)
 
 
 @dataclass(frozen=True)
@@ -105,8 +108,8 @@ def prove_removal(reference: str, base: str | None = None) -> RemovalReport:
         ValueError, OSError: there is no such patch or base, or one of them is damaged.
     """
     entry = of_base(read_patch(reference))
-    events = [] if entry.ledger is None else effective(entry.ledger.journal.records())
-    then = {e["event"]: e["bare_base"] for e in events if e["event"] in MOMENTS and "bare_base" in e}
+    events = [] if entry.ledger is None else effective(entry.ledger.journal.events(*_OF_TRAINING))
+    then = {event.event: event.bare_base for event in events if isinstance(event, RunBegun | RunEnded)}
     name = base or base_place(entry, entry.base["model"])
     revision = entry.base.get("revision") if base is None else None
     report: RemovalReport | None = None
@@ -120,7 +123,7 @@ def prove_removal(reference: str, base: str | None = None) -> RemovalReport:
             break
         with doing(f"hashing the base and its logits in {dtype}"):
             today = bare_base(subject.model)
-        report.noted.extend(_held_against(event, of, today) for event, of in then.items() if of["dtype"] == dtype)
+        report.noted.extend(_held_against(event, of, today) for event, of in then.items() if of.dtype == dtype)
         with doing(f"comparing the base before, with and after the patch in {dtype}"):
             report.checks.append(_check(subject, entry, dtype))
     assert report is not None
@@ -141,21 +144,19 @@ def _check(subject: Subject, entry: PatchFile, dtype: str) -> RemovalCheck:
     return RemovalCheck(dtype, bits[0], bits[1], bits[2], changed, before, base_sha256(model))
 
 
-def _unproved(events: list[dict[str, Any]]) -> list[str]:
+def _unproved(events: Sequence[Event]) -> list[str]:
     """Return what is missing of `MOMENTS` in the events of a training; nothing for a ledger that was not trained in."""
-    if not {"run", "resume", "phase_start"} & {event["event"] for event in events}:
+    if all(isinstance(event, RunEnded) for event in events):
         return []
-    found = {event["event"]: "bare_base" in event for event in events if event["event"] in MOMENTS}
+    found = {event.event for event in events}
     words = {
         "run": "the journal has no event of the run's start",
         "run_end": "the journal has no event of the run's end: the run trains still, was stopped, or the journal's "
         "last lines are gone (take it from a backup; `train` resumes a run that was stopped)",
     }
-    missing = [words[event] for event in MOMENTS if event not in found]
-    without = [f"the journal notes nothing of the base at {MOMENTS[event]}" for event in found if not found[event]]
-    return missing + without
+    return [words[event] for event in MOMENTS if event not in found]
 
 
-def _held_against(event: str, then: dict[str, Any], today: dict[str, Any]) -> Noted:
-    same = {key: then[key] == today[key] for key in ("weights", "logits", "where")}
-    return Noted(event, then["dtype"], then["weights"], same["weights"], same["logits"], same["where"])
+def _held_against(event: str, then: BareBase, today: BareBase) -> Noted:
+    weights, logits = then.weights == today.weights, then.logits == today.logits
+    return Noted(event, then.dtype, then.weights, weights, logits, then.where == today.where)

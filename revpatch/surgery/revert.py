@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from revpatch.ledger.history import Ledger, PatchFile, Recorded
+from revpatch.ledger.events import EntryWritten
+from revpatch.ledger.history import Ledger, PatchFile
 from revpatch.surgery.arithmetic import Tensors, bypassed, check_finite, taken_out
 from revpatch.surgery.judgement import Probes, judge
 from revpatch.surgery.new_entry import Made, claimed, write
@@ -59,7 +60,7 @@ def revert(
         return write(ledger, f"revert-{phase}", tensors, newest, made_by, judgement, force)
 
 
-def _commits_of(commits: list[Recorded], phase: str, run: Path) -> list[Recorded]:
+def _commits_of(commits: list[EntryWritten], phase: str, run: Path) -> list[EntryWritten]:
     found = [entry for entry in commits if entry.phase == phase]
     if not found:
         raise ValueError(
@@ -68,10 +69,10 @@ def _commits_of(commits: list[Recorded], phase: str, run: Path) -> list[Recorded
     return found
 
 
-def _trained(found: list[Recorded], run: Path) -> Recorded:
+def _trained(found: list[EntryWritten], run: Path) -> EntryWritten:
     """The newest of these commits that was not imported: an import stands under its phase's name, but what was learned
     in that phase is not its difference to the commit before it."""
-    ours = [entry for entry in found if _made_by(entry).get("operation") != "import"]
+    ours = [entry for entry in found if (entry.made_by or {}).get("operation") != "import"]
     if not ours:
         raise ValueError(
             f"{found[-1].name} was imported into {run}, so what the phase {found[-1].phase!r} changed is unknown "
@@ -80,14 +81,9 @@ def _trained(found: list[Recorded], run: Path) -> Recorded:
     return ours[-1]
 
 
-def _made_by(entry: Recorded) -> dict[str, Any]:
-    made_by = entry.fields.get("made_by")
-    return made_by if isinstance(made_by, dict) else {}
-
-
-def _refuse_twice(commits: list[Recorded], commit: Recorded, force: bool) -> None:
+def _refuse_twice(commits: list[EntryWritten], commit: EntryWritten, force: bool) -> None:
     for later in commits[commits.index(commit) + 1 :]:
-        made_by = _made_by(later)
+        made_by = later.made_by or {}
         if not force and made_by.get("commit") == commit.sha256 and made_by.get("method") == "difference":
             raise ValueError(
                 f"{commit.name} was taken out already, by {later.name}: to subtract it once more would put its "
@@ -96,7 +92,7 @@ def _refuse_twice(commits: list[Recorded], commit: Recorded, force: bool) -> Non
 
 
 def _difference(
-    ledger: Ledger, commits: list[Recorded], commit: Recorded, newest: PatchFile
+    ledger: Ledger, commits: list[EntryWritten], commit: EntryWritten, newest: PatchFile
 ) -> tuple[Tensors, dict[str, Any]]:
     """The tensors, and the sha256 of what was subtracted."""
     starts = [e for e in ledger.entries() if e.kind == "start" and e.phase_index == commit.phase_index]

@@ -84,12 +84,11 @@ def print_bisection(found: Bisection, console: Console) -> None:
 
 def print_made(made: Made, console: Console) -> None:
     """The probes before and after, the verdict, and what was written."""
-    for name, values in made.sets.items():
-        guarded, tolerance = values["guarded"], values["tolerance"]
-        limit = f" / {tolerance:g}" if guarded else ", not guarded"
-        high = guarded and not values["drift"] <= tolerance
-        line = Text(f"{name}  {values['reference']:.4f} -> {values['loss']:.4f} ")
-        console.print(line.append(f"({values['drift']:+.4f}{limit})", "red" if high else ""), soft_wrap=True)
+    for name, reading in made.sets.items():
+        limit = f" / {reading.tolerance:g}" if reading.guarded else ", not guarded"
+        high = reading.guarded and not reading.drift <= reading.tolerance
+        line = Text(f"{name}  {reading.reference:.4f} -> {reading.loss:.4f} ")
+        console.print(line.append(f"({reading.drift:+.4f}{limit})", "red" if high else ""), soft_wrap=True)
     if not made.agrees:
         console.print(Text(f"the guard does not agree: {made.reason}", "red"), soft_wrap=True)
     if made.name is None:

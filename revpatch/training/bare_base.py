@@ -9,27 +9,27 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from revpatch.ledger.events import BareBase, ComputedAt
 from revpatch.patch.patched_model import base_parameters, base_sha256
 
 _ROWS, _TOKENS = 2, 16
 
 
-def bare_base(model: nn.Module, weights: str | None = None) -> dict[str, Any]:
-    """As the journal keeps it: `dtype`, exact sha256 of `weights` and `logits`, and `where` they were computed.
+def bare_base(model: nn.Module, weights: str | None = None) -> BareBase:
+    """Return what the journal keeps of it.
 
     The model is bare, or its patch is disabled, and in eval mode. `weights` is the sha256 if it is known already.
     """
-    return {
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "weights": weights or base_sha256(model),
-        "logits": logits_sha256(logits_of(model)),
-        "where": _where(model),
-    }
+    return BareBase(
+        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+        weights=weights or base_sha256(model),
+        logits=logits_sha256(logits_of(model)),
+        where=_where(model),
+    )
 
 
 def logits_of(model: nn.Module) -> Tensor:
@@ -46,13 +46,13 @@ def logits_sha256(logits: Tensor) -> str:
     return hashlib.sha256(logits.cpu().contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
-def _where(model: nn.Module) -> dict[str, Any]:
+def _where(model: nn.Module) -> ComputedAt:
     alignments = [parameter.data_ptr() % 64 for _, parameter in base_parameters(model)]
     device = next(model.parameters()).device
-    return {
-        "host": platform.node(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "alignment": hashlib.sha256(str(alignments).encode()).hexdigest()[:16],
-    }
+    return ComputedAt(
+        host=platform.node(),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        threads=torch.get_num_threads(),
+        torch=str(torch.__version__),
+        alignment=hashlib.sha256(str(alignments).encode()).hexdigest()[:16],
+    )

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Any
 
 from revpatch.config import ConfigError
+from revpatch.ledger.events import Event, PhaseBegun, RunEnded, RunResumed
 from revpatch.ledger.history import JOURNAL_NAME, Ledger, PatchFile, effective
 from revpatch.ledger.journal import Journal
 from revpatch.ledger.patch_file import EntryError
@@ -28,10 +28,11 @@ def how_anew(directory: Path, origin: PatchFile | None) -> str:
 def check_history(directory: Path, origin: PatchFile | None, snapshot: Snapshot | None) -> None:
     """Raises ConfigError if a snapshot and the journal are of two histories, or a snapshot is missing."""
     journal = Journal(directory / "ledger" / JOURNAL_NAME)
-    if snapshot is None and (past := next(filter(_needs_snapshot, effective(journal.records())), None)) is not None:
+    events = effective(journal.events(PhaseBegun, RunEnded, RunResumed))
+    if snapshot is None and (past := next(filter(_needs_snapshot, events), None)) is not None:
         raise ConfigError(
             f"{directory}: expected a snapshot in snapshot/ to go on from, found none, and line "
-            f"{past['seq'] + 1} of ledger/{JOURNAL_NAME} ({past['event']}) was written "
+            f"{past.seq + 1} of ledger/{JOURNAL_NAME} ({past.event}) was written "
             f"after one: put that folder back, {how_anew(directory, origin)}"
         )
     if snapshot is not None and not _fits(journal, snapshot):
@@ -89,9 +90,9 @@ def _older(directory: Path, journal: Journal, snapshot: Snapshot) -> Snapshot | 
 def _made_since(directory: Path, events: int) -> list[str]:
     """The entries after so many events that a revert, merge or import has made, the newest last."""
     entries = Ledger(directory / "ledger", readonly=True).entries()
-    return [entry.name for entry in entries if entry.seq >= events and "made_by" in entry.fields]
+    return [entry.name for entry in entries if entry.seq >= events and entry.made_by is not None]
 
 
-def _needs_snapshot(event: dict[str, Any]) -> bool:
-    """Whether a run has written a snapshot before this event, whatever happened."""
-    return bool(event["event"] == "run_end" or (event["event"] == "phase_start" and event["phase_index"]))
+def _needs_snapshot(event: Event) -> bool:
+    """Return whether a run has written a snapshot before this event, whatever happened."""
+    return isinstance(event, RunEnded) or (isinstance(event, PhaseBegun) and event.phase_index > 0)

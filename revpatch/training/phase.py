@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from revpatch.config import PhaseConfig
+from revpatch.ledger.events import Readings
 from revpatch.training.batches import Batches
 from revpatch.training.rollback import GoodState
 from revpatch.training.snapshot import PhaseProgress
@@ -24,7 +24,7 @@ class Phase:
     """Steps whose effect is in the good state."""
     pending: list[int] = field(default_factory=list)
     """Steps since then."""
-    probed: tuple[int, dict[str, dict[str, Any]]] = (0, {})
+    probed: tuple[int, Readings] = (0, {})
     """The step of the last probe, and what the journal keeps of it."""
     rollbacks: int = 0
     """States given up so far."""

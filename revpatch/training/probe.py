@@ -12,10 +12,12 @@ from numpy.typing import NDArray
 from torch import nn
 
 from revpatch.config import ProbeSetConfig
+from revpatch.ledger.events import ProbeReading
 from revpatch.monitoring.doing import Far
 from revpatch.patch.families import head_of
 from revpatch.patch.patched_model import recording
 from revpatch.stream.shard_set import ShardSet
+from revpatch.training.guard import Comparison
 from revpatch.training.head_loss import token_nll
 from revpatch.training.packed import last_hidden_states
 from revpatch.training.recorder import GateRecorder
@@ -64,6 +66,30 @@ class Measurement:
 def nearly_shut(spread: Sequence[float]) -> float:
     """The share of tokens whose gate is below `NEARLY_SHUT`, of the shares in equal bins from 0 to 1."""
     return float(np.sum(spread[: round(NEARLY_SHUT * len(spread))]))
+
+
+def reading_of(
+    now: Measurement,
+    reference: float,
+    start: float,
+    tolerance: float,
+    compared: Comparison | None,
+    **more: float | None,
+) -> ProbeReading:
+    """Return what the journal keeps of a set.
+
+    Args:
+        now: what was measured.
+        reference: loss of the last good state, nats per token.
+        start: loss at the phase's start.
+        tolerance: of the set.
+        compared: what the guard made of it; None: the set is not guarded.
+        more: fields of the reading that only training knows.
+    """
+    known = {"loss": now.loss, "reference": reference, "rise": now.loss - reference, "drift": now.loss - start}
+    known |= {"tolerance": tolerance, **({} if compared is None else compared.as_fields())}
+    own = {"guarded": compared is not None, "gate": now.gate, "patch_norm": now.patch_norm}
+    return ProbeReading.model_validate({**known, **own, **more})
 
 
 class Prober:

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from revpatch.config import Config
+from revpatch.ledger.events import BareBase, Readings, Sample
 from revpatch.ledger.history import Ledger
 from revpatch.monitoring.board import Board
 from revpatch.monitoring.layout import MARKS, hyperparameters, layout_of
@@ -82,7 +83,7 @@ class Record:
         step: int,
         patch: dict[str, Tensor],
         metadata: dict[str, Any],
-        sets: dict[str, dict[str, Any]],
+        sets: Readings,
     ) -> tuple[str, str | None]:
         """An entry of the ledger, child of the one its weights come from; its file's name and sha256 ("" and None on
         other ranks)."""
@@ -164,7 +165,7 @@ class Record:
         phase: str,
         step: int,
         global_step: int,
-        sets: dict[str, dict[str, Any]],
+        sets: Readings,
         spreads: Mapping[str, Mapping[int, Sequence[float]]],
     ) -> None:
         """The probes' losses against their references, as journalled, with the means of training since the last log
@@ -179,24 +180,24 @@ class Record:
     def show_probes(
         self,
         global_step: int,
-        sets: dict[str, dict[str, Any]],
+        sets: Readings,
         spreads: Mapping[str, Mapping[int, Sequence[float]]],
     ) -> None:
         """The probes in TensorBoard alone."""
-        for name, values in sets.items():
-            self.board.probe(global_step, name, values)
+        for name, reading in sets.items():
+            self.board.probe(global_step, name, reading.model_dump(exclude_unset=True))
         for name, layers in spreads.items():
             self.board.gates(global_step, name, layers)
             shut = {layer: nearly_shut(spread) for layer, spread in layers.items()}
             self.board.layers(global_step, {f"sparsity_on_{name}": shut})
 
-    def samples(self, phase: str, global_step: int, written: Sequence[Mapping[str, str]]) -> None:
+    def samples(self, phase: str, global_step: int, written: Sequence[Sample]) -> None:
         """Texts that were written from the same prompts as ever: in the journal and, as text, in TensorBoard."""
         if not written:
             return
-        self.event("samples", phase=phase, global_step=global_step, texts=[dict(sample) for sample in written])
+        self.event("samples", phase=phase, global_step=global_step, texts=written)
         for number, sample in enumerate(written):
-            both = f"{sample['prompt']} ▸ {sample['text']}".replace("\n", "\n    ")
+            both = f"{sample.prompt} ▸ {sample.text}".replace("\n", "\n    ")
             self.board.text(global_step, f"samples/{number}", f"{phase}:\n\n    {both}")
 
     def time(self, global_step: int, seconds: Mapping[str, float]) -> None:
@@ -215,7 +216,7 @@ class Record:
             if kind in MARKS:
                 self.board.mark(global_step, kind)
 
-    def end(self, bare_base: dict[str, Any]) -> None:
+    def end(self, bare_base: BareBase) -> None:
         """Every phase is committed, and the base is as it is."""
         self.event("run_end", bare_base=bare_base)
         self.board.finished()

@@ -12,6 +12,7 @@ from typing import Any
 from revpatch.config import Config, ConfigError, SidecarConfig
 from revpatch.config_file import dump_config, load_config
 from revpatch.durable import write_atomically
+from revpatch.ledger.events import RunEnded
 from revpatch.ledger.history import JOURNAL_NAME, Ledger, PatchFile
 from revpatch.ledger.journal import Journal
 from revpatch.ledger.layers import SAME_MAP
@@ -158,8 +159,8 @@ def _is_over(standing: Standing, config: Config) -> bool:
     snapshot = standing.snapshot
     if snapshot is None or snapshot.phase_index < len(config.phases):
         return False
-    records = Journal(standing.directory / "ledger" / JOURNAL_NAME).records()
-    return any(record["event"] == "run_end" for record in records[snapshot.events :])
+    ends = Journal(standing.directory / "ledger" / JOURNAL_NAME).events(RunEnded)
+    return any(end.seq >= snapshot.events for end in ends)
 
 
 def check_shards(snapshot: Snapshot, digests: dict[str, list[str]]) -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from revpatch.config import Config
-from revpatch.ledger.base_place import FIELD, place_now
+from revpatch.ledger.base_place import place_now
 from revpatch.ledger.history import PatchFile
 from revpatch.patch.channels import measure_channels
 from revpatch.patch.patched_model import attach, load_tensors, switchboard
@@ -135,12 +135,12 @@ class RunState:
         if standing.origin is not None and standing.snapshot is None:
             self._begin_with(standing.origin)
         if standing.begun and self.record.ledger is not None:
-            go_back(standing, self.record.ledger, facts=facts, **{FIELD: place_now(self.config.base.model)})
+            go_back(standing, self.record.ledger, facts=facts, base_at=place_now(self.config.base.model))
         if standing.snapshot is None:
             began = {} if standing.origin is None else {"origin": standing.origin.path.name}
             known = {"base": self.identity["base"], "bare_base": self.bare_base}
-            known[FIELD] = place_now(self.config.base.model)
-            self.record.event("run", **known, seed=self.config.seed, facts=facts, **began)
+            base_at = place_now(self.config.base.model)
+            self.record.event("run", **known, base_at=base_at, seed=self.config.seed, facts=facts, **began)
 
     def take_snapshot(self, phase: Phase, committed: bool = False) -> None:
         """Copies the state, which all ranks take part in; rank 0 writes it while training goes on.

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from revpatch.config import BaseConfig, SamplesConfig
+from revpatch.ledger.events import Sample
 from revpatch.patch.patched_model import switchboard
 from revpatch.stream.tokenizer import prompt_ids, read_tokenizer
 
@@ -38,12 +39,12 @@ class Sampler:
         held_out = [rows[0, rows.shape[1] // 2 :][:PROMPT_TOKENS].tolist() for rows in blocks.values()]
         self.prompts: list[list[int]] = [ids for ids in given or held_out if ids][:MAX_PROMPTS]
 
-    def write(self) -> list[dict[str, str]]:
-        """For each prompt, `prompt` and the `text` after it."""
+    def write(self) -> list[Sample]:
+        """Return for each prompt the text after it."""
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # every length would be compiled anew
             return self._write()
 
-    def _write(self) -> list[dict[str, str]]:
+    def _write(self) -> list[Sample]:
         device = next(self.base.parameters()).device
         room: int = self.base.config.max_position_embeddings  # type: ignore[union-attr, assignment]
         written = []
@@ -59,5 +60,5 @@ class Sampler:
                 use_cache=switchboard(self.base).attached.config.gate != "seq",
             )
             text = self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
-            written.append({"prompt": self.tokenizer.decode(ids[0], skip_special_tokens=True), "text": text})
+            written.append(Sample(prompt=self.tokenizer.decode(ids[0], skip_special_tokens=True), text=text))
         return written

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from revpatch.config import ConfigError
 from revpatch.durable import write_atomically
+from revpatch.ledger.events import Readings, readings_of
 from revpatch.ledger.patch_file import EntryError, read_entry, serialise
 from revpatch.stream.tars import ShardFault
 from revpatch.training.engine_state import MOMENTS, EngineState
@@ -49,7 +50,7 @@ class PhaseProgress:
     good: GoodState
     learned: list[int]
     pending: list[int]
-    probed: tuple[int, dict[str, dict[str, Any]]]
+    probed: tuple[int, Readings]
     rollbacks: int
     lr_factor: float
 
@@ -150,7 +151,7 @@ class Snapshot:
                 good=tensors.good("good", progress["good"]),
                 learned=found["learned"].tolist(),
                 pending=found["pending"].tolist(),
-                probed=(progress["probed"][0], progress["probed"][1]),
+                probed=(progress["probed"][0], readings_of(progress["probed"][1])),
                 rollbacks=progress["rollbacks"],
                 lr_factor=progress["lr_factor"],
             ),

@@ -13,7 +13,7 @@ from contextlib import closing
 import torch
 
 from revpatch.config import PhaseConfig
-from revpatch.ledger.journal import Sets
+from revpatch.ledger.events import Readings
 from revpatch.patch.patched_model import patch_disabled, patch_state
 from revpatch.stream.replay import write_replay
 from revpatch.stream.tars import ShardError, ShardFault
@@ -163,7 +163,7 @@ class Trainer(RunState):
         self.record.time(phase.global_step(step), {"probe": time.perf_counter() - began})
         verdict: Verdict | None = None
         comparisons: list[Comparison] = []
-        sets: Sets = {}
+        sets: Readings = {}
         if self.peers.rank == 0:
             comparisons = self.watch.compare(phase, measured)
             sets = self.watch.sets(phase, measured, comparisons)
@@ -237,8 +237,8 @@ class Trainer(RunState):
         good, name = phase.good, phase.config.name
         comparisons = self.watch.compare(phase, good.measurements)
         sets = {
-            name: {**values, "reference": values["before"], "rise": values["drift"]}
-            for name, values in self.watch.sets(phase, good.measurements, comparisons).items()
+            name: reading.model_copy(update={"reference": reading.before, "rise": reading.drift})
+            for name, reading in self.watch.sets(phase, good.measurements, comparisons).items()
         }
         entry, _ = self._enter("commit", phase, good.step, sets)
         self.committed = good.measurements
@@ -303,10 +303,10 @@ class Trainer(RunState):
         )
         self.record.happened(phase.global_step(phase.done), "interrupted", words)
 
-    def _enter(self, kind: str, phase: Phase, step: int, sets: Sets) -> tuple[str, str | None]:
+    def _enter(self, kind: str, phase: Phase, step: int, sets: Readings) -> tuple[str, str | None]:
         if self.peers.rank != 0:
             return "", None
-        losses = {name: values["loss"] for name, values in sets.items()}
+        losses = {name: reading.loss for name, reading in sets.items()}
         metadata = {**self.identity, "probes": losses}
         return self.record.entry(kind, phase.index, phase.config.name, step, patch_state(self.patch), metadata, sets)
 

@@ -9,20 +9,20 @@ import numpy as np
 from torch import nn
 
 from revpatch.config import Config, ProbeSetConfig
-from revpatch.ledger.journal import Sets
+from revpatch.ledger.events import Readings
 from revpatch.monitoring.doing import doing
 from revpatch.stream.shard_set import ShardSet
 from revpatch.training.guard import Comparison, ProbeSet, compare_all
 from revpatch.training.launch import Peers
 from revpatch.training.phase import Phase
-from revpatch.training.probe import Measurement, Prober, put_together
+from revpatch.training.probe import Measurement, Prober, put_together, reading_of
 
 log = logging.getLogger("revpatch")
 
 
-def in_words(sets: Sets) -> str:
+def in_words(sets: Readings) -> str:
     """Each set's loss, and its drift since the phase's start, for a line of the log."""
-    return "  ".join(f"{name} {values['loss']:.4f} ({values['drift']:+.4f})" for name, values in sets.items())
+    return "  ".join(f"{name} {reading.loss:.4f} ({reading.drift:+.4f})" for name, reading in sets.items())
 
 
 class Watch:
@@ -70,38 +70,26 @@ class Watch:
         rollback = self.config.rollback
         return compare_all(guarded, losses, good, start, rollback.max_drift, rollback.confidence)
 
-    def sets(self, phase: Phase, measured: dict[str, Measurement], comparisons: list[Comparison]) -> Sets:
+    def sets(self, phase: Phase, measured: dict[str, Measurement], comparisons: list[Comparison]) -> Readings:
         """Loss, reference (the last good state), rise, drift (since the phase's start), gates and patch norm of all."""
-        compared = {comparison.name: comparison.as_fields() for comparison in comparisons}
-        sets: Sets = {}
+        compared = {comparison.name: comparison for comparison in comparisons}
+        sets: Readings = {}
         for config in self.config.probes.sets if measured else []:
             now, name = measured[config.name], config.name
             reference, start = phase.good.measurements[name].loss, phase.start.measurements[name].loss
-            sets[name] = {
-                "loss": now.loss,
-                "reference": reference,
-                "rise": now.loss - reference,
-                "drift": now.loss - start,
-                "tolerance": config.tolerance,
-                **compared.get(name, {}),
-                "guarded": name in compared,
-                "before": start,
-                "base": self.first[name].loss,
-                "gate": now.gate,
-                "sparsity": now.sparsity,
-                "patch_norm": now.patch_norm,
-            }
+            more = {"before": start, "base": self.first[name].loss, "sparsity": now.sparsity}
+            sets[name] = reading_of(now, reference, start, config.tolerance, compared.get(name), **more)
         return sets
 
     def spreads(self, measured: dict[str, Measurement], layers: list[int]) -> dict[str, dict[int, list[float]]]:
         """How the gates are spread, by set and by the block that a sidecar follows."""
         return {name: dict(zip(layers, of.spreads, strict=True)) for name, of in measured.items() if of.spreads}
 
-    def with_blocks(self, sets: Sets, measured: dict[str, Measurement]) -> Sets:
+    def with_blocks(self, sets: Readings, measured: dict[str, Measurement]) -> Readings:
         """The same, with the loss of every block: what intervals between any two commits are made of."""
         return {
-            name: {**values, "block_losses": [round(float(loss), 5) for loss in measured[name].losses]}
-            for name, values in sets.items()
+            name: reading.model_copy(update={"block_losses": [round(float(loss), 5) for loss in measured[name].losses]})
+            for name, reading in sets.items()
         }
 
     def _guards(self, phase: Phase, probe: ProbeSetConfig) -> bool:

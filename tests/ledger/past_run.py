@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from past_events import BASE, add, reading
 from toy import make_it_look_trained
 
 from revpatch.config import SidecarConfig
 from revpatch.ledger.history import Ledger
 from revpatch.patch.patched_model import Patch, patch_state
 
-SETS = {"base": {"loss": 3.42, "reference": 3.40, "rise": 0.02, "tolerance": 0.03, "low": 0.01, "high": 0.03}}
+SETS = {"base": reading(rise=0.02, low=0.01, high=0.03)}
 
 
 def a_patch(value: float = 1.0) -> dict[str, torch.Tensor]:
@@ -26,12 +27,13 @@ def files_of_a_run() -> dict[str, bytes]:
     """Two phases; the first has four good entries and a rollback. Made once: every event waits for the disk."""
     with tempfile.TemporaryDirectory() as directory:
         ledger = Ledger(Path(directory))
-        ledger.journal.append("run", config="c0ffee", world=2)
+        add(ledger.journal, "run")
         ledger.record("start", 0, "wikitext", 0, a_patch(0), {"phase": "wikitext"})
         for step in (100, 200, 300, 400):
             ledger.record("good", 0, "wikitext", step, a_patch(step), {"step": step}, sets=SETS)
         ledger.record("rollback", 0, "wikitext", 500, a_patch(500), {"step": 500})
-        ledger.journal.append(
+        add(
+            ledger.journal,
             "rollback",
             phase="wikitext",
             step=500,
@@ -57,7 +59,6 @@ def a_run(tmp_path: Path) -> tuple[Path, Ledger]:
 # Patches of a base: what is looked at, compared and restored.
 
 SIDECAR = SidecarConfig(bottleneck=4)
-BASE = {"model": "a/base", "revision": None, "family": "gpt2", "sha256": "b" * 64, "dtype": "float32"}
 
 
 def tensors(seed: int, sidecar: SidecarConfig = SIDECAR, width: int = 8, blocks: int = 2) -> dict[str, torch.Tensor]:
@@ -76,12 +77,10 @@ def a_trained_run(run: Path) -> Ledger:
     parent = None
     for kind, step in [("start", 0), *(("good", step) for step in (10, 20, 30, 40, 50)), ("commit", 50)]:
         values = tensors(step)
-        sets = {"base": {"loss": 3.0 + step / 1000, "gate": 0.5 + step / 1000}}
+        sets = {"base": reading(3.0 + step / 1000, gate=0.5 + step / 1000)}
         _, parent = ledger.record(kind, 0, "wiki", step, values, metadata(kind, step, parent=parent), sets=sets)
         if step == 20:
             ledger.record("rollback", 0, "wiki", 25, tensors(25), metadata("rollback", 25, parent=parent))
-            fields = {"reason": "base rose", "window": [21, 25], "new_lr_factor": 0.5}
-            ledger.journal.append(
-                "rollback", phase="wiki", step=25, to_file="000_wiki_good_step000000020.safetensors", **fields
-            )
+            to_file = "000_wiki_good_step000000020.safetensors"
+            add(ledger.journal, "rollback", step=25, to_file=to_file, window=[21, 25])
     return ledger

@@ -4,6 +4,7 @@ import io
 from pathlib import Path
 
 import torch
+from past_events import add
 from past_run import a_patch, a_run
 from rich.console import Console
 
@@ -47,7 +48,7 @@ def test_verify_names_everything_that_is_wrong(tmp_path):
 def test_verify_against_a_head_noted_earlier(tmp_path):
     run, ledger = a_run(tmp_path)
     noted = ledger.journal.head
-    ledger.journal.append("phase_end", phase="imdb")
+    add(ledger.journal, "interrupted")
     assert verify(run, noted).ok
     journal = run / "ledger" / "journal.jsonl"
     journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:-2]))

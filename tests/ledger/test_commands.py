@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from command import Call, one_line
+from past_events import add, add_line
 from past_run import BASE, SIDECAR, a_trained_run, metadata, tensors
 
 from revpatch.config import SidecarConfig
@@ -235,7 +236,7 @@ def test_a_name_that_leads_out_of_the_ledger(run: Path, ledger: Call, name: str)
         result = ledger("show", reference)
         assert result.code == 2 and "without '/' and '..'" in result.err
     told = {"kind": "commit", "phase": "wiki", "phase_index": 0, "step": 50, "file": name}
-    Journal(run / "ledger/journal.jsonl").append("entry", **told, sha256=sha256_of(b"mine"), bytes=4)
+    add_line(Journal(run / "ledger/journal.jsonl"), "entry", **told, sha256=sha256_of(b"mine"), bytes=4)
     for command in ("show", "diff", "restore", "prune"):
         refused(ledger, run, command, "line 10", repr(name), "can't be used")
     verdict = ledger("verify", run)
@@ -247,7 +248,7 @@ def test_names_that_lead_out_are_not_removed(run: Path, ledger: Call) -> None:
     secret.write_bytes(b"mine")
     journal = Journal(run / "ledger/journal.jsonl")
     names = ["../../secret.safetensors", str(secret)]
-    journal.append("resume", undoes_from=9, superseded=names)
+    add(journal, "resume", undoes_from=9, superseded=names)
     journal.append("pruned", files=names, leftovers=names, bytes=0)
     assert ledger("prune", run, "--keep", "1").code == 0
     assert secret.read_bytes() == b"mine"
@@ -297,7 +298,7 @@ def test_what_is_printed_may_get_lost(tmp_path: Path, way: str) -> None:
     lines: list[bytes] = []
     journal._write = lines.append  # type: ignore[method-assign, assignment]
     for step in range(2000):  # more than a pipe holds
-        journal.append("probe", phase="wikí \u2026", step=step)
+        add(journal, "probe", phase="wikí \u2026", step=step)
     journal.path.write_bytes(b"".join(lines))
     command = way.format(f"{sys.executable} -m revpatch ledger log '{tmp_path}'")
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)

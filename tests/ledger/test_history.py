@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from full_disk import full_disk
+from past_events import KNOWN, RESUME, add, add_line
 from past_run import SETS, a_patch, a_run
 from rich.console import Console
 
@@ -44,7 +45,7 @@ def test_what_is_recorded_is_found_and_loaded(tmp_path):
         assert opened.newest("commit").name == "000_wikitext_commit.safetensors"
         good = opened.entries()[2]
         assert (good.kind, good.phase, good.phase_index, good.step) == ("good", "wikitext", 0, 200)
-        assert good.fields == {"sets": SETS}
+        assert (good.sets, good.made_by, good.restored, good.base_at) == (SETS, None, None, None)
         tensors, metadata = (patch := opened.read(good.name)).tensors, patch.metadata
         assert tensors["layer_00.gate.weight"].tolist() == [200.0] * 4
         assert metadata == {"step": 200}
@@ -104,16 +105,8 @@ def test_a_file_that_was_replaced_is_not_loaded(tmp_path):
 
 def test_a_journal_line_that_points_elsewhere_is_refused(tmp_path):
     run = tmp_path / "run"
-    Journal(run / "ledger" / "journal.jsonl").append(
-        "entry",
-        kind="commit",
-        phase="a",
-        phase_index=0,
-        step=0,
-        file="../../secret.safetensors",
-        sha256="0" * 64,
-        bytes=1,
-    )
+    journal = Journal(run / "ledger" / "journal.jsonl")
+    add_line(journal, "entry", **KNOWN["entry"] | {"file": "../../secret.safetensors"})
     with pytest.raises(JournalError, match=r"line 1 .*'\.\./\.\./secret\.safetensors' can't be used"):
         Ledger(run / "ledger")
     (problem,) = verify(run).problems
@@ -229,22 +222,22 @@ def test_going_back_sets_aside_what_came_after_and_it_may_be_written_anew(tmp_pa
     ledger.record("start", 0, "a", 0, a_patch(1), {})
     noted = len(ledger.journal.records()), ledger.journal.head
     ledger.record("good", 0, "a", 5, a_patch(2), {})
-    ledger.journal.append("commit", phase="a")
+    add(ledger.journal, "commit")
     ledger.record("commit", 0, "a", 5, a_patch(2), {})
 
     again = Ledger(folder)
     assert again.journal.head_after(noted[0]) == noted[1]
     assert again.journal.head_after(99) is None
-    superseded = again.resume(noted[0], snapshot="step5.safetensors")
+    superseded = again.resume(noted[0], **RESUME | {"snapshot": "step5.safetensors"})
     assert superseded == ["000_a_good_step000000005.safetensors", "000_a_commit.safetensors"]
     assert [entry.name for entry in again.entries()] == ["000_a_start.safetensors"]
     assert sorted(path.name for path in folder.glob("*.superseded")) == sorted(f"{n}.superseded" for n in superseded)
     assert verify(tmp_path).ok
     again.record("good", 0, "a", 5, a_patch(3), {})  # other content, as on another number of ranks
-    assert again.resume(noted[0]) == ["000_a_good_step000000005.safetensors"], "and once more"
+    assert again.resume(noted[0], **RESUME) == ["000_a_good_step000000005.safetensors"], "and once more"
     assert (folder / "000_a_good_step000000005.safetensors.superseded-2").exists()
 
-    events = [event["event"] for event in effective(again.journal.records())]
+    events = [event.event for event in effective(again.journal.events())]
     assert events == ["entry", "resume"], "what was undone does not count"
     assert [entry.name for entry in Ledger(folder, readonly=True).entries()] == ["000_a_start.safetensors"]
 
@@ -255,7 +248,7 @@ def test_a_crash_while_going_back_loses_nothing(tmp_path: Path) -> None:
     ledger = Ledger(folder)
     ledger.record("start", 0, "a", 0, a_patch(1), {})
     ledger.record("commit", 0, "a", 5, a_patch(2), {})
-    ledger.journal.append("resume", undoes_from=1, superseded=["000_a_commit.safetensors"])
+    add(ledger.journal, "resume", undoes_from=1, superseded=["000_a_commit.safetensors"])
     again = Ledger(folder)
     assert [entry.name for entry in again.entries()] == ["000_a_start.safetensors"]
     assert again.set_aside_orphans() == ["000_a_commit.safetensors"]

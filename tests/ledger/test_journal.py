@@ -14,9 +14,12 @@ from datetime import datetime, timedelta, timezone
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from past_events import add, reading
 
 from revpatch.durable import sha256_of
+from revpatch.ledger.events import RolledBack
 from revpatch.ledger.journal import GENESIS, Journal, JournalError
+from revpatch.ledger.plain import to_plain
 
 
 @pytest.fixture
@@ -27,7 +30,7 @@ def path(tmp_path):
 def a_journal(path, events: int = 5) -> Journal:
     journal = Journal(path)
     for step in range(events):
-        journal.append("probe", phase="wikitext", step=step, sets={"base": {"loss": 3.5}})
+        add(journal, "probe", step=step, sets={"base": reading(3.5)})
     return journal
 
 
@@ -40,15 +43,14 @@ def four_lines(tmp_path_factory):
 
 def test_what_is_appended_is_read(path):
     journal = a_journal(path)
-    returned = journal.append("rollback", reason="naïve ☃\nline", window=(400, 500), loss=math.nan)
-    assert returned["event"] == "rollback"
-    assert (returned["window"], returned["loss"]) == ([400, 500], "NaN")
-    assert math.isnan(float(returned["loss"]))
-    assert abs(datetime.fromisoformat(returned["time"]) - datetime.now(timezone.utc)) < timedelta(minutes=1)
+    returned = add(journal, "rollback", reason="naïve ☃\nline", window=[400, 500], new_lr_factor=math.nan)
+    assert isinstance(returned, RolledBack) and (returned.window, returned.reason) == ([400, 500], "naïve ☃\nline")
+    assert math.isnan(returned.new_lr_factor) and journal.records()[-1]["new_lr_factor"] == "NaN"
+    assert abs(datetime.fromisoformat(returned.time) - datetime.now(timezone.utc)) < timedelta(minutes=1)
     again = Journal(path, readonly=True)
     assert again.records() == journal.records()
     assert [record["seq"] for record in again.records()] == list(range(6))
-    assert again.records()[-1] == returned
+    assert again.records()[-1] == to_plain(returned.as_record())
     assert again.warnings == []
 
 
@@ -66,8 +68,8 @@ def test_an_empty_journal_has_the_genesis_as_its_head(path):
 
 def test_going_on_after_reopening(path):
     a_journal(path, 3)
-    Journal(path).append("phase_end")
-    assert [record["event"] for record in Journal(path).records()] == ["probe"] * 3 + ["phase_end"]
+    add(Journal(path), "interrupted")
+    assert [record["event"] for record in Journal(path).records()] == ["probe"] * 3 + ["interrupted"]
 
 
 def test_reading_changes_nothing(path):
@@ -78,7 +80,7 @@ def test_reading_changes_nothing(path):
     assert journal.torn == b'{"seq":'
     assert len(journal.records()) == 5
     with pytest.raises(JournalError, match="reading only"):
-        journal.append("probe")
+        add(journal, "probe")
     assert path.read_bytes() == before
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
@@ -100,8 +102,8 @@ def test_a_torn_last_line_is_set_aside_and_recorded(path, tail):
         assert aside.name in journal.warnings[0]
         last = journal.records()[-1]
         assert (last["event"], last["file"], last["bytes"]) == ("torn", aside.name, len(tail))
-    journal.append("phase_end")
-    assert [r["event"] for r in Journal(path).records()] == ["probe"] * 5 + ["torn"] * 2 + ["phase_end"]
+    add(journal, "interrupted")
+    assert [r["event"] for r in Journal(path).records()] == ["probe"] * 5 + ["torn"] * 2 + ["interrupted"]
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -157,7 +159,7 @@ def test_a_changed_history_is_refused_by_line(path, change, line):
 def test_a_head_noted_earlier_shows_what_the_chain_cannot(path):
     journal = a_journal(path, 2)
     early = journal.head
-    journal.append("commit", step=1)
+    add(journal, "commit", step=1)
     late = journal.head
     assert Journal(path).holds(early)
     assert Journal(path).holds(late)
@@ -172,32 +174,32 @@ def test_a_head_noted_earlier_shows_what_the_chain_cannot(path):
     [
         ({"seq": 1}, "'seq' is the journal's own"),
         ({"previous": ""}, "'previous' is the journal's own"),
-        ({"config": {"base": {"dtype": object()}}}, r"event 'run'\.config\.base\.dtype is a object"),
+        ({"facts": {"base": {"dtype": object()}}}, r"event 'run'\.facts\.base\.dtype is a object"),
     ],
 )
 def test_fields_that_cannot_be_recorded(path, fields, message):
     journal = a_journal(path)
     before = path.read_bytes()
     with pytest.raises(JournalError, match=message):
-        journal.append("run", **fields)
+        add(journal, "run", **fields)
     assert path.read_bytes() == before
 
 
 def test_two_writers_are_told_apart(path):
     one, other = a_journal(path), Journal(path)
-    one.append("probe")
+    add(one, "probe")
     with pytest.raises(JournalError, match="another process writes to this run"):
-        other.append("probe")
+        add(other, "probe")
     assert len(Journal(path).records()) == 6
 
 
 def test_a_full_disk_cuts_back_to_whole_lines_and_writing_can_go_on(path):
     code = (
         "import sys; from pathlib import Path; from revpatch.ledger.journal import Journal\n"
-        "journal = Journal(Path(sys.argv[1])); journal.append('run')\n"
-        "try: journal.append('big', text='x' * 5000)\n"
+        "journal = Journal(Path(sys.argv[1])); journal.append('interrupted', phase='a', step=1)\n"
+        "try: journal.append('interrupted', phase='x' * 5000, step=1)\n"
         "except OSError as error: print(error.filename)\n"
-        "journal.append('small')"
+        "journal.append('pruned', files=[], bytes=0)"
     )
     process = subprocess.run(
         [sys.executable, "-c", code, str(path)],
@@ -206,7 +208,7 @@ def test_a_full_disk_cuts_back_to_whole_lines_and_writing_can_go_on(path):
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)),
     )
     assert (process.returncode, process.stdout.strip()) == (0, str(path)), process.stderr
-    assert [record["event"] for record in Journal(path, readonly=True).records()] == ["run", "small"]
+    assert [record["event"] for record in Journal(path, readonly=True).records()] == ["interrupted", "pruned"]
 
 
 def test_what_did_not_reach_the_disk_is_not_acknowledged(path, monkeypatch):
@@ -218,9 +220,9 @@ def test_what_did_not_reach_the_disk_is_not_acknowledged(path, monkeypatch):
     with monkeypatch.context() as broken:
         broken.setattr(os, "fsync", failing)
         with pytest.raises(OSError, match="the disk is broken"):
-            journal.append("commit")
+            add(journal, "commit")
     assert path.read_bytes() == before
-    journal.append("commit")
+    add(journal, "commit")
     assert [record["seq"] for record in Journal(path).records()] == list(range(6))
 
 
@@ -237,7 +239,7 @@ def test_killed_while_writing_everything_acknowledged_is_there(path):
     code = (
         "import sys; from pathlib import Path; from revpatch.ledger.journal import Journal\n"
         "journal = Journal(Path(sys.argv[1]))\n"
-        "while True: print(journal.append('probe', text='x' * 3000)['seq'], flush=True)"
+        "while True: print(journal.append('interrupted', phase='x' * 3000, step=1).seq, flush=True)"
     )
     writer = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True)
     assert writer.stdout.readline() == "0\n"

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+from past_events import BASE, RESUME, add, add_line, reading
 from past_run import SETS, a_patch, a_run
 from rich.console import Console
 
@@ -18,17 +19,16 @@ from revpatch.ledger.show import print_log
 
 def test_the_log_says_what_happened(tmp_path):
     run, ledger = a_run(tmp_path)
-    ledger.journal.append("quarantined", shard="data/x.tar", phase="imdb")
-    ledger.journal.append("probe", phase="imdb", step=7, sets={"base": {"loss": math.nan, "tolerance": 0.03}})
-    ledger.journal.append("probe", phase=None, step="many", bytes=[1], sets={"base": {"loss": "?"}, "b": 2.0}, x={})
+    add_line(ledger.journal, "quarantined", shard="data/x.tar", phase="imdb")
+    add(ledger.journal, "probe", phase="imdb", step=7, sets={"base": reading(math.nan)})
+    add_line(ledger.journal, "probe", phase=None, step="many", bytes=[1], sets={"base": {"loss": "?"}, "b": 2.0}, x={})
     ledger.prune_good(1)
     rows = log_rows(run)
     assert [row.seq for row in rows] == list(range(15))
     good = rows[2]
     assert (good.event, good.kind, good.phase, good.step) == ("entry", "good", "wikitext", 100)
     assert good.bytes == (run / "ledger" / "000_wikitext_good_step000000400.safetensors").stat().st_size
-    (probe,) = good.probes
-    assert (probe.name, probe.loss, probe.reference, probe.rise, probe.tolerance) == ("base", 3.42, 3.40, 0.02, 0.03)
+    assert good.probes == SETS
     rollback = rows[7]
     assert (rollback.event, rollback.kind, rollback.step) == ("rollback", "", 500)
     for piece in (
@@ -39,17 +39,16 @@ def test_the_log_says_what_happened(tmp_path):
     ):
         assert piece in rollback.note
     assert (rows[11].event, rows[11].note) == ("quarantined", "shard data/x.tar")
-    assert math.isnan(rows[12].probes[0].loss)
-    assert (rows[13].step, rows[13].bytes, [p.loss for p in rows[13].probes]) == (None, None, [None, 2.0])
+    assert math.isnan(rows[12].probes["base"].loss)
+    assert (rows[13].step, rows[13].bytes, rows[13].probes) == (None, None, {})
+    assert rows[13].note.startswith("no proper event of its kind: field phase: ")
     assert "000_wikitext_good_step000000100.safetensors" in rows[14].note
 
 
 @pytest.mark.parametrize("width", [40, 200])
 def test_the_printed_log(tmp_path, width):
     run, ledger = a_run(tmp_path)
-    ledger.journal.append(
-        "probe", phase="[red]imdb[/red]", sets={"bad": {"loss": 3.5, "reference": 3.4, "tolerance": 0.03}}
-    )
+    add(ledger.journal, "probe", phase="[red]imdb[/red]", sets={"bad": reading(3.5, 3.4)})
     text = io.StringIO()
     print_log(run, Console(file=text, width=width))
     lines = text.getvalue().splitlines()
@@ -59,7 +58,7 @@ def test_the_printed_log(tmp_path, width):
         assert piece in lines[commit]
     assert lines[commit + 1 : commit + 3] == ["    000_wikitext_commit.safetensors", "    base 3.420 (+0.020 / 0.03)"]
     assert any("base rose by 0.1 nats" in line for line in lines)
-    assert lines[-4].endswith("[red]imdb[/red]  probe")
+    assert any("[red]imdb[/red] step 0  probe" in line for line in lines)
     assert lines[-3] == "     bad 3.500 (+0.100 / 0.03)"
     assert lines[-2].startswith("9 entries kept")
     assert "newest 001_imdb_good_step000000100.safetensors; newest commit 000_wikitext_commit.safetensors" in lines[-2]
@@ -69,8 +68,8 @@ def test_the_printed_log(tmp_path, width):
 def test_a_rise_above_tolerance_stands_out(tmp_path):
     journal = Journal(tmp_path / "ledger" / "journal.jsonl")
     for rise in (0.01, 0.5, math.nan):
-        journal.append("probe", sets={"base": {"loss": 3.5, "rise": rise, "tolerance": 0.03}})
-    journal.append("probe", sets={"base": {"loss": 3.5, "rise": 0.5, "tolerance": 0.03, "guarded": False}})
+        add(journal, "probe", sets={"base": reading(rise=rise)})
+    add(journal, "probe", sets={"base": reading(rise=0.5, guarded=False)})
     text = io.StringIO()
     print_log(tmp_path, Console(file=text, width=200, force_terminal=True, color_system="standard"))
     readings = [line for line in text.getvalue().splitlines() if "base" in line]
@@ -91,7 +90,7 @@ def test_a_ledger_of_ten_thousand_events_is_read_in_moments(tmp_path):
     journal._write = lambda data: lines.append(data)  # one write at the end, not ten thousand synced ones
     lines: list[bytes] = []
     for step in range(10_000):
-        journal.append("probe", phase="wikitext", step=step, sets=SETS)
+        add(journal, "probe", step=step, sets=SETS)
     journal.path.write_bytes(b"".join(lines))
     begin = time.process_time()  # not the clock on the wall: the machine may have other work
     assert len(log_rows(tmp_path)) == 10_000
@@ -105,10 +104,10 @@ def test_what_no_longer_counts_says_so(tmp_path: Path) -> None:
         ledger.record("good", 0, "a", step, a_patch(step), {})
     ledger.prune_good(2)
     noted = len(ledger.journal.records())
-    ledger.journal.append("probe", phase="a", step=4)
+    add(ledger.journal, "probe", step=4)
     ledger.record("good", 0, "a", 4, a_patch(4), {})
     ledger.prune_good(2)
-    ledger.resume(noted, snapshot="step3.safetensors", changed={"monitoring.every": [4, 2]}, orphans=[])
+    ledger.resume(noted, **RESUME | {"snapshot": "step3.safetensors", "changed": {"monitoring.every": [4, 2]}})
     ledger.record("good", 0, "a", 4, a_patch(5), {})
     ledger.record("good", 0, "a", 4, a_patch(5), {})
     rows = log_rows(tmp_path)
@@ -150,13 +149,14 @@ def test_what_was_made_says_how(tmp_path: Path) -> None:
 
 
 def test_a_journal_cannot_steer_the_terminal(tmp_path: Path) -> None:
-    Journal(tmp_path / "ledger/journal.jsonl").append("probe", phase="a\x1b[2Jb", note="one\ntwo\r")
+    add(Journal(tmp_path / "ledger/journal.jsonl"), "quarantine", phase="a\x1b[2Jb", reason="one\ntwo\r")
     text = io.StringIO()
     print_log(tmp_path, Console(file=text, width=200))
     assert "\x1b" not in text.getvalue() and "a?[2Jb" in text.getvalue() and "one?two?" in text.getvalue()
 
 
 def test_a_run_is_told_by_its_base_and_ranks(tmp_path: Path) -> None:
-    base = {"model": "gpt2", "dtype": "float32", "sha256": "c0ffee" * 10}
-    Journal(tmp_path / "ledger/journal.jsonl").append("run", base=base, seed=7, facts={"ranks": 2, "lanes": 8})
+    base = {**BASE, "model": "gpt2", "sha256": "c0ffee" * 10}
+    journal = Journal(tmp_path / "ledger/journal.jsonl")
+    add(journal, "run", base=base, seed=7, facts={"ranks": 2, "lanes": 8})
     assert log_rows(tmp_path)[0].note == "base gpt2 (float32, sha256 c0ffeec0ffee…), ranks 2, seed 7"

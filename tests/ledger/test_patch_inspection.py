@@ -34,7 +34,7 @@ def test_a_patch_is_told_with_its_layers(run: Path) -> None:
         "000_wiki_good_step000000040.safetensors",
     )
     assert facts.metadata["base"] == BASE
-    assert facts.recorded is not None and facts.recorded["step"] == 50
+    assert facts.recorded is not None and facts.recorded.step == 50
     values = tensors(50)
     for layer, found in enumerate(facts.layers):
         own = {name: value for name, value in values.items() if name.startswith(f"0{layer}.coupling.")}

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from past_events import RESUME
 from past_run import a_trained_run
 
 from revpatch.ledger.audit import verify
@@ -116,7 +117,7 @@ def test_what_earlier_resumes_set_aside_goes_and_the_newest_ones_stays(run: Path
     for _ in range(3):
         ledger = Ledger(run / "ledger")
         kept = ledger.read("000_wiki_commit.safetensors")
-        ledger.resume(len(ledger.journal.records()) - 1)
+        ledger.resume(len(ledger.journal.records()) - 1, **RESUME)
         Ledger(run / "ledger").record("commit", 0, "wiki", 50, kept.tensors, kept.metadata)
     old = run / "ledger/000_wiki_start.safetensors.superseded"
     old.write_bytes(b"of a resume long ago")

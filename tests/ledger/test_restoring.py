@@ -35,8 +35,8 @@ def test_the_new_run_begins_with_the_patch(run: Path, tmp_path: Path) -> None:
     assert all(torch.equal(found[name], tensor) for name, tensor in source.tensors.items())
     assert (told["kind"], told["parent"], told["restored"]["step"]) == ("origin", source.sha256, 40)
     (entry,) = Ledger(new / "ledger", readonly=True).entries()
-    where = entry.fields["restored"]
-    assert restored.event is not None and where == restored.event.fields["restored"]
+    where = entry.restored
+    assert restored.event is not None and where == restored.event.restored
     assert (where["from"], where["head"]) == (f"{run}@good~1", source.ledger.journal.head)
     assert verify(new).ok
     assert f"restored from {run}@good~1" in log_rows(new)[0].note
@@ -52,7 +52,7 @@ def test_a_file_alone_is_enough(tmp_path: Path) -> None:
     sha256 = write_entry(tmp_path / "alone.safetensors", tensors(1), metadata("commit", 5))
     restored = restore(str(tmp_path / "alone.safetensors"), tmp_path / "new")
     assert restored.event is not None
-    source = restored.event.fields["restored"]
+    source = restored.event.restored
     assert (source["sha256"], source["head"]) == (sha256, None)
     origin = origin_of(tmp_path / "new")
     assert origin is not None and origin.metadata["parent"] == sha256 and events_of(origin) == 1

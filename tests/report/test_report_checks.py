@@ -6,16 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from past_events import reading
 
+from revpatch.ledger.events import ProbeReading, Readings
 from revpatch.report.checks import Check, checklist
-from revpatch.report.history import PhaseHistory, RolledBack, RunHistory
+from revpatch.report.history import PhaseHistory, RollbackHistory, RunHistory
 from revpatch.report.matrix import matrix_of
 
 
-def a_set(loss: float, before: float, guarded: bool, gate: float, norm: float, **more: Any) -> dict[str, Any]:
+def a_set(loss: float, before: float, guarded: bool, gate: float, norm: float) -> ProbeReading:
     blocks = [loss - 0.1, loss, loss + 0.1]
-    known = {"loss": loss, "before": before, "drift": loss - before, "tolerance": 0.03, "guarded": guarded}
-    return {**known, "gate": gate, "patch_norm": norm, "block_losses": blocks, **more}
+    return reading(loss, before, guarded=guarded, gate=gate, patch_norm=norm, block_losses=blocks)
+
+
+def change(sets: Readings, name: str, **changes: Any) -> None:
+    sets[name] = sets[name].model_copy(update=changes)
 
 
 def healthy() -> RunHistory:
@@ -24,13 +29,15 @@ def healthy() -> RunHistory:
     start["noise"] = a_set(9.0, 9.0, False, 0.5, 0.0)
     learned = {"old": a_set(3.01, 3.0, True, 0.1, 1.0), "new": a_set(4.0, 6.0, False, 0.9, 5.0)}
     learned["noise"] = a_set(9.0, 9.0, False, 0.9, 5.0)
-    kept = {name: {**values, "guarded": name != "noise", "drift": 0.0} for name, values in learned.items()}
+    kept = {
+        name: found.model_copy(update={"guarded": name != "noise", "drift": 0.0}) for name, found in learned.items()
+    }
     worse = {"old": a_set(3.5, 3.0, True, 0.8, 6.0)}
     good = {"old": a_set(3.02, 3.0, True, 0.1, 1.0)}
     first = PhaseHistory(1, "new", 0, 100, start, commit=learned, commit_step=100)
-    first.rollbacks = [RolledBack(60, "good.safetensors", "old rose", worse, good, "probe")]
+    first.rollbacks = [RollbackHistory(60, "good.safetensors", "old rose", worse, good, "probe")]
     second = PhaseHistory(2, "noise", 100, 50, kept, commit=kept, commit_step=0)
-    second.rollbacks = [RolledBack(120, "start.safetensors", "old rose", worse, kept, "run_end")]
+    second.rollbacks = [RollbackHistory(120, "start.safetensors", "old rose", worse, kept, "run_end")]
     taught = {"old": 0, "new": 1, "noise": 2}
     return RunHistory(Path("run"), [first, second], taught, dict.fromkeys(taught, 0.03), ended=True)
 
@@ -51,7 +58,7 @@ def test_a_healthy_run_passes_and_a_phase_that_was_given_up_does_not_count_as_le
 
 
 def break_plasticity(run: RunHistory) -> None:
-    run.phases[0].commit["new"] |= {"loss": 5.99, "block_losses": [5.0, 6.0, 6.97]}  # fell, but who can tell
+    change(run.phases[0].commit, "new", loss=5.99, block_losses=[5.0, 6.0, 6.97])  # fell, but who can tell
 
 
 def break_plasticity_later(run: RunHistory) -> None:
@@ -59,24 +66,24 @@ def break_plasticity_later(run: RunHistory) -> None:
 
 
 def break_stability(run: RunHistory) -> None:
-    run.phases[0].commit["old"]["drift"] = 0.031
+    change(run.phases[0].commit, "old", drift=0.031)
 
 
 def break_locality(run: RunHistory) -> None:
-    run.phases[0].commit["old"]["gate"] = 0.85
+    change(run.phases[0].commit, "old", gate=0.85)
 
 
 def break_magnitude(run: RunHistory) -> None:
-    run.phases[0].commit["old"]["patch_norm"] = 2.6
+    change(run.phases[0].commit, "old", patch_norm=2.6)
 
 
 def break_restoring(run: RunHistory) -> None:
-    run.phases[0].rollbacks[0].restored["old"] |= {"loss": 3.4, "drift": 0.4}
+    change(run.phases[0].rollbacks[0].restored, "old", loss=3.4, drift=0.4)
 
 
 def break_going_on(run: RunHistory) -> None:
     back = run.phases[1].rollbacks[0]
-    run.phases[1].rollbacks = [RolledBack(back.step, back.to_file, "", back.rejected, back.restored, "")]
+    run.phases[1].rollbacks = [RollbackHistory(back.step, back.to_file, "", back.rejected, back.restored, "")]
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ import torch
 import transformers
 from command import Result, one_line
 from made_up import MadeUp, patch_tensors
+from past_events import add, reading
 from safetensors.torch import load_file, save_file
 from torch import nn
 from toy import POSITIONS, Toy
@@ -249,8 +250,8 @@ def test_the_head_is_stored_once_where_it_is_tied(toy: Toy, tmp_path: Path) -> N
 def test_the_card_is_filled_in_from_the_journal(toy: Toy, make_run: Make, tmp_path: Path) -> None:
     run = make_run()
     run.phase("first", patch_tensors(strength=0), patch_tensors(1))
-    sets = {"base": {"loss": 3.25, "reference": 3.5, "tolerance": 0.03, "guarded": True}}
-    run.ledger.journal.append("rollback", phase="second", step=3, to_file="x", reason="base rose")
+    sets = {"base": reading(3.25, 3.5)}
+    add(run.ledger.journal, "rollback", phase="second")
     run.ledger.record("commit", 1, "second", 6, patch_tensors(2), {**run.metadata, "phase": "second"}, sets=sets)
     export(str(run.directory), "hf", tmp_path / "model")
     card = (tmp_path / "model/README.md").read_text(encoding="utf-8")

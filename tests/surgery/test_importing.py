@@ -13,6 +13,7 @@ import pytest
 import torch
 from command import one_line
 from made_up import MadeUp, patch_tensors
+from past_events import add
 from safetensors.torch import load_file, save_file
 from toy import Toy
 from transformers import AutoModelForCausalLM
@@ -103,7 +104,7 @@ def test_the_sha256_of_the_origin_is_kept(run: MadeUp, folder: Path) -> None:
     made = import_patch(folder, run.directory)
     assert made.made_by["sha256"] == origin.sha256
     newest = run.ledger.newest()
-    assert newest is not None and newest.fields["made_by"] == made.made_by
+    assert newest is not None and newest.made_by == made.made_by
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], None], rehash: bool = True) -> None:
@@ -241,7 +242,7 @@ def placed(toy: Toy, project: Path, noted: Any = "folder") -> Path:
     ledger = Ledger(run / "ledger")
     if noted is not None:
         folder = str(project / "base/mine") if noted == "folder" else None
-        ledger.journal.append("run", base_at={"model": "base/mine", "folder": folder})
+        add(ledger.journal, "run", base_at={"model": "base/mine", "folder": folder})
     ledger.record("commit", 0, "first", 1, patch_tensors(1), metadata)
     (run / "config.yaml").write_text("output_dir: runs/x\n", encoding="utf-8")
     return run

@@ -50,16 +50,16 @@ def test_a_mean_is_written_into_a_new_folder(
     commits = [run.ledger.newest("commit") for run in runs]
     assert metadata["made_by"]["parents"] == [entry.sha256 for entry in commits if entry is not None]
     assert verify(tmp_path / "merged").ok
-    for values in made.sets.values():
-        assert values["guarded"]
+    for found in made.sets.values():
+        assert found.guarded
 
 
 def test_each_set_is_held_against_the_worse_parent(runs: list[MadeUp], tmp_path: Path) -> None:
     a, b = (str(run.directory) for run in runs)
     one, other = (merge((a, b), weights, tmp_path / f"{weights}", force=True) for weights in ((1.0, 0.0), (0.0, 1.0)))
     both = merge((b, a), (0.5, 0.5), tmp_path / "both", force=True)
-    for name, values in both.sets.items():
-        assert values["reference"] == max(one.sets[name]["loss"], other.sets[name]["loss"])
+    for name, found in both.sets.items():
+        assert found.reference == max(one.sets[name].loss, other.sets[name].loss)
 
 
 def test_what_is_worse_than_both_is_refused_unless_forced(runs: list[MadeUp], tmp_path: Path) -> None:

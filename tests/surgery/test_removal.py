@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 from made_up import MadeUp, patch_tensors
+from past_events import KNOWN, add, add_line
 from torch import nn
 from toy import Toy, save_base
 from transformers import AutoModelForCausalLM
 
+from revpatch.ledger.journal import JournalError
 from revpatch.surgery import removal
 from revpatch.surgery.removal import prove_removal
 from revpatch.training.bare_base import bare_base
@@ -79,19 +82,20 @@ def test_the_base_is_held_against_what_training_noted(
     run: MadeUp, toy: Toy, revpatch: Callable[..., Any], tmp_path: Path
 ) -> None:
     bare = bare_base(AutoModelForCausalLM.from_pretrained(toy.base, dtype=torch.float32).eval())
-    run.ledger.journal.append("run", bare_base=bare)
-    run.ledger.journal.append("run_end", bare_base=bare)
+    add(run.ledger.journal, "run", bare_base=bare)
+    add(run.ledger.journal, "run_end", bare_base=bare)
     report = prove_removal(str(run.directory))
     assert report.ok and [(n.event, n.same_weights, n.same_logits, n.same_place) for n in report.noted] == [
         ("run", True, True, True),
         ("run_end", True, True, True),
     ]
-    elsewhere = {**bare, "logits": "0" * 64, "where": {**bare["where"], "host": "another"}}
-    run.ledger.journal.append("run_end", bare_base=elsewhere)
+    other_host = bare.where.model_copy(update={"host": "another"})
+    elsewhere = bare.model_copy(update={"logits": "0" * 64, "where": other_host})
+    add(run.ledger.journal, "run_end", bare_base=elsewhere)
     shown = revpatch("ledger", "verify", run.directory, "--removal")
     assert shown.code == 0 and "differ in bits, which proves nothing" in shown.out
-    for changed in ({**bare, "logits": "0" * 64}, {**elsewhere, "weights": "0" * 64}):
-        run.ledger.journal.append("run_end", bare_base=changed)
+    for of, what in ((bare, "logits"), (elsewhere, "weights")):
+        add(run.ledger.journal, "run_end", bare_base=of.model_copy(update={what: "0" * 64}))
         report = prove_removal(str(run.directory))
         assert not report.ok and [noted.ok for noted in report.noted] == [True, False]
     failed = revpatch("ledger", "verify", run.directory, "--removal")
@@ -112,9 +116,6 @@ END_GONE, TORN = "no event of the run's end", "its last line is cut short"
         (["run", "interrupted"], 0, END_GONE),
         (["run", "run_end", "resume"], 0, END_GONE),
         (["run_end"], 0, "no event of the run's start"),
-        (["bare run", "run_end"], 0, "notes nothing of the base at the run's start"),
-        (["run", "bare run_end"], 0, "notes nothing of the base at the run's end"),
-        (["bare run", "bare run_end"], 0, "notes nothing of the base at the run's start"),
     ],
 )
 def test_what_the_journal_does_not_say_is_not_proved(
@@ -122,11 +123,11 @@ def test_what_the_journal_does_not_say_is_not_proved(
 ) -> None:
     bare = bare_base(AutoModelForCausalLM.from_pretrained(toy.base, dtype=torch.float32).eval())
     journal = run.ledger.journal
-    journal.append("phase_start", phase="first")
+    add(journal, "phase_start")
     for event in events:
         noted = {"bare_base": bare} if event in ("run", "run_end") else {}
         noted |= {"undoes_from": len(journal.records()) - 1} if event == "resume" else {}
-        journal.append(event.removeprefix("bare "), **noted)
+        add(journal, event, **noted)
     lines = journal.path.read_bytes()
     whole = lines[: lines.rstrip(b"\n").rindex(b"\n") + 1]
     journal.path.write_bytes(whole if cut is None else lines[: len(lines) - cut])
@@ -136,6 +137,20 @@ def test_what_the_journal_does_not_say_is_not_proved(
         told = json.loads(revpatch("ledger", "verify", run.directory, "--removal", "--json").out)
         assert told["ok"] and not told["removal"]["ok"] and words in " ".join(told["removal"]["unproved"])
         assert "the patch comes off the base as it is now" in shown.out
+
+
+@pytest.mark.parametrize("event", ["run", "run_end"])
+def test_an_event_that_notes_nothing_of_the_base_proves_nothing(
+    run: MadeUp, revpatch: Callable[..., Any], event: str
+) -> None:
+    fields = {name: value for name, value in KNOWN[event].items() if name != "bare_base"}
+    add_line(run.ledger.journal, event, **fields)
+    line = len(run.ledger.journal.records())
+    words = f"line {line} is no proper `{event}` event: field bare_base: Field required"
+    shown = revpatch("ledger", "verify", run.directory, "--removal")
+    assert shown.code == 1 and words in shown.out and "the removal was not looked into" in shown.out
+    with pytest.raises(JournalError, match=re.escape(words)):
+        prove_removal(str(run.directory))
 
 
 def test_the_verdict_on_the_ledger_comes_first(run: MadeUp, tmp_path: Path, revpatch: Callable[..., Any]) -> None:

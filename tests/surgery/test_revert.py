@@ -63,8 +63,8 @@ def test_a_harmful_phase_is_taken_out_and_the_entry_says_how(run: MadeUp, states
     assert {key: metadata[key] for key in run.metadata} == run.metadata
     newest = run.ledger.newest("commit")
     assert newest is not None and newest.name == made.name
-    assert newest.fields["made_by"] == metadata["made_by"]
-    assert newest.fields["sets"] == made.sets
+    assert newest.made_by == metadata["made_by"]
+    assert newest.sets == made.sets
     assert {entry.name: entry.sha256 for entry in run.ledger.entries()} == {**before, made.name: made.sha256}
     assert verify(run.directory).ok
 
@@ -74,9 +74,9 @@ def test_the_probes_are_those_of_the_two_patches(toy: Toy, run: MadeUp) -> None:
     assert made.sets.keys() == {"base", "first", "second"}
     for reference, key in ((f"{run.directory}@commit~1", "reference"), (f"{run.directory}@commit", "loss")):
         (found,) = probe(reference, [str(toy.shards("base_probe"))], blocks=16)
-        assert made.sets["base"][key] == pytest.approx(found.loss, rel=1e-6)
-    assert made.sets["base"]["guarded"] and made.sets["second"]["guarded"]
-    assert not made.sets["first"]["guarded"], "what the phase taught is what is given up"
+        assert getattr(made.sets["base"], key) == pytest.approx(found.loss, rel=1e-6)
+    assert made.sets["base"].guarded and made.sets["second"].guarded
+    assert not made.sets["first"].guarded, "what the phase taught is what is given up"
 
 
 def test_taking_out_the_newest_phase_gives_the_state_before_it(run: MadeUp, states: dict[str, Tensors]) -> None:
@@ -110,7 +110,7 @@ def test_shards_on_the_command_line_take_the_place_of_the_config(toy: Toy, run: 
     with pytest.raises(ValueError, match=r"no .*config\.yaml.*--shards"):
         revert(run.directory, "first")
     made = revert(run.directory, "first", shards=[str(toy.shards("base_probe"))])
-    assert made.sets.keys() == {"base_probe"} and made.sets["base_probe"]["guarded"]
+    assert made.sets.keys() == {"base_probe"} and made.sets["base_probe"].guarded
     assert made.name == "002_revert-first_commit.safetensors"
 
 

@@ -53,9 +53,9 @@ def test_it_begins_with_the_patch_and_is_held_to_it(runs: Runs) -> None:
     sizes = committed["00.channels"]
     assert (sizes > 0).all() and not torch.allclose(sizes, torch.ones_like(sizes), atol=0.05), "measured, not assumed"
     assert told["parent"] == read_patch(f"{new}@origin").sha256
-    entries = {(e.kind, run): e.fields["sets"]["base"] for run in (old, new) for e in ledger(run) if e.kind != "origin"}
-    assert entries["start", new]["loss"] == pytest.approx(entries["commit", old]["loss"], abs=1e-6)
-    assert entries["start", new]["base"] == pytest.approx(entries["start", old]["loss"], abs=1e-6), "the bare base"
+    entries = {(e.kind, run): e.sets["base"] for run in (old, new) for e in ledger(run) if e.kind != "origin"}
+    assert entries["start", new].loss == pytest.approx(entries["commit", old].loss, abs=1e-6)
+    assert entries["start", new].base == pytest.approx(entries["start", old].loss, abs=1e-6), "the bare base"
     first, last = re.findall(r"first (?:1|12)/12 .*", (new / "train.log").read_text())
     kl = [float(found[1]) if (found := re.search(r"distill_kl (\S+)", line)) else 0.0 for line in (first, last)]
     assert kl[0] < 1e-6 < 1e-4 < kl[1], "the teacher is the patch that was restored: no KL yet, but for rounding"
@@ -63,7 +63,7 @@ def test_it_begins_with_the_patch_and_is_held_to_it(runs: Runs) -> None:
     told = [report_of(run) for run in (old, new)]
     assert [report.matrix.rows for report in told] == [["base", "first"], ["000_first_origin.safetensors", "first"]]
     since = [report.measures["base text since the base"] for report in told]
-    assert since[1].value == pytest.approx(entries["start", old]["loss"] - entries["commit", new]["loss"], abs=1e-6)
+    assert since[1].value == pytest.approx(entries["start", old].loss - entries["commit", new].loss, abs=1e-6)
     assert [after for after, _ in told[1].run.samples] == ["000_first_origin.safetensors", "first"]
     assert verify(new).ok
 

@@ -51,7 +51,7 @@ def test_prompts_are_the_configs_or_taken_from_the_held_out_sets(toy: Toy, tmp_p
     short, cut = given.write()
     assert torch.equal(torch.get_rng_state(), state), "no random number was drawn"
     assert given.write() == [short, cut]
-    assert short["prompt"] == "the patch"
-    assert cut["text"], "a prompt that fills the model leaves room for a token"
+    assert short.prompt == "the patch"
+    assert cut.text, "a prompt that fills the model leaves room for a token"
     with patch_disabled(base):
-        assert given.write()[0]["text"] != short["text"]
+        assert given.write()[0].text != short.text
