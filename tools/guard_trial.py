@@ -156,7 +156,7 @@ class Bench:
     def key(self, trial: Trial) -> dict[str, Any]:
         """All that decides what comes of a trial: the config with every default, and digests in the place of paths."""
         settings = Config.model_validate(self.config(trial, Path("run"))).model_dump(mode="json")
-        for place in ("output_dir", "build", "monitoring", "ledger", "snapshot", "stream"):
+        for place in ("output_dir", "build", "monitoring", "snapshot", "stream"):
             del settings[place]
         del settings["base"]["model"], settings["phases"][0]["shards"], settings["replay"]["base"]
         for probe in settings["probes"]["sets"]:

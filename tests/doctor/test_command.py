@@ -62,12 +62,11 @@ def test_what_a_config_names_is_looked_at(toy: Toy, tmp_path: Path) -> None:
         phases=[{"name": "raw", "shards": str(tmp_path / "raw.jsonl"), "steps": 9}],
         probes={"sets": []},
         build={"folder": str(tmp_path / "file/built")},
-        teacher={"spill": str(tmp_path / "file/spill")},
     )
     findings = {finding.check: finding for finding in this_machine(Places.of(config))}
-    assert {findings[name].colour for name in ("output", "built shards", "teacher's spill")} == {"red"}
+    assert {findings[name].colour for name in ("output", "built shards")} == {"red"}
     assert "shard cache" not in findings
-    named = CHECKS | {"built shards", "teacher's spill"}
+    named = CHECKS | {"built shards"}
     assert findings.keys() == named - {"shard cache", "launcher", "all-reduce"}
 
 

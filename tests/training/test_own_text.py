@@ -238,7 +238,7 @@ def test_a_patch_that_is_made_of_its_patches_is_held_to_it(runs: Runs, tmp_path:
     (own,) = probes.sets
     assert own.name == OWN_TEXT and Path(own.shards).parent == runs.folder / "other"
     made = revert(shutil.copytree(runs.path("two"), tmp_path / "copy"), "first", layers=[0])
-    assert made.sets[OWN_TEXT]["guarded"], made
+    assert made.sets[OWN_TEXT].guarded, made
 
 
 def test_a_later_run_of_the_base_reads_what_is_there(runs: Runs) -> None:

@@ -58,7 +58,7 @@ def test_it_begins_with_the_patch_and_is_held_to_it(runs: Runs) -> None:
     assert entries["start", new].base == pytest.approx(entries["start", old].loss, abs=1e-6), "the bare base"
     first, last = re.findall(r"first (?:1|12)/12 .*", (new / "train.log").read_text())
     kl = [float(found[1]) if (found := re.search(r"distill_kl (\S+)", line)) else 0.0 for line in (first, last)]
-    assert kl[0] < 1e-6 < 1e-4 < kl[1], "the teacher is the patch that was restored: no KL yet, but for rounding"
+    assert min(kl) > 1e-4, "the base itself is the teacher on its own text, and the restored patch has left it"
     assert runs.events("through", "run")[0]["origin"] == "000_first_origin.safetensors"
     told = [report_of(run) for run in (old, new)]
     assert [report.matrix.rows for report in told] == [["base", "first"], ["000_first_origin.safetensors", "first"]]
