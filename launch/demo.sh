@@ -24,7 +24,7 @@ if [ "$RANKS" -gt 0 ]; then
 else
     export DS_ACCELERATOR=cpu OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((($(nproc) + 1) / 2))}"
     LAUNCH=(deepspeed --quiet --num_accelerators 2)
-    if python -c 'import sys; from revpatch.training.launch import bfloat16_is_slow; sys.exit(not bfloat16_is_slow())'; then
+    if python -c 'import sys; from revpatch.distributed.ranks import bfloat16_is_slow; sys.exit(not bfloat16_is_slow())'; then
         echo "demo: this CPU is slower in bfloat16 than in float32; the base is run in float32"
         OPTIONS=(--set base.dtype=float32)
     fi

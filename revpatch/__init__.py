@@ -11,14 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from revpatch.config import SidecarConfig as SidecarConfig
-    from revpatch.loading import from_pretrained as from_pretrained
-    from revpatch.loading import load_patch as load_patch
-    from revpatch.loading import load_patched as load_patched
     from revpatch.patch.channels import measure_channels as measure_channels
-    from revpatch.patch.named import add_patch as add_patch
-    from revpatch.patch.named import patch_names as patch_names
-    from revpatch.patch.named import remove_patch as remove_patch
-    from revpatch.patch.named import set_patch as set_patch
     from revpatch.patch.patched_model import Patch as Patch
     from revpatch.patch.patched_model import active_patch as active_patch
     from revpatch.patch.patched_model import attach as attach
@@ -26,19 +19,26 @@ if TYPE_CHECKING:
     from revpatch.patch.patched_model import is_patched as is_patched
     from revpatch.patch.patched_model import patch_disabled as patch_disabled
     from revpatch.patch.patched_model import set_gate as set_gate
-    from revpatch.saving import save_patch as save_patch
-    from revpatch.saving import save_pretrained as save_pretrained
+    from revpatch.patches import add_patch as add_patch
+    from revpatch.patches import from_pretrained as from_pretrained
+    from revpatch.patches import load_patch as load_patch
+    from revpatch.patches import load_patched as load_patched
+    from revpatch.patches import patch_names as patch_names
+    from revpatch.patches import remove_patch as remove_patch
+    from revpatch.patches import save_patch as save_patch
+    from revpatch.patches import save_pretrained as save_pretrained
+    from revpatch.patches import set_patch as set_patch
 
 _HOME = {
     "SidecarConfig": "revpatch.config",
-    "from_pretrained": "revpatch.loading",
-    "load_patch": "revpatch.loading",
-    "load_patched": "revpatch.loading",
+    "from_pretrained": "revpatch.patches",
+    "load_patch": "revpatch.patches",
+    "load_patched": "revpatch.patches",
     "measure_channels": "revpatch.patch.channels",
-    "add_patch": "revpatch.patch.named",
-    "patch_names": "revpatch.patch.named",
-    "remove_patch": "revpatch.patch.named",
-    "set_patch": "revpatch.patch.named",
+    "add_patch": "revpatch.patches",
+    "patch_names": "revpatch.patches",
+    "remove_patch": "revpatch.patches",
+    "set_patch": "revpatch.patches",
     "Patch": "revpatch.patch.patched_model",
     "active_patch": "revpatch.patch.patched_model",
     "attach": "revpatch.patch.patched_model",
@@ -46,8 +46,8 @@ _HOME = {
     "is_patched": "revpatch.patch.patched_model",
     "patch_disabled": "revpatch.patch.patched_model",
     "set_gate": "revpatch.patch.patched_model",
-    "save_patch": "revpatch.saving",
-    "save_pretrained": "revpatch.saving",
+    "save_patch": "revpatch.patches",
+    "save_pretrained": "revpatch.patches",
 }
 
 __all__ = list(_HOME)

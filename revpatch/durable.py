@@ -1,17 +1,29 @@
-"""Files and folders that survive a crash: written beside their place, synced, renamed; and the sha256 of files."""
+"""Files that survive a crash: written beside their place, synced, renamed; locks, sha256 and canonical JSON.
+
+A lock ends with the process that holds it. Lustre mounted without `flock`, NFS without its lock service and some CIFS
+refuse to lock a file: there a file among this machine's temporary ones stands in, and a warning says that other
+machines are not kept out. The same value gives the same JSON (sorted keys, no spaces, ASCII), so that it can be hashed;
+a float that is not finite becomes "NaN", "Infinity" or "-Infinity", which Python's `float()` turns back.
+"""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
+import json
+import logging
+import math
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any
 
-from revpatch.locks import lock_file
+from pydantic import BaseModel
 
 _CHUNK = 1 << 20
 _LOCK_NAME = ".lock"
@@ -125,3 +137,102 @@ def is_lfs_pointer(path: Path) -> bool:
     """Return whether a file is what git leaves in the place of a large file that `git lfs pull` has not fetched yet."""
     with path.open("rb") as file:
         return file.read(42).startswith(b"version https://git-lfs.github.com/spec/v1")
+
+
+log = logging.getLogger("revpatch")
+
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
+"""What a file system without locks answers."""
+
+
+def lock_file(path: Path) -> IO[Any] | None:
+    """Locks a file, which is made if it is missing, for this process alone until the returned file is closed.
+
+    None if another process holds it, or has held it and removed it meanwhile. Raises OSError if it can't be opened.
+    """
+    file: IO[Any] = path.open("a")
+    try:
+        held = _try(file)
+    except OSError as error:
+        file.close()
+        if error.errno not in NO_LOCKS:
+            raise
+        file = _stand_in(path, error)
+        held = _try(file)
+    there = path.exists() and (file.name != str(path) or os.path.samestat(path.stat(), os.fstat(file.fileno())))
+    if held and there:
+        return file
+    file.close()
+    return None
+
+
+def _try(file: IO[Any]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _stand_in(path: Path, error: OSError) -> IO[Any]:
+    """The file on this machine that is locked in place of one whose file system has no locks."""
+    name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
+    place = Path(tempfile.gettempdir()) / f"revpatch-{name}.lock"
+    log.warning(
+        "%s: its file system has no locks (%s; Lustre: mount it with -o flock, NFS: start its lock service). %s stands "
+        "in, which keeps out other processes of this machine alone: start nothing on another machine that writes there",
+        path.parent,
+        error.strerror,
+        place,
+    )
+    try:
+        return place.open("rb")  # another user's, perhaps: a lock needs no right to write
+    except FileNotFoundError:
+        return place.open("ab")
+
+
+def to_plain(value: Any, where: str = "value") -> Any:
+    """Returns `value` as None, bool, int, float, str, list and dict with str keys; tuples become lists, and a model a
+    dict of the fields that it was given.
+
+    Raises ValueError with the path below `where` of the first thing that has no place in JSON (a tensor, a Path, a
+    numpy number, a key that is not a str).
+    """
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        if math.isfinite(value):
+            return float(value)
+        return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+    if isinstance(value, list | tuple):
+        return [to_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if isinstance(value, dict):
+        for key in value:
+            if not isinstance(key, str):
+                raise ValueError(f"{where} has the key {key!r} of type {type(key).__name__}: keys must be str")
+        return {key: to_plain(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, BaseModel):
+        return to_plain(value.model_dump(exclude_unset=True, warnings=False), where)
+    raise ValueError(
+        f"{where} is a {type(value).__name__}: only None, bool, int, float, str, list and dict can be recorded. "
+        "Convert it first (a tensor or numpy number with .item() or .tolist(), a path with str())."
+    )
+
+
+def canonical_json(value: Any, where: str = "value") -> str:
+    """The one JSON spelling of `value`, on one line. Raises ValueError as `to_plain` does."""
+    return json.dumps(to_plain(value, where), sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def size(count: int) -> str:
+    """Bytes, as people read them."""
+    if count < 1000:
+        return f"{count} B"
+    return f"{count / 1e3:.1f} kB" if count < 1_000_000 else f"{count / 1e6:.1f} MB"
+
+
+def printable(text: str) -> str:
+    """The text with "?" in place of escape and other control characters, which would steer a terminal."""
+    return "".join(character if character.isprintable() else "?" for character in text)

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from revpatch.config import ConfigError
-from revpatch.config_file import load_config
+from revpatch.config.file import load_config
 
 MINIMAL: dict[str, Any] = {
     "output_dir": "runs/x",

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from revpatch.stream.tars import HEADER_BYTES, stride_of
+from revpatch.shards.format import HEADER_BYTES, stride_of
 
 STRIDE = stride_of(32)
 AT = 3 * STRIDE

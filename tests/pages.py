@@ -16,7 +16,7 @@ from browser import Browser, Page
 from ranks import environment, free_port
 from typed import ROOT
 
-from revpatch.monitoring.layout import Layout
+from revpatch.monitoring.tensorboard import Layout
 
 CHARTS = """(() => {
   const all = (node, name, found) => {

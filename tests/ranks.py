@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from revpatch.ledger.history import Ledger, effective
-from revpatch.ledger.plain import to_plain
+from revpatch.durable import to_plain
+from revpatch.ledger.ledger import Ledger, effective
 
 CHECKS = Path(__file__).parent / "training/rank_checks.py"
 BIN = Path(sys.executable).parent

@@ -24,7 +24,7 @@ from toy import Toy, save_base
 from revpatch.base import Base, BaseError, load_base
 from revpatch.config import SidecarConfig
 from revpatch.patch.patched_model import attach, base_sha256
-from revpatch.saving import save_patch
+from revpatch.patches import save_patch
 
 Spoil = Callable[[Path], Any]
 ADAPTER = {"peft_type": "LORA", "base_model_name_or_path": "somebody/base", "r": 4, "task_type": "CAUSAL_LM"}
@@ -358,7 +358,7 @@ def spoiled(stored: Path, tmp_path: Path, spoil: Spoil) -> Path:
 def test_a_spoiled_base_is_refused_in_one_line(
     name: str, stored: Path, toy: Toy, tmp_path: Path, revpatch: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from revpatch.training import run
+    from revpatch.train import run
 
     monkeypatch.setattr(run, "process_group", lambda *_: pytest.fail("a process group was formed"))
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a person was asked"))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from revpatch import config as config_module
 from revpatch.config import BatchConfig, Config, ConfigError, ProbeSetConfig, Section
-from revpatch.config_file import dump_config, load_config
+from revpatch.config.file import dump_config, load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 

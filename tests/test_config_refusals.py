@@ -10,7 +10,7 @@ import pytest
 import yaml
 from config_files import MINIMAL, merged, refusal, refusal_of, write
 
-from revpatch.config_file import load_config
+from revpatch.config.file import load_config
 
 
 @pytest.mark.parametrize(

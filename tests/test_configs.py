@@ -13,10 +13,9 @@ import pytest
 import yaml
 from ranks import Runs, RunServer
 
-from revpatch.config_file import load_config
-from revpatch.stream.hub import parse_hub_spec
-from revpatch.training.preflight import locations
-from revpatch.training.zero_config import read_deepspeed_config
+from revpatch.config.file import load_config, read_deepspeed_config
+from revpatch.corpus.sources import parse_hub_spec
+from revpatch.train.preflight import locations
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

@@ -22,9 +22,9 @@ from pages import charts_of, corners_of, go_when_up, is_drawn, series_of, tensor
 from ranks import environment, rank_pid
 
 from revpatch.config import Config
-from revpatch.config_file import load_config
-from revpatch.ledger.audit import verify
-from revpatch.monitoring.layout import layout_of
+from revpatch.config.file import load_config
+from revpatch.ledger.maintenance import verify
+from revpatch.monitoring.tensorboard import layout_of
 
 ROOT = Path(__file__).resolve().parent.parent
 LOGGED = re.compile(r" (\w+) (\d+)/\d+ .*?  lm (\S+) .*  gate (\S+)  lr \S+  (\d+) tokens/s$", re.MULTILINE)

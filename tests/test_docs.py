@@ -11,7 +11,7 @@ import pytest
 import typer
 
 from revpatch.cli import app
-from revpatch.config_file import load_config
+from revpatch.config.file import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted(ROOT.glob("[!.]*/README.md"))]

@@ -21,9 +21,8 @@ from transformers import DynamicCache
 
 from revpatch.config import SidecarConfig
 from revpatch.patch.patched_model import attach, detach, patch_disabled
-from revpatch.training.head_chunk import compiled, in_place
-from revpatch.training.head_loss import frozen_head_loss
-from revpatch.training.teacher_cache import TeacherCache
+from revpatch.step.head_loss import compiled, frozen_head_loss, in_place
+from revpatch.step.teacher import TeacherCache
 
 PARTS = Path(__file__).resolve().parent.parent / "tools/gpu_parts.py"
 VOCABULARY = 300

@@ -24,9 +24,9 @@ from pages import (
 from ranks import RunServer
 from toy import Toy
 
-from revpatch.config_file import load_config
+from revpatch.config.file import load_config
 from revpatch.ledger.journal import Journal
-from revpatch.monitoring.layout import layout_of
+from revpatch.monitoring.tensorboard import layout_of
 
 pytestmark = pytest.mark.slow
 

@@ -19,33 +19,25 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "revpatch"
 FLOORS = {
     "revpatch.config": 0,
-    "revpatch.locks": -1,
     "revpatch.durable": 0,
-    "revpatch.cores": 0,
-    "revpatch.home": 0,
-    "revpatch.config_file": 1,
+    "revpatch.distributed": 0,
+    "revpatch.terminal": 0,
     "revpatch.patch": 1,
-    "revpatch.stream": 1,
+    "revpatch.shards": 1,
     "revpatch.ledger": 1,
-    "revpatch.monitoring": 2,
-    "revpatch.training": 3,
+    "revpatch.corpus": 2,
     "revpatch.base": 2,
-    "revpatch.loading": 3,
-    "revpatch.saving": 2,
+    "revpatch.patches": 3,
     "revpatch.generate": 4,
-    "revpatch.surgery": 4,
-    "revpatch.cli_options": 4,
-    "revpatch.cli_errors": 4,
-    "revpatch.generate_cli": 5,
-    "revpatch.doctor": 4,
-    "revpatch.report": 4,
-    "revpatch.report_cli": 5,
-    "revpatch.ledger_cli": 5,
-    "revpatch.surgery_cli": 5,
-    "revpatch.doctor_cli": 5,
-    "revpatch.shards_cli": 5,
-    "revpatch.cli": 6,
-    "revpatch.__main__": 7,
+    "revpatch.step": 4,
+    "revpatch.evaluation": 5,
+    "revpatch.monitoring": 6,
+    "revpatch.train": 7,
+    "revpatch.surgery": 8,
+    "revpatch.report": 8,
+    "revpatch.doctor": 8,
+    "revpatch.cli": 9,
+    "revpatch.__main__": 10,
 }
 """Room, and its floor."""
 
@@ -160,9 +152,7 @@ def test_the_config_is_read_without_torch(module: str) -> None:
     assert not names(found, "torch", "transformers", "numpy", "deepspeed", "accelerate")
 
 
-@pytest.mark.parametrize(
-    "module", [m for m in FILES if room_of(m) in ("revpatch.stream", "revpatch.patch", "revpatch.ledger")]
-)
+@pytest.mark.parametrize("module", [m for m in FILES if room_of(m)[9:] in ("shards", "corpus", "patch", "ledger")])
 def test_ground_floor_rooms_ask_for_no_rank(module: str) -> None:
     assert not names(imports(FILES[module]), "torch.distributed", "deepspeed", "accelerate")
     source = FILES[module].read_text(encoding="utf-8")
@@ -175,16 +165,16 @@ def test_ground_floor_rooms_ask_for_no_rank(module: str) -> None:
 
 @pytest.mark.parametrize("module", [m for m in FILES if room_of(m) == "revpatch.patch"])
 def test_the_patch_knows_no_file(module: str) -> None:
-    assert not names(imports(FILES[module]), "pathlib", "os", "io", "revpatch.stream", "revpatch.ledger")
+    assert not names(imports(FILES[module]), "pathlib", "os", "io", "revpatch.shards", "revpatch.ledger")
 
 
-@pytest.mark.parametrize("module", [m for m in FILES if room_of(m) == "revpatch.stream"])
+@pytest.mark.parametrize("module", [m for m in FILES if room_of(m) in ("revpatch.shards", "revpatch.corpus")])
 def test_the_stream_knows_no_model(module: str) -> None:
     assert not names(imports(FILES[module]), "torch", "revpatch.patch")
 
 
 def test_the_guard_is_a_pure_function_of_numbers() -> None:
-    found = imports(FILES["revpatch.training.guard"])
+    found = imports(FILES["revpatch.evaluation.guard"])
     assert not names(found, "torch", "os", "pathlib", "random", "time", "revpatch")
 
 
@@ -195,4 +185,4 @@ def test_only_the_engine_trains_with_deepspeed_and_accelerate(module: str) -> No
     if module == "revpatch.monitoring.trackers":
         assert found == ["accelerate.tracking"]
     else:
-        assert bool(found) == (module == "revpatch.training.engine"), found
+        assert bool(found) == (module == "revpatch.step.engine"), found

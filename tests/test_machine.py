@@ -25,16 +25,14 @@ from ranks import Runs, RunServer
 from toy import Toy
 from waiting import until
 
+from revpatch import doctor as examine
 from revpatch.config import ConfigError
-from revpatch.config_file import load_config
-from revpatch.cores import cores, quota_of
-from revpatch.doctor import examine
-from revpatch.durable import sync_directory, write_atomically
-from revpatch.locks import lock_file
-from revpatch.monitoring.board import Board
-from revpatch.stream.manifest import Shard
-from revpatch.stream.open_shards import PlacedShard
-from revpatch.stream.shard_cache import ShardCache, ShardCacheError
+from revpatch.config.file import load_config
+from revpatch.distributed import cores, quota_of
+from revpatch.durable import lock_file, sync_directory, write_atomically
+from revpatch.monitoring.tensorboard import Board
+from revpatch.shards.cache import PlacedShard, ShardCache, ShardCacheError
+from revpatch.shards.format import Shard
 
 # --- what is printed gets lost ----------------------------------------------------------------------------------------
 
@@ -96,7 +94,7 @@ def test_a_reader_that_has_stopped_is_waited_for_once() -> None:
     reader, writer = os.pipe()
     fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
     code = (
-        "import sys; from revpatch.monitoring import streams; streams.PATIENCE_SECONDS = 0.2; streams.make_steady();"
+        "import sys; from revpatch import terminal as streams; streams.PATIENCE_SECONDS = 0.2; streams.make_steady();"
         "streams.never_wait(); [print('x' * 80, flush=True) for _ in range(5000)];"
         "sys.stderr.write(f'{streams.unwritten()} {streams.reader_has_gone()}')"
     )

@@ -15,12 +15,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from revpatch.config_file import load_config
-from revpatch.stream.holdout import is_held_out
-from revpatch.stream.manifest import Manifest
-from revpatch.stream.shard_set import ShardSet
-from revpatch.stream.sources import read_documents
-from revpatch.stream.tokenizer import tokenizer_fingerprint
+from revpatch.config.file import load_config
+from revpatch.corpus.encode import is_held_out
+from revpatch.corpus.sources import read_documents
+from revpatch.corpus.tokenizer import tokenizer_fingerprint
+from revpatch.shards.format import Manifest
+from revpatch.shards.shard_set import ShardSet
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "shards/demo"

@@ -14,9 +14,8 @@ import pytest
 from command import Call, Result, one_line
 from toy import BLOCK_SIZE, Toy, make_text
 
-from revpatch.monitoring.building import BuildSpeed
-from revpatch.stream.build import Progress
-from revpatch.stream.manifest import Manifest
+from revpatch.corpus.progress import BuildProgress, BuildSpeed
+from revpatch.shards.format import Manifest
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDE = {**os.environ, "COLUMNS": "200", "PYTHONPATH": str(ROOT)}
@@ -99,8 +98,8 @@ def test_progress_says_how_fast_and_how_long(monkeypatch: pytest.MonkeyPatch) ->
     clock = iter([100.0, 110.0])
     monkeypatch.setattr("time.monotonic", lambda: next(clock))
     speed = BuildSpeed()
-    speed.describe(Progress(5, 50_000, 1, 2**20, 11 * 2**20))  # of an earlier call: it doesn't count
-    line = speed.describe(Progress(9, 150_000, 3, 6 * 2**20, 11 * 2**20))
+    speed.describe(BuildProgress(5, 50_000, 1, 2**20, 11 * 2**20))  # of an earlier call: it doesn't count
+    line = speed.describe(BuildProgress(9, 150_000, 3, 6 * 2**20, 11 * 2**20))
     assert line == "9 documents, 150,000 tokens, 10,000 tokens/s, 6 of 11 MiB, 0:00:10 left"
 
 
@@ -111,8 +110,8 @@ def test_progress_knows_that_a_build_ends_after_so_many_tokens(
     clock = iter([100.0, 110.0])
     monkeypatch.setattr("time.monotonic", lambda: next(clock))
     speed = BuildSpeed()
-    speed.describe(Progress(5, 50_000, 1, 2**20, in_all, 190_000))
-    assert speed.describe(Progress(9, 150_000, 3, 6 * 2**20, in_all, 190_000)).endswith(", 0:00:04 left")
+    speed.describe(BuildProgress(5, 50_000, 1, 2**20, in_all, 190_000))
+    assert speed.describe(BuildProgress(9, 150_000, 3, 6 * 2**20, in_all, 190_000)).endswith(", 0:00:04 left")
 
 
 def test_shards_are_built_from_files(toy: Toy, tmp_path: Path, revpatch: Call) -> None:

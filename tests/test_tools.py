@@ -269,7 +269,7 @@ def test_steps_leave_nothing_in_memory(weights: dict[str, float]) -> None:
     from bench_ours import Ours
     from bench_workload import Workload
 
-    from revpatch.training.cost import resident_bytes
+    from revpatch.train.startup import resident_bytes
 
     ours = Ours(Workload("demo", 2, 2, 128, torch.float32))
     ours.objective.config = ours.objective.config.model_copy(update=weights)

@@ -21,8 +21,8 @@ from typed import ROOT, Block, Typist, blocks_of
 from typed_tables import ELSEWHERE, INSTEAD, LEFT_OUT, REFUSALS, SHOWN, TYPED
 
 import revpatch
-from revpatch.config_file import load_config
-from revpatch.ledger.audit import verify
+from revpatch.config.file import load_config
+from revpatch.ledger.maintenance import verify
 from revpatch.patch.families import Family
 
 DOCUMENTS = ["README.md", *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md")))]

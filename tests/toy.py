@@ -22,8 +22,8 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from revpatch.config import Config
-from revpatch.config_file import load_config
-from revpatch.stream.build import build_shards
+from revpatch.config.file import load_config
+from revpatch.corpus.build import build_shards
 
 WORDS = ["the", "patch", "learns", "what", "a", "stream", "brings", "and", "forgets", "little", "of", "it"]
 CORPORA = {

@@ -13,14 +13,14 @@ import sys
 import textwrap
 from pathlib import Path
 
-from revpatch.config_file import load_config
+from revpatch.config.file import load_config
+from revpatch.generate import Sampler
 from revpatch.ledger.events import Sample
-from revpatch.loading import load_patched
-from revpatch.monitoring.terminal import quiet_libraries
 from revpatch.patch.patched_model import set_gate
+from revpatch.patches import load_patched
 from revpatch.report.history import read_history
-from revpatch.training.resume import CONFIG_NAME
-from revpatch.training.samples import Sampler
+from revpatch.terminal import quiet_libraries
+from revpatch.train.resume import CONFIG_NAME
 
 WIDTH = 112
 

@@ -46,8 +46,8 @@ from figures import Figure, machine, show, write_figures
 from progress import Progress
 
 from revpatch.config import ReplayConfig
-from revpatch.cores import cores
-from revpatch.training.launch import bfloat16_is_slow
+from revpatch.distributed import cores
+from revpatch.distributed.ranks import bfloat16_is_slow
 
 CHECKPOINTING = "ours-checkpointing"
 PEAK, LOSS_CHECK = "peak memory", "gradients of the losses alone, in float64"

@@ -32,8 +32,8 @@ from figures import Figure, machine, show
 from progress import Progress
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from revpatch.stream.build import build_shards
-from revpatch.stream.chunks import CHUNK_CHARACTERS
+from revpatch.corpus.build import build_shards
+from revpatch.corpus.chunks import CHUNK_CHARACTERS
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK_SIZE = 1024

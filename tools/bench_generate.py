@@ -35,7 +35,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import revpatch
-from revpatch.monitoring.terminal import quiet_libraries
+from revpatch.terminal import quiet_libraries
 
 DEMO_BASE = Path(__file__).resolve().parent.parent / "shards/demo_base"
 PROMPT_TOKENS = 32

@@ -27,11 +27,10 @@ from progress import Progress
 from random_shards import write_random_set
 
 from revpatch.patch.patched_model import attach
-from revpatch.stream.replay import ReplayMixture
-from revpatch.stream.shard_set import ShardSet
-from revpatch.training.cost import resident_bytes
-from revpatch.training.teacher import Teacher
-from revpatch.training.teacher_cache import TeacherCache
+from revpatch.shards.replay import ReplayMixture
+from revpatch.shards.shard_set import ShardSet
+from revpatch.step.teacher import Teacher, TeacherCache
+from revpatch.train.startup import resident_bytes
 
 LENGTHS, BATCHES, REPLAYS = (256, 512, 1024), (1, 2, 4, 8, 16), (10**2, 10**3, 10**4, 10**5)
 REPLAY_BLOCK, REPLAY_STEPS, REPLAY_ROWS, CACHE_BYTES = 128, 200, 16, 32 * 10**6

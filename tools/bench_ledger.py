@@ -6,7 +6,7 @@ Makes a run of so many good entries in a temporary folder, each with its probe o
 file of so many KiB, and another of a few entries of 4.8 MB (what a patch of a GPT-2 of 124M with r = 64 takes), and
 measures:
 
-- the wall time of `python -m revpatch ledger log`, with colours too, and of `ledger verify --no-hash`, as processes,
+- the wall time of `python -m revpatch ledger log`, and of `ledger verify --no-hash`, as processes,
   so that the interpreter's start and all imports count; the median of the rounds, and the CPU time of the same;
 - bytes/s of `verify`, which hashes, over those of `sha256sum` on the same files, in turn within each round, page cache
   warm. verify's time is taken inside the process, sha256sum's with its start, which is 1 ms.
@@ -32,8 +32,8 @@ from figures import Figure, machine, show
 from progress import Progress
 
 from revpatch.durable import sha256_of
-from revpatch.ledger.audit import verify
 from revpatch.ledger.journal import Journal
+from revpatch.ledger.maintenance import verify
 from revpatch.ledger.patch_file import entry_name
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -90,14 +90,13 @@ def command(*arguments: str, **environment: str) -> None:
     )
 
 
-COMMANDS = ("ledger log", "ledger log, in colour", "ledger log --json", "ledger verify --no-hash")
+COMMANDS = ("ledger log", "ledger log --json", "ledger verify --no-hash")
 
 
 def reading(run: Path, entries: int, rounds: int, progress: Progress) -> list[Figure]:
     """Wall time of the commands, with the interpreter's start."""
     ways: tuple[Callable[[], None], ...] = (
         lambda: command("log", str(run)),
-        lambda: command("log", str(run), FORCE_COLOR="1", TERM="xterm-256color"),
         lambda: command("log", str(run), "--json"),
         lambda: command("verify", str(run), "--no-hash"),
     )

@@ -17,8 +17,7 @@ from bench_oracle import CHECKED_WEIGHTS, LIMIT, PEERS_LIMIT, checked_workload, 
 from bench_workload import KL_WEIGHT, REPLAY_WEIGHT, SHAPES, Workload
 from torch import Tensor
 
-from revpatch.training.head_chunk import Chunk, compiled, in_place
-from revpatch.training.head_loss import frozen_head_loss
+from revpatch.step.head_loss import ChunkLoss, compiled, frozen_head_loss, in_place
 
 LossFunction = Callable[[Tensor, Tensor, Tensor, Tensor, int, float, float], Tensor]
 """(hidden, the teacher's, head, targets, new tokens, weight of replay, weight of KL) to the loss."""
@@ -58,7 +57,7 @@ def textbook(
     return F.cross_entropy(new, targets[:first]) + replay_weight * replayed + kl_weight * kl
 
 
-def ours(chunk: Chunk) -> LossFunction:
+def ours(chunk: ChunkLoss) -> LossFunction:
     """As the objective calls it, with chunks done in one way or the other."""
 
     def loss(

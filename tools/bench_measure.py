@@ -16,7 +16,7 @@ from bench_workload import Workload, synchronize
 from progress import Progress
 from torch.utils.flop_counter import FlopCounterMode
 
-from revpatch.training.cost import resident_bytes
+from revpatch.train.startup import resident_bytes
 
 SIDE = {"cpu": 2048, "cuda": 8192}
 """Of the matrices whose product is a device's own rate: large enough to fill it."""

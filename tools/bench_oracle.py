@@ -10,7 +10,7 @@ from bench_ours import Ours, Parts, Peer
 from bench_workload import KL_WEIGHT, REPLAY_WEIGHT, SHAPES, Workload, name_of
 from torch import Tensor
 
-from revpatch.training.head_loss import MIN_ROWS
+from revpatch.step.head_loss import MIN_ROWS
 
 LIMIT = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Largest relative error of ours, of the loss and of the gradient."""

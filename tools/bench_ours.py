@@ -16,18 +16,16 @@ from bench_workload import KL_WEIGHT, LEARNING_RATE, MAX_GRAD_NORM, REPLAY_WEIGH
 from torch import Tensor, nn
 
 from revpatch.config import TeacherConfig
+from revpatch.distributed.ranks import Ranks
+from revpatch.monitoring.record import RunningMean
 from revpatch.patch.families import blocks_of
 from revpatch.patch.patched_model import Patch, active_patch, attach, switchboard
-from revpatch.training.engine import Engine, MicroBatch, make_engine
-from revpatch.training.head_chunk import compiled, in_place
-from revpatch.training.launch import Peers
-from revpatch.training.lean import make_lean
-from revpatch.training.objective import PatchObjective
-from revpatch.training.record import Meter
-from revpatch.training.schedule import make_optimizer, set_learning_rate
-from revpatch.training.startup import compile_base
-from revpatch.training.teacher import Teacher
-from revpatch.training.teacher_cache import Key, TeacherCache
+from revpatch.step.engine import Engine, MicroBatch, make_engine, make_optimizer, set_learning_rate
+from revpatch.step.frozen_base import make_lean
+from revpatch.step.head_loss import compiled, in_place
+from revpatch.step.objective import PatchObjective
+from revpatch.step.teacher import Key, Teacher, TeacherCache
+from revpatch.train.startup import compile_base
 
 CACHE_BYTES = int(TeacherConfig().cache_gb * 1e9)
 """What a run's teacher may keep if its config doesn't say otherwise."""
@@ -164,14 +162,14 @@ def _patched(base: nn.Module, patch: Patch, teacher: Teacher) -> Any:
     return of_student, lambda tokens: say(tokens, other)
 
 
-def trainers_step(ours: Ours, kind: str, peers: Peers) -> tuple[Engine, Callable[[], Tensor]]:
+def trainers_step(ours: Ours, kind: str, peers: Ranks) -> tuple[Engine, Callable[[], Tensor]]:
     """Return the trainer's engine around the objective of `ours`, and one whole step with it, as the trainer makes it.
 
     The step takes its tokens from CPU memory, pinned for a GPU, and adds what it gives to the sums of the log, which it
     returns: on the device, so that nothing waits.
     """
     workload = ours.workload
-    engine, meter = make_engine(workload.run_config(kind, peers.world), ours.objective, peers), Meter()
+    engine, meter = make_engine(workload.run_config(kind, peers.world), ours.objective, peers), RunningMean()
     count = workload.accumulation
     each = workload.replay // count
     rows = [ours.new.cpu(), ours.replay.cpu()]

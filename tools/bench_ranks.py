@@ -34,13 +34,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 from wire import bytes_sent
 
+from revpatch.distributed import Launch
+from revpatch.distributed.ranks import process_group
 from revpatch.patch.patched_model import attach
-from revpatch.training.engine import MicroBatch, make_engine
-from revpatch.training.launch import process_group
-from revpatch.training.launcher_variables import Launch
-from revpatch.training.lean import make_lean
-from revpatch.training.objective import PatchObjective
-from revpatch.training.teacher import Teacher
+from revpatch.step.engine import MicroBatch, make_engine
+from revpatch.step.frozen_base import make_lean
+from revpatch.step.objective import PatchObjective
+from revpatch.step.teacher import Teacher
 
 BATCH = {"gpt2": (2, 1, 256), "demo": (8, 8, 128), "tiny": (2, 1, 32)}
 """New and replayed blocks a rank, tokens a block."""

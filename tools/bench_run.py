@@ -29,7 +29,7 @@ from figures import Figure, machine, show
 from progress import Progress, clock_time
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from revpatch.training.launch import bfloat16_is_slow
+from revpatch.distributed.ranks import bfloat16_is_slow
 
 ROOT = Path(__file__).resolve().parent.parent
 WARM_UP, LOOK_EVERY = 10, 5.0

@@ -35,10 +35,10 @@ from figures import Figure, machine, show
 from progress import Progress
 from random_shards import write_random_set
 
-from revpatch.stream.lanes import Lanes
-from revpatch.stream.manifest import Manifest
-from revpatch.stream.shard_cache import ShardCache
-from revpatch.stream.shard_set import ShardSet
+from revpatch.shards.cache import ShardCache
+from revpatch.shards.format import Manifest
+from revpatch.shards.mixture import Lanes
+from revpatch.shards.shard_set import ShardSet
 
 LANES, WINDOW, SHARDS = 32, 8192, 12
 WINDOWS = (1, 64, 1024, 8192)

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from revpatch.config import BatchConfig, Config, ObjectiveConfig, OptimizerConfig, SidecarConfig
-from revpatch.training.launch import bfloat16_is_slow
+from revpatch.distributed.ranks import bfloat16_is_slow
 
 SHAPES = {
     "gpt2": {"n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257, "n_positions": 1024},

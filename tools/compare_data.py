@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from revpatch.config import Config
-from revpatch.config_file import load_config
+from revpatch.config.file import load_config
 from revpatch.durable import sha256_of_file
-from revpatch.stream.manifest import Manifest
-from revpatch.stream.replay import ReplayMixture, bottom_k, write_replay
-from revpatch.stream.shard_set import ShardSet
-from revpatch.training.preflight import check
-from revpatch.training.probe import Prober
+from revpatch.evaluation.probe import Prober
+from revpatch.shards.format import Manifest
+from revpatch.shards.replay import ReplayMixture, bottom_k, write_replay
+from revpatch.shards.shard_set import ShardSet
+from revpatch.train.preflight import check
 
 UNGUARDED = 1e6
 """Nats: no set rises by so much, so nothing is rolled back."""

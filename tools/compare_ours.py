@@ -22,13 +22,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from revpatch.config import Config
 from revpatch.ledger.journal import Journal
-from revpatch.loading import load_patched
 from revpatch.patch.patched_model import recording, switchboard
 from revpatch.patch.sidecar import SidecarOutput
-from revpatch.training.objective import PatchObjective
-from revpatch.training.packed import last_hidden_states
-from revpatch.training.teacher import Teacher
-from revpatch.training.teacher_cache import TeacherCache
+from revpatch.patches import load_patched
+from revpatch.step.frozen_base import last_hidden_states
+from revpatch.step.objective import PatchObjective
+from revpatch.step.teacher import Teacher, TeacherCache
 
 
 def run_ours(tier: Tier, cell: Cell) -> dict[str, Any]:

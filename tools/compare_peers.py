@@ -26,10 +26,10 @@ from transformers.pytorch_utils import Conv1D
 from revpatch.base import load_base
 from revpatch.config import Config
 from revpatch.patch.families import blocks_of, body_of, head_of
-from revpatch.patch.sidecars import Patch
-from revpatch.training.head_loss import frozen_head_loss, token_nll
-from revpatch.training.packed import last_hidden_states
-from revpatch.training.schedule import EPS, learning_rate
+from revpatch.patch.sidecar import Patch
+from revpatch.step.engine import EPS, learning_rate
+from revpatch.step.frozen_base import last_hidden_states
+from revpatch.step.head_loss import frozen_head_loss, token_nll
 
 Losses = dict[str, NDArray[np.float64]]
 

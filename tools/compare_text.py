@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 
 from revpatch.config import Config
+from revpatch.corpus.build import build_shards
+from revpatch.corpus.tokenizer import load_tokenizer
 from revpatch.durable import sha256_of, sha256_of_file
-from revpatch.stream.build import build_shards
-from revpatch.stream.manifest import MANIFEST_NAME
-from revpatch.stream.tokenizer import load_tokenizer
+from revpatch.shards.format import MANIFEST_NAME
 
 PYTHON_CHARACTERS = 1_500_000
 HOLDOUT = 0.1
@@ -65,10 +65,10 @@ class Shelf:
 
     def own(self, blocks: int) -> tuple[str, str]:
         """What the base writes by itself: blocks to be rehearsed, and an eighth as many that are held out."""
-        from revpatch.training.launch import process_group
-        from revpatch.training.launcher_variables import Launch
-        from revpatch.training.own_text import build_own_text
-        from revpatch.training.startup import load_same_base
+        from revpatch.distributed import Launch
+        from revpatch.distributed.ranks import process_group
+        from revpatch.train.own_text import build_own_text
+        from revpatch.train.startup import load_same_base
 
         config = Config.model_validate(
             {

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from figures import Figure, show
 
+from revpatch.durable import to_plain
 from revpatch.ledger.events import PhaseCommitted, RolledBack
-from revpatch.ledger.history import Ledger, effective
-from revpatch.ledger.plain import to_plain
+from revpatch.ledger.ledger import Ledger, effective
 
 
 def figures_of(run: Path, again: Path | None) -> list[Figure]:

@@ -97,8 +97,8 @@ def ranks(device: str) -> Iterator[Any]:
     """A process group of this one rank, nccl on a GPU."""
     import torch
 
-    from revpatch.training.launch import process_group
-    from revpatch.training.launcher_variables import Launch
+    from revpatch.distributed import Launch
+    from revpatch.distributed.ranks import process_group
 
     launch = Launch.from_environment()
     place = torch.device(device, 0) if device == "cuda" else torch.device("cpu")
@@ -128,7 +128,7 @@ def step(rows: Rows, device: str, backend: str | None) -> None:
     from bench_measure import flops_of, rates, timed
     from bench_ours import Ours, trainers_step
 
-    from revpatch.training.cost import peak_tflops
+    from revpatch.train.startup import peak_tflops
 
     kind, best, best_share, fastest = engine_kind(), 0.0, 0.0, None
     peak = peak_tflops(torch.cuda.get_device_name()) if device == "cuda" else None
@@ -227,7 +227,7 @@ def rolled_back(engine: Any, one: Callable[[], object], patch: Any, peers: Any, 
     """Whether a rollback gives back parameters, masters and moments to the bit; and whether steps after it repeat."""
     import torch
 
-    from revpatch.training.rollback import restore, state_sha256
+    from revpatch.train.rollback import restore_state, state_sha256
 
     good, names = engine.state(), []
     wanted = state_sha256(patch, good)
@@ -235,7 +235,7 @@ def rolled_back(engine: Any, one: Callable[[], object], patch: Any, peers: Any, 
         for _ in range(3):
             one()
         names.append(state_sha256(patch, engine.state()))
-        found = restore(engine, patch, good, peers)
+        found = restore_state(engine, patch, good, peers)
     finite = all(bool(torch.isfinite(parameter).all()) for parameter in patch.parameters())
     holds = found == wanted != names[0] and finite
     words = "the same bits" if holds else "other bits"

@@ -43,7 +43,7 @@ from progress import clock_time
 from revpatch.config import OWN_TEXT, SELF, Config, OptimizerConfig, ProbeSetConfig
 from revpatch.durable import sha256_of_file
 from revpatch.ledger.journal import Journal
-from revpatch.stream.manifest import Manifest
+from revpatch.shards.format import Manifest
 
 NAME = "guard_trial.py"
 BASE = ROOT / "shards/demo_base"

@@ -24,9 +24,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import Tensor, nn
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, set_seed
 
-from revpatch.stream.holdout import is_held_out
-from revpatch.stream.sources import read_documents
-from revpatch.training.launch import bfloat16_is_slow
+from revpatch.corpus.encode import is_held_out
+from revpatch.corpus.sources import read_documents
+from revpatch.distributed.ranks import bfloat16_is_slow
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = ROOT / "shards/text/sotu.jsonl.gz"

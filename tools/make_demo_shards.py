@@ -19,9 +19,9 @@ from pathlib import Path
 from progress import Progress
 from transformers import AutoTokenizer
 
-from revpatch.stream.build import build_shards
-from revpatch.stream.holdout import is_held_out
-from revpatch.stream.sources import read_documents
+from revpatch.corpus.build import build_shards
+from revpatch.corpus.encode import is_held_out
+from revpatch.corpus.sources import read_documents
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = ROOT / "shards/text"

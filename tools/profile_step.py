@@ -28,7 +28,7 @@ from figures import Figure, machine, markdown, write_figures
 from progress import Progress
 from torch import Tensor, nn
 
-from revpatch.cores import cores
+from revpatch.distributed import cores
 from revpatch.patch.families import blocks_of, body_of
 
 PRODUCTS, ATTENTION, SIDECARS, HEAD = "base's products", "attention", "sidecars", "head and loss"

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from revpatch.stream.manifest import MANIFEST_VERSION, Manifest, TokenizerInfo
-from revpatch.stream.tars import ShardWriter
+from revpatch.shards.format import MANIFEST_VERSION, Manifest, ShardWriter, TokenizerInfo
 
 
 def write_random_set(folder: Path, blocks: int, block_size: int, blocks_per_shard: int, vocabulary: int) -> Manifest:

@@ -206,8 +206,8 @@ def loss_on_english(model: Path, documents: int = 40, length: int = 128) -> tupl
     from make_demo_shards import TEXT
 
     from revpatch.base import load_base
-    from revpatch.stream.sources import read_documents
-    from revpatch.stream.tokenizer import load_tokenizer
+    from revpatch.corpus.sources import read_documents
+    from revpatch.corpus.tokenizer import load_tokenizer
 
     tokenizer, base = load_tokenizer(str(model)), load_base(str(model), None, torch.float32)
     total, count = 0.0, 0

@@ -15,11 +15,10 @@ from typing import Any
 from progress import Progress
 
 from revpatch.generate import Sampling, Writer
-from revpatch.ledger.history import Ledger
-from revpatch.ledger.references import read_patch
-from revpatch.loading import load_patched
-from revpatch.monitoring.terminal import quiet_libraries
+from revpatch.ledger.ledger import Ledger, read_patch
 from revpatch.patch.patched_model import load_tensors
+from revpatch.patches import load_patched
+from revpatch.terminal import quiet_libraries
 
 PROMPTS = (
     "The most important thing about",

@@ -1,8 +1,8 @@
 """Every knob of a run, in one place: strict, with units, readable without torch.
 
-A config is a YAML or JSON file (`revpatch.config_file` reads it). Unknown keys, wrong types and combinations that can't
+A config is a YAML or JSON file (`revpatch.config.file` reads it). Unknown keys, wrong types and combinations that can't
 work are refused here, before any process group is formed; what needs the shards themselves (fingerprints, block sizes,
-enough blocks for the lanes) is checked in `revpatch.training.preflight`.
+enough blocks for the lanes) is checked in `revpatch.train.preflight`.
 """
 
 from __future__ import annotations
@@ -11,25 +11,29 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from revpatch.config.data import (
+from revpatch.config.sections import (
     SELF,
+    BaseConfig,
     BatchConfig,
     BuildConfig,
-    PhaseConfig,
-    ReplayConfig,
-    StreamConfig,
-    WeightedShards,
-)
-from revpatch.config.model import BaseConfig, ObjectiveConfig, OptimizerConfig, SidecarConfig, TeacherConfig
-from revpatch.config.section import ConfigError, Section, Text
-from revpatch.config.watch import (
+    ConfigError,
     EngineConfig,
     MonitoringConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    PhaseConfig,
     ProbesConfig,
     ProbeSetConfig,
+    ReplayConfig,
     RollbackConfig,
     SamplesConfig,
+    Section,
+    SidecarConfig,
     SnapshotConfig,
+    StreamConfig,
+    TeacherConfig,
+    Text,
+    WeightedShards,
 )
 
 __all__ = [

@@ -18,9 +18,9 @@ from typing import IO
 import torch
 import torch.distributed as dist
 
-from revpatch.doctor.finding import Finding
-from revpatch.training.launch import process_group
-from revpatch.training.launcher_variables import Launch
+from revpatch.distributed import Launch
+from revpatch.distributed.ranks import process_group
+from revpatch.doctor.checks import Finding
 
 BYTES = 16 * 2**20
 ROUNDS = 5
@@ -45,7 +45,7 @@ def measure(device: torch.device) -> float:
     return 2 * (world - 1) / world * BYTES / sorted(times[1:])[ROUNDS // 2] / 1e9
 
 
-def judge(bandwidth: float, backend: str, ranks: int) -> Finding:
+def judge_bandwidth(bandwidth: float, backend: str, ranks: int) -> Finding:
     """Whether that is what the backend usually reaches."""
     found = f"{bandwidth:.2f} GB/s between {ranks} ranks, {backend}, {BYTES // 2**20} MiB"
     if bandwidth < SLOW[backend]:
@@ -103,7 +103,7 @@ def between_local_ranks(ranks: int, command: Sequence[str], timeout: float = 120
     if not said:
         return failed("ranks on this machine ended without a figure")
     bandwidth, backend = said[0]
-    return judge(float(bandwidth), backend, ranks)
+    return judge_bandwidth(float(bandwidth), backend, ranks)
 
 
 def _first_to_fail(processes: Sequence[subprocess.Popen[bytes]], timeout: float) -> int | None:

@@ -18,9 +18,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from revpatch.durable import sha256_of, sync_directory, write_atomically
+from revpatch.durable import sha256_of, sync_directory, to_plain, write_atomically
 from revpatch.ledger.events import KINDS, Event, event_of
-from revpatch.ledger.plain import to_plain
 
 GENESIS = sha256_of(b"revpatch journal, version 1")
 E = TypeVar("E", bound=Event)

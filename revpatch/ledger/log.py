@@ -1,7 +1,4 @@
-"""A run's history, told from its journal alone: what happened, what of it still counts, which entries are kept.
-
-Ten thousand entries are told in a second, so a row is a tuple, and no event is copied on the way.
-"""
+"""A run's history, read from its journal alone: what happened, what of it still counts, which entries are kept."""
 
 from __future__ import annotations
 
@@ -10,6 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rich.console import Console
+from rich.text import Text
+
+from revpatch.durable import printable, size
 from revpatch.ledger.events import (
     EntriesPruned,
     EntryWritten,
@@ -20,8 +21,8 @@ from revpatch.ledger.events import (
     UnknownEvent,
     event_of,
 )
-from revpatch.ledger.history import ENTRY_EVENTS, JOURNAL_NAME, ledger_of, names_gone
 from revpatch.ledger.journal import EVENT_FIELDS, Journal, events_in
+from revpatch.ledger.ledger import ENTRY_EVENTS, JOURNAL_NAME, ledger_of, names_gone
 
 KEPT, PRUNED, SUPERSEDED, AGAIN, UNDONE = "kept", "pruned", "superseded", "recorded again", "undone"
 _IN_COLUMNS = frozenset(("kind", "phase", "phase_index", "step", "bytes", "sha256", "sets", *EVENT_FIELDS))
@@ -228,3 +229,69 @@ def _new(values: Any) -> str:
 
 def _integer(value: Any) -> int | None:
     return value if isinstance(value, int) else None
+
+
+_COLOURS = {
+    "good": "cyan",
+    "commit": "bold green",
+    "rollback": "bold red",
+    "origin": "magenta",
+    "resume": "yellow",
+    "orphan": "yellow",
+    "torn": "yellow",
+}
+_GONE = (PRUNED, SUPERSEDED, UNDONE, AGAIN)
+_SHORT_SHA256 = 12
+
+
+def print_log(run: Path, console: Console, last: int | None = 100) -> None:
+    """Prints the last events of the run in `run`, or all of them for None, oldest first, then what is kept.
+
+    Raises JournalError for a damaged or an empty journal.
+    """
+    journal = Journal(ledger_of(run) / JOURNAL_NAME, readonly=True)
+    journal.check_begun()
+    rows = list(rows_of(journal.records()))
+    shown = rows if last is None else rows[-last:]
+    if len(shown) < len(rows):
+        console.print(f"{len(rows) - len(shown)} earlier events are not shown: --all", style="dim")
+    for row in shown:
+        before = rows[row.seq - 1].probes if row.seq else None
+        console.print(_paragraph(row, row.probes is not before), soft_wrap=True)
+    kept = [row for row in rows if row.state == KEPT]
+    newest = f", newest {_file(kept[-1])}" if kept else ""
+    commit = next((_file(row) for row in reversed(kept) if row.kind == "commit"), "none yet")
+    total = size(sum(row.bytes or 0 for row in kept))
+    console.print(Text(f"{len(kept)} entries kept, {total}{newest}; newest commit {commit}", "bold"), soft_wrap=True)
+    console.print(Text(f"head of the journal: {journal.head}"), soft_wrap=True)
+
+
+def _file(row: LogRow) -> str:
+    """The name with which the note of an entry begins."""
+    return row.note.partition(", ")[0]
+
+
+def _paragraph(row: LogRow, with_probes: bool) -> Text:
+    gone = row.state in _GONE
+    indent = "\n" + " " * (len(f"#{row.seq}") + 2)
+    text = Text.assemble((f"#{row.seq}  {row.time[:19].replace('T', ' ')}  ", "dim"))
+    place = " ".join(piece for piece in (row.phase, "" if row.step is None else f"step {row.step}") if piece)
+    if place:
+        text.append(printable(place) + "  ")
+    colour = "dim" if gone else _COLOURS.get(row.kind or row.event, "")
+    text.append(printable(f"{row.kind} {row.event}".strip()), colour)
+    if row.bytes is not None:
+        text.append(f"  {size(row.bytes)}")
+    if row.sha256:
+        text.append(printable(f"  {row.sha256[:_SHORT_SHA256]}"), "dim")
+    if gone:
+        text.append(f"  {row.state}", "dim")
+    if row.note:
+        text.append(indent + printable(row.note))
+    for name, reading in row.probes.items() if with_probes else ():
+        limit = f" / {reading.tolerance:g}" if reading.guarded else ""
+        # Not "greater than": a rise that is NaN is too high as well.
+        high = reading.guarded and not reading.rise <= reading.tolerance
+        text.append(f"{indent}{printable(name)} {reading.loss:.3f} ")
+        text.append(f"({reading.rise:+.3f}{limit})", "red" if high else "")
+    return text

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from revpatch.config import SidecarConfig
-from revpatch.durable import sha256_of, sha256_of_file, write_atomically
-from revpatch.ledger.plain import canonical_json, to_plain
+from revpatch.durable import canonical_json, sha256_of, sha256_of_file, to_plain, write_atomically
 
 if TYPE_CHECKING:  # torch takes seconds to import: only what packs or unpacks tensors does
     from torch import Tensor
@@ -122,7 +121,7 @@ def serialise(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> bytes:
     """Return the bytes of a file; the same tensors and metadata always give the same.
 
     Tensors: dense, of any shape, real or integer or bool, on any device (copied to the CPU). Metadata: plain JSON
-    values; tuples come back as lists, and a NaN as the string "NaN" (see `plain.py`). Put nothing in it that differs
+    values; tuples come back as lists, and a NaN as the string "NaN" (see `durable.py`). Put nothing in it that differs
     between two runs of the same seed, such as the time. Raises EntryError.
     """
     import safetensors.torch

@@ -1,1 +1,1 @@
-
+"""What people look at while a run trains."""

@@ -1,1 +1,1 @@
-
+"""The patch in pure torch: gates, couplings, sidecars on a frozen model."""

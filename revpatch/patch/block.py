@@ -1,21 +1,216 @@
-"""A block with a sidecar after it: that of the patch which the call runs with."""
+"""A block with a sidecar after it, and which patch a call of the model runs with.
+
+`set_patch` and `set_gate` choose for every thread, from the next call on. `active_patch`, `patch_disabled` and a
+`generate` that runs hold a choice for the code inside them alone: for its thread or asyncio task, and what copies its
+context. A call notes its choice and its mask when it begins, and its blocks read no other, whatever is switched.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
+import contextlib
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache, StaticCache
 from transformers.utils.output_capturing import _active_collector
 
+from revpatch.patch.cpu_decode import step
 from revpatch.patch.decoding import disown, past_of
-from revpatch.patch.sidecar import Sidecar, SidecarOutput
-from revpatch.patch.sidecars import Patch
-from revpatch.patch.step import step
-from revpatch.patch.switchboard import Call, Switchboard
+from revpatch.patch.padding import PaddingReader
+from revpatch.patch.sidecar import Patch, Sidecar, SidecarOutput
+
+SWITCHING = threading.RLock()
+"""Held while patches are put on a model, chosen or taken off."""
+GENERATE = "generate"
+
+
+class Choice(NamedTuple):
+    """A patch, or None for the base alone, and whether its gates are held at 1."""
+
+    patch: Patch | None
+    gate_open: bool
+
+
+class Call(NamedTuple):
+    """What the blocks are told of one call of the body."""
+
+    patch: Patch | None
+    gate_open: bool
+    mask: Tensor | None
+    """(batch, time), not 0 for real tokens; None is all real, or that no gate asks."""
+    recorder: Any
+    """A `Recorder`, or None."""
+    outer: Call | None
+    """The call in whose middle this one was made."""
+
+
+class Held:
+    """A choice that `what` holds for the code inside it."""
+
+    def __init__(self, board: Switchboard, choice: Choice, what: str) -> None:
+        self.board, self.choice, self.what = board, choice, what
+        self.thread = threading.current_thread().name
+
+
+_HELD: ContextVar[tuple[Held, ...]] = ContextVar("revpatch_held", default=())
+"""Of all models, the innermost last."""
+
+
+class Here(threading.local):
+    """What one thread is doing with one model. A copy of the model knows nothing of it."""
+
+    call: Call | None = None
+    recorder: Any = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Here, ())
+
+
+class Switchboard:
+    """What the patched blocks of one model share."""
+
+    def __init__(
+        self,
+        name: str,
+        patch: Patch,
+        trained: dict[str, bool],
+        padding: PaddingReader,
+        blocks: Callable[[nn.Module], Iterable[nn.Module]],
+    ) -> None:
+        self.patches = {name: patch}
+        self.attached = patch
+        """The chosen one of them."""
+        self.choice = Choice(patch, False)
+        """For calls that nothing holds another for."""
+        self.held: list[Held] = []
+        """All that are held now, by whichever thread."""
+        self.here = Here()
+        # Recompute base blocks in the backward pass; calls with a cache never do, as recomputing would grow the cache.
+        self.checkpointing = False
+        # Recompute what is inside the sidecars in the backward pass: it is little work, and many float32 copies.
+        self.recompute_sidecars = True
+        self.padding = padding
+        self.blocks = blocks
+        """Of the body, as they are now. No list of them, as a circle would keep their memory."""
+        self.layers: list[int | None] = list(range(patch.blocks))
+        self.required_grad = trained
+        self.hooks: list[RemovableHandle] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: of what is held, a copied model knows nothing."""
+        return {**self.__dict__, "held": []}
+
+    def holding(self) -> Held | None:
+        """What holds a choice for this code, innermost; None if nothing does."""
+        return next((held for held in reversed(_HELD.get()) if held.board is self), None)
+
+    def current(self) -> Choice:
+        """What a call that begins now runs with.
+
+        Raises:
+            ValueError: another thread holds a choice, and it can't be known whether this call is meant to be under it.
+        """
+        if (held := self.holding()) is not None:
+            return held.choice
+        for other in tuple(self.held):
+            if other.what != GENERATE:
+                raise ValueError(
+                    f"{other.what} is in force in the thread {other.thread!r}, and this call, in the thread "
+                    f"{threading.current_thread().name!r}, doesn't say which patch it is to run with: enter "
+                    "patch_disabled(model) or active_patch(model, patch) in this thread too"
+                )
+        return self.choice
+
+    @contextlib.contextmanager
+    def hold(self, what: str, choice: Choice | None = None) -> Iterator[None]:
+        """Holds a choice for the code inside; None is the one that there is now.
+
+        Raises:
+            ValueError: as `current`.
+        """
+        with SWITCHING:
+            held = Held(self, choice or self.current(), what)
+            self.held.append(held)
+        _HELD.set((*_HELD.get(), held))
+        try:
+            yield
+        finally:
+            _HELD.set(tuple(other for other in _HELD.get() if other is not held))
+            self.held.remove(held)
+
+    def begin_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A pre-hook of the body: notes what this call's blocks are to know.
+
+        Raises:
+            ValueError: as `current`, or the blocks are not those that the patch was put on.
+        """
+        layers = [getattr(block, "layer", None) for block in self.blocks(module)]
+        if layers != self.layers and layers != [None] * len(self.layers):  # while another thread attaches or detaches
+            found = ", ".join("none" if layer is None else str(layer) for layer in layers)
+            raise ValueError(
+                "the model's blocks were moved or removed since the patch was put on it: expected blocks 0 to "
+                f"{len(self.layers) - 1} in their order, found {found}: put them back, or load the model anew"
+            )
+        patch, gate_open = self.choice if not self.held else self.current()
+        averages = patch is not None and not gate_open and patch.config.gate != "token"
+        mask = self.padding(args, kwargs) if averages else None
+        here = self.here
+        here.call = Call(patch, gate_open, mask, here.recorder, here.call)
+
+    def end_call(self, *_: Any) -> None:
+        """A hook of the body, called after errors too."""
+        if (call := self.here.call) is not None:
+            self.here.call = call.outer
+
+    def call(self) -> Call:
+        """The call that is under way in this thread; for a block that is called by itself, one without a mask.
+
+        Raises:
+            ValueError: a block is computed anew in a backward pass, where nothing says what its call ran with.
+        """
+        if (call := self.here.call) is not None:
+            return call
+        if torch._C._current_graph_task_id() != -1:
+            raise ValueError(
+                "a patched block is computed anew in the backward pass, where its call's mask and patch are not known "
+                "any more: checkpoint the base's own blocks (model.gradient_checkpointing_enable()), not the patched "
+                "ones"
+            )
+        return Call(*self.current(), None, self.here.recorder, None)
+
+
+class Generate:
+    """In the place of a patched model's `generate`: writes the whole text with the patch and gates of its beginning,
+    whatever other threads switch meanwhile. Takes the model's weak reference, as a circle would keep its memory."""
+
+    def __init__(self, model: nn.Module, board: Switchboard) -> None:
+        self._model = weakref.ref(model)
+        self._board = board
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self._board.hold(GENERATE):
+            return self.__wrapped__(*args, **kwargs)
+
+    @property
+    def __wrapped__(self) -> Any:
+        """The model's own, bound to it."""
+        model: Any = self._model()
+        if model is None:
+            raise ReferenceError("the model whose generate this was is gone: keep the model itself")
+        return type(model).generate.__get__(model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"model": self._model(), "board": self._board}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._model, self._board = weakref.ref(state["model"]), state["board"]
 
 
 class Recorder(Protocol):

@@ -20,11 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from revpatch.config import SidecarConfig
-from revpatch.patch.block import PatchedBlock, Recorder
+from revpatch.patch.block import SWITCHING, Choice, Generate, PatchedBlock, Recorder, Switchboard
 from revpatch.patch.families import blocks_of, blocks_within, body_of, family_of, width_of
 from revpatch.patch.padding import PaddingReader
-from revpatch.patch.sidecars import Patch as Patch
-from revpatch.patch.switchboard import SWITCHING, Choice, Generate, Switchboard
+from revpatch.patch.sidecar import Patch as Patch
 
 GateMode = Literal["learned", "on", "off"]
 DEFAULT_NAME = "default"

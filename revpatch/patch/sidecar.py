@@ -12,7 +12,7 @@ would see these first. It is the same map conjugated by a diagonal, so it is inv
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -153,3 +153,35 @@ def _residual(h: Tensor, u: Tensor, update: Tensor) -> float:
     error = (h - (u + update)).abs().amax(-1)
     size = torch.maximum(h.abs().amax(-1), u.abs().amax(-1))
     return float((error / size.clamp(min=torch.finfo(h.dtype).tiny)).max())
+
+
+class Patch(nn.Module):
+    """The sidecars of one patch, by block.
+
+    Args:
+        width: d, the base's width.
+        blocks: number of blocks of the base.
+        config: the knobs.
+
+    Raises:
+        ValueError: `config.layers` names a block that isn't there, or the width is odd.
+    """
+
+    def __init__(self, width: int, blocks: int, config: SidecarConfig) -> None:
+        super().__init__()
+        layers = list(range(blocks)) if config.layers == "all" else sorted(config.layers)
+        if layers[-1] >= blocks:
+            raise ValueError(f"sidecar.layers names block {layers[-1]}, and the base has blocks 0 to {blocks - 1}")
+        self.config = config
+        self.width = width
+        self.blocks = blocks
+        self.layers = layers
+        self.sidecars = nn.ModuleDict({f"{layer:02d}": Sidecar(width, config) for layer in layers})
+
+    def sidecar(self, layer: int) -> Sidecar | None:
+        """The sidecar after block `layer`, or None."""
+        return cast("Sidecar | None", self.sidecars._modules.get(f"{layer:02d}"))
+
+    def log_scales(self) -> Tensor:
+        """log s of every sidecar, (layers,)."""
+        return torch.cat([cast(Sidecar, sidecar).coupling.log_scale for sidecar in self.sidecars.values()])

@@ -1,1 +1,1 @@
-"""What is done to trained patches: measured, proved absent, searched, undone, merged, carried to other models."""
+"""What is done to trained patches: reverted, merged, searched, carried to other models."""

@@ -11,9 +11,9 @@ from command import Call, one_line
 from trained_run import STEPS, Run, copy_of
 
 from revpatch.config import ConfigError
-from revpatch.config_file import load_config
+from revpatch.config.file import load_config
 from revpatch.ledger.journal import Journal
-from revpatch.training.resume import stand
+from revpatch.train.resume import stand
 
 
 def test_the_log_tells_the_run(run: Run, revpatch: Call) -> None:

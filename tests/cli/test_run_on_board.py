@@ -12,8 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from trained_run import STEPS, Run
 
 from revpatch.config import Config
-from revpatch.config_file import load_config
-from revpatch.training.objective import TERMS
+from revpatch.config.file import load_config
+from revpatch.step.objective import TERMS
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,10 @@ from toy import Toy
 from trained_run import Run
 
 from revpatch.cli import main
-from revpatch.config_file import load_config
+from revpatch.config.file import load_config
 from revpatch.ledger.patch_file import read_entry
-from revpatch.monitoring.terminal import log_to
-from revpatch.training import startup
+from revpatch.terminal import log_to
+from revpatch.train import startup
 
 NOISE = re.compile(r"warn|deprecat|traceback|it/s\]|\[W\d|\[rank\d|/site-packages/", re.IGNORECASE)
 """What libraries say of themselves; a run's own words have none of it."""
@@ -114,7 +114,7 @@ def test_a_developer_can_have_the_traceback(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_the_start_up_table_shows_paths_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
-    startup.show({"base": "/models/[bold]x[/bold] :bug:", "trainable parameters": 1234567})
+    startup.show_table({"base": "/models/[bold]x[/bold] :bug:", "trainable parameters": 1234567})
     shown = capsys.readouterr().out
     assert "/models/[bold]x[/bold] :bug:" in shown
     assert "1,234,567" in shown
@@ -122,7 +122,7 @@ def test_the_start_up_table_shows_paths_as_they_are(capsys: pytest.CaptureFixtur
 
 def test_warnings_of_libraries_are_kept_from_the_person_and_errors_are_not() -> None:
     code = (
-        "from revpatch.monitoring.terminal import quiet_libraries; quiet_libraries(); import logging, warnings;"
+        "from revpatch.terminal import quiet_libraries; quiet_libraries(); import logging, warnings;"
         "warnings.warn('noise'); warnings.warn('noise', FutureWarning);"
         "names = ['DeepSpeed', 'transformers.x', 'accelerate', 'torch.distributed.run'];"
         "[logging.getLogger(name).warning('noise') for name in names];"

@@ -13,10 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from revpatch.doctor import bandwidth, gpus, machine
-from revpatch.doctor.finding import Finding, worst
-from revpatch.doctor.launcher import NAMES, launcher
-from revpatch.doctor.packages import versions
+from revpatch.doctor import bandwidth, checks
+from revpatch.doctor.checks import NAMES, Finding, launcher, versions, worst
 
 Usage = namedtuple("Usage", "total used free")
 WHOLE = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
@@ -48,27 +46,27 @@ def test_advice_goes_with_what_is_not_green() -> None:
 )
 def test_shared_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, total: float, free: float, colour: str) -> None:
     disk_of(monkeypatch, total, free)
-    found = machine.shared_memory(tmp_path)
+    found = checks.shared_memory(tmp_path)
     assert found.colour == colour
     assert colour == "green" or "--shm-size" in found.advice
 
 
 def test_no_shared_memory(tmp_path: Path) -> None:
-    assert machine.shared_memory(tmp_path / "shm").colour == "red"
+    assert checks.shared_memory(tmp_path / "shm").colour == "red"
 
 
 @pytest.mark.parametrize(("free", "colour"), [(0.5, "red"), (5.0, "yellow"), (50.0, "green")])
 def test_room_on_a_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, free: float, colour: str) -> None:
     disk_of(monkeypatch, 100.0, free)
-    assert machine.disk("output", tmp_path / "not/there/yet", 10.0).colour == colour
+    assert checks.disk("output", tmp_path / "not/there/yet", 10.0).colour == colour
     assert not (tmp_path / "not").exists(), "looking makes nothing"
 
 
 def test_a_folder_that_refuses_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    found = machine.disk("output", tmp_path / "file", 1.0)
+    found = checks.disk("output", tmp_path / "file", 1.0)
     assert (found.colour, "can't be written" in found.found) == ("red", True)
-    found = machine.hub_cache(tmp_path / "file", offline=False)
+    found = checks.hub_cache(tmp_path / "file", offline=False)
     assert found.colour == "red"
     assert "chown" in found.advice
     assert "HF_HOME" in found.advice
@@ -76,23 +74,23 @@ def test_a_folder_that_refuses_files(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 def test_the_hub_s_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     disk_of(monkeypatch, 100.0, 50.0)
-    assert machine.hub_cache(tmp_path, offline=False).colour == "green"
-    assert machine.hub_cache(tmp_path, offline=True).colour == "yellow"
+    assert checks.hub_cache(tmp_path, offline=False).colour == "green"
+    assert checks.hub_cache(tmp_path, offline=True).colour == "yellow"
 
 
 @pytest.mark.parametrize(("age", "colour"), [(3600.0, "red"), (30.0, "yellow")])
 def test_locks_of_extensions(tmp_path: Path, age: float, colour: str) -> None:
-    assert machine.extension_locks(tmp_path / "none").colour == "green"
-    assert machine.extension_locks(tmp_path).colour == "green"
+    assert checks.extension_locks(tmp_path / "none").colour == "green"
+    assert checks.extension_locks(tmp_path).colour == "green"
     lock = tmp_path / "py311_cpu/cpu_adam/lock"
     lock.parent.mkdir(parents=True)
     lock.touch()
-    found = machine.extension_locks(tmp_path, now=lock.stat().st_mtime + age)
+    found = checks.extension_locks(tmp_path, now=lock.stat().st_mtime + age)
     assert found.colour == colour
     assert f"rm {lock}" in found.advice
     lock.unlink()
     lock.symlink_to(tmp_path / "gone")  # as a lock that is released between the listing and the look
-    assert machine.extension_locks(tmp_path).colour == "green"
+    assert checks.extension_locks(tmp_path).colour == "green"
 
 
 def test_folders_that_may_not_be_looked_into_are_red(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -105,22 +103,22 @@ def test_folders_that_may_not_be_looked_into_are_red(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(os, "stat", refuse)
     for found in (
-        machine.disk("output", secret / "run", 1.0),
-        machine.hub_cache(secret / "hub", offline=False),
-        machine.extension_locks(secret / "extensions"),
+        checks.disk("output", secret / "run", 1.0),
+        checks.hub_cache(secret / "hub", offline=False),
+        checks.extension_locks(secret / "extensions"),
     ):
         assert (found.colour, "Permission denied" in found.found) == ("red", True), found
 
 
 @pytest.mark.parametrize(("limit", "colour"), [(100, "red"), (512, "yellow"), (65536, "green"), (-1, "green")])
 def test_open_files(limit: int, colour: str) -> None:
-    assert machine.open_files(limit).colour == colour
+    assert checks.open_files(limit).colour == colour
 
 
 def test_bfloat16() -> None:
-    found = machine.bfloat16(slow=True, on_gpu=False)
+    found = checks.bfloat16(slow=True, on_gpu=False)
     assert (found.colour, found.advice) == ("yellow", "--set base.dtype=float32")
-    assert machine.bfloat16(slow=False, on_gpu=True).colour == "green"
+    assert checks.bfloat16(slow=False, on_gpu=True).colour == "green"
 
 
 # Packages
@@ -164,21 +162,21 @@ def test_nccl_may_write_where_the_figure_is_written(tmp_path: Path) -> None:
 
 def test_gpus() -> None:
     two = "GPU 0: NVIDIA H100 (UUID: GPU-1)\nGPU 1: NVIDIA H100 (UUID: GPU-2)\n"
-    assert gpus.gpus(two, ["NVIDIA H100"] * 2).colour == "green"
-    assert gpus.gpus(two, ["NVIDIA H100"]).found == "torch sees 1 of 2"
-    assert gpus.gpus(two, []).colour == "red"
-    assert gpus.gpus(None, []).colour == "yellow"
+    assert checks.gpus(two, ["NVIDIA H100"] * 2).colour == "green"
+    assert checks.gpus(two, ["NVIDIA H100"]).found == "torch sees 1 of 2"
+    assert checks.gpus(two, []).colour == "red"
+    assert checks.gpus(None, []).colour == "yellow"
     parted = f"{two}  MIG 1g.10gb     Device  0: (UUID: MIG-1)\n  MIG 1g.10gb     Device  1: (UUID: MIG-2)\n"
-    assert gpus.gpus(parted, ["NVIDIA H100"] * 2).colour == "green"
+    assert checks.gpus(parted, ["NVIDIA H100"] * 2).colour == "green"
 
 
 def test_links() -> None:
-    near = gpus.links(TOPOLOGY.format(far="NV12"), 3)
+    near = checks.links(TOPOLOGY.format(far="NV12"), 3)
     assert (near.colour, near.found) == ("green", "3 x NV12")
-    far = gpus.links(TOPOLOGY.format(far="SYS"), 3)
+    far = checks.links(TOPOLOGY.format(far="SYS"), 3)
     assert (far.colour, far.found) == ("yellow", "1 x NV12, 2 x SYS; through the CPU: GPU0-GPU2, GPU1-GPU2")
-    assert gpus.links(None, 1).colour == "green"
-    assert (gpus.links(None, 8).colour, gpus.links("", 8).found) == ("yellow", "unknown, between 8 GPUs")
+    assert checks.links(None, 1).colour == "green"
+    assert (checks.links(None, 8).colour, checks.links("", 8).found) == ("yellow", "unknown, between 8 GPUs")
 
 
 def test_a_driver_that_hangs_is_red(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -186,15 +184,15 @@ def test_a_driver_that_hangs_is_red(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     hangs.write_text("#!/bin/sh\nexec sleep 60\n")
     hangs.chmod(0o700)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(gpus, "_SECONDS", 0.2)
-    (found,) = gpus.gpus_and_links(gpus.nvidia_smi, ["NVIDIA H100"])
+    monkeypatch.setattr(checks, "_SECONDS", 0.2)
+    (found,) = checks.gpus_and_links(checks.nvidia_smi, ["NVIDIA H100"])
     assert (found.colour, found.found) == ("red", "`nvidia-smi -L` does not answer within 0.2 s")
     hangs.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed: driver/library version mismatch'; exit 9\n")
-    (found,) = gpus.gpus_and_links(gpus.nvidia_smi, [])
+    (found,) = checks.gpus_and_links(checks.nvidia_smi, [])
     assert found.colour == "yellow" and "driver/library version mismatch" in found.found and "driver" in found.advice
-    assert gpus.gpus_and_links(gpus.nvidia_smi, ["NVIDIA H100"])[0].colour == "green"
+    assert checks.gpus_and_links(checks.nvidia_smi, ["NVIDIA H100"])[0].colour == "green"
     answers = {"-L": "GPU 0: NVIDIA H100\nGPU 1: NVIDIA H100\n", "topo": None}
-    found, links = gpus.gpus_and_links(lambda *words: answers[words[0]], ["NVIDIA H100"] * 2)
+    found, links = checks.gpus_and_links(lambda *words: answers[words[0]], ["NVIDIA H100"] * 2)
     assert (found.colour, links.colour) == ("green", "yellow")
 
 
@@ -285,9 +283,9 @@ def test_half_a_launcher_and_a_host_that_is_not_found(environment: pytest.Monkey
 
 
 def test_a_bandwidth_is_judged_by_its_backend() -> None:
-    assert bandwidth.judge(0.7, "gloo", 2).colour == "green"
-    assert bandwidth.judge(0.05, "gloo", 2).colour == "yellow"
-    assert bandwidth.judge(0.7, "nccl", 2).colour == "yellow"
+    assert bandwidth.judge_bandwidth(0.7, "gloo", 2).colour == "green"
+    assert bandwidth.judge_bandwidth(0.05, "gloo", 2).colour == "yellow"
+    assert bandwidth.judge_bandwidth(0.7, "nccl", 2).colour == "yellow"
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,10 @@ from command import Call
 from ranks import RunServer
 from toy import Toy
 
+from revpatch import doctor as examine
 from revpatch.cli import main
-from revpatch.doctor import examine
-from revpatch.doctor.examine import Examined, Places, this_machine
-from revpatch.doctor.finding import Finding
+from revpatch.doctor import Examined, Places, this_machine
+from revpatch.doctor.checks import Finding
 
 CHECKS = {
     *("launcher", "versions", "GPUs", "GPU links", "bfloat16", "shared memory", "output", "shard cache", "hub cache"),

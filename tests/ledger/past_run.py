@@ -12,7 +12,7 @@ from past_events import BASE, add, reading
 from toy import make_it_look_trained
 
 from revpatch.config import SidecarConfig
-from revpatch.ledger.history import Ledger
+from revpatch.ledger.ledger import Ledger
 from revpatch.patch.patched_model import Patch, patch_state
 
 SETS = {"base": reading(rise=0.02, low=0.01, high=0.03)}

@@ -8,9 +8,8 @@ from past_events import add
 from past_run import a_patch, a_run
 from rich.console import Console
 
-from revpatch.ledger.audit import verify
+from revpatch.ledger.maintenance import print_verdict, verify
 from revpatch.ledger.patch_file import serialise, write_entry
-from revpatch.ledger.show import print_verdict
 
 
 def test_verify_names_everything_that_is_wrong(tmp_path):

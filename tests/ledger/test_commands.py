@@ -20,8 +20,8 @@ from past_run import BASE, SIDECAR, a_trained_run, metadata, tensors
 
 from revpatch.config import SidecarConfig
 from revpatch.durable import sha256_of
-from revpatch.ledger.history import Ledger
 from revpatch.ledger.journal import Journal
+from revpatch.ledger.ledger import Ledger
 from revpatch.ledger.patch_file import write_entry
 
 
@@ -300,7 +300,7 @@ def test_what_is_printed_may_get_lost(tmp_path: Path, way: str) -> None:
     for step in range(2000):  # more than a pipe holds
         add(journal, "probe", phase="wikí \u2026", step=step)
     journal.path.write_bytes(b"".join(lines))
-    command = way.format(f"{sys.executable} -m revpatch ledger log '{tmp_path}'")
+    command = way.format(f"{sys.executable} -m revpatch ledger log --all '{tmp_path}'")
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     code, words = LOST[way]
     assert done.returncode == code and done.stderr.startswith(words), done

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from past_events import KNOWN, add, add_line, reading
 
-from revpatch.ledger.audit import verify
+from revpatch.durable import to_plain
 from revpatch.ledger.events import KINDS, Event, ProbeReading, RolledBack, UnknownEvent
-from revpatch.ledger.history import Ledger
 from revpatch.ledger.journal import EVENT_FIELDS, Journal, JournalError
-from revpatch.ledger.plain import to_plain
+from revpatch.ledger.ledger import Ledger
+from revpatch.ledger.maintenance import verify
 
 RUNS = Path(__file__).parents[2] / "docs/RUNS.md"
 

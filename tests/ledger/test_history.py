@@ -14,12 +14,11 @@ from past_run import SETS, a_patch, a_run
 from rich.console import Console
 
 from revpatch.durable import sha256_of
-from revpatch.ledger.audit import verify
-from revpatch.ledger.history import Ledger, effective
 from revpatch.ledger.journal import Journal, JournalError
-from revpatch.ledger.log import log_rows
+from revpatch.ledger.ledger import Ledger, effective
+from revpatch.ledger.log import log_rows, print_log
+from revpatch.ledger.maintenance import verify
 from revpatch.ledger.patch_file import EntryError, read_entry, write_entry
-from revpatch.ledger.show import print_log
 
 
 def names(ledger):
@@ -30,7 +29,7 @@ def interrupted(code: str, directory) -> None:
     """Runs `code` in a process that is to be killed by SIGKILL half-way."""
     setting = (
         "import os, signal, sys, torch; from pathlib import Path\n"
-        "from revpatch.ledger.history import Ledger\n"
+        "from revpatch.ledger.ledger import Ledger\n"
         "def die(*_, **__): os.kill(os.getpid(), signal.SIGKILL)\n"
         "ledger = Ledger(Path(sys.argv[1])); patch = {'layer_00.gate.weight': torch.full((4,), 9.0)}\n"
     )

@@ -16,10 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from past_events import add, reading
 
-from revpatch.durable import sha256_of
+from revpatch.durable import sha256_of, to_plain
 from revpatch.ledger.events import RolledBack
 from revpatch.ledger.journal import GENESIS, Journal, JournalError
-from revpatch.ledger.plain import to_plain
 
 
 @pytest.fixture

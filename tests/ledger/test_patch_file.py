@@ -18,6 +18,7 @@ from past_run import a_trained_run, metadata
 from past_run import tensors as patch_tensors
 
 from revpatch.durable import sha256_of
+from revpatch.ledger.ledger import read_patch
 from revpatch.ledger.patch_file import (
     FORMAT,
     VERSION,
@@ -30,7 +31,6 @@ from revpatch.ledger.patch_file import (
     write_entry,
     write_folder,
 )
-from revpatch.ledger.references import read_patch
 
 METADATA = {"phase": "wikitext", "step": 500, "parent": None, "probes": {"base": 3.25}, "layers": [0, 1]}
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]

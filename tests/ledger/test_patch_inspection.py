@@ -13,9 +13,8 @@ from past_run import BASE, SIDECAR, a_trained_run, metadata, tensors
 from rich.console import Console
 
 from revpatch.config import SidecarConfig
-from revpatch.ledger.inspection import compare, inspect
+from revpatch.ledger.inspect import compare_patches, inspect, print_difference, print_patch
 from revpatch.ledger.patch_file import EntryError, write_entry
-from revpatch.ledger.show_patch import print_difference, print_patch
 from revpatch.patch.coupling import AdditiveCoupling
 from revpatch.patch.gates import PrefixGate
 
@@ -51,7 +50,7 @@ def test_a_patch_is_told_with_its_layers(run: Path) -> None:
 
 
 def test_two_patches_are_compared(run: Path) -> None:
-    difference = compare(f"{run}@good~4", str(run))
+    difference = compare_patches(f"{run}@good~4", str(run))
     first, second = tensors(10), tensors(50)
     for row in difference.layers:
         names = [n for n in sorted(first) if n.startswith(f"0{row.layer}.coupling.") and "log_scale" not in n]
@@ -60,14 +59,14 @@ def test_two_patches_are_compared(run: Path) -> None:
         assert row.cosine == pytest.approx(float(torch.nn.functional.cosine_similarity(a, b, dim=0)))
         assert row.first.norm == pytest.approx(float(a.norm())) and row.second.norm == pytest.approx(float(b.norm()))
     assert difference.probes == {"base": {"loss": [3.01, 3.05], "gate": [0.51, 0.55]}}
-    same = compare(str(run), f"{run}@commit")
+    same = compare_patches(str(run), f"{run}@commit")
     assert [(row.distance, row.cosine) for row in same.layers] == [(0, pytest.approx(1))] * 2
 
 
 def test_a_patch_of_zeros_has_no_direction(tmp_path: Path) -> None:
     zeros = {name: torch.zeros_like(value) for name, value in tensors(1).items()}
     write_entry(tmp_path / "zero.safetensors", zeros, metadata("start", 0))
-    (row, _) = compare(str(tmp_path / "zero.safetensors"), str(tmp_path / "zero.safetensors")).layers
+    (row, _) = compare_patches(str(tmp_path / "zero.safetensors"), str(tmp_path / "zero.safetensors")).layers
     assert row.cosine is None and row.first.norm == 0 and row.first.gate == 0.5 and row.first.scale == 1
 
 
@@ -99,7 +98,7 @@ def test_what_cannot_be_compared_is_refused(run: Path, tmp_path: Path, what: str
     changes, make, message = WRONG[what]
     write_entry(tmp_path / "other.safetensors", make(1), metadata("commit", 5, **changes))
     with pytest.raises(EntryError, match=message):
-        compare(str(run), str(tmp_path / "other.safetensors"))
+        compare_patches(str(run), str(tmp_path / "other.safetensors"))
 
 
 def test_tensors_of_something_else_are_not_told(tmp_path: Path) -> None:
@@ -121,12 +120,12 @@ def test_what_is_printed(run: Path, tmp_path: Path) -> None:
     ):
         assert piece in text.getvalue()
     text = io.StringIO()
-    print_difference(compare(f"{run}@start", str(run)), Console(file=text, width=200))
+    print_difference(compare_patches(f"{run}@start", str(run)), Console(file=text, width=200))
     assert "cosine" in text.getvalue() and "+0.0500" in text.getvalue()
     alone = shutil.copy(run / "ledger/000_wiki_commit.safetensors", tmp_path)
     text = io.StringIO()
     print_patch(inspect(str(alone)), Console(file=text, width=200))
     assert "recorded" not in text.getvalue()
-    print_difference(compare(str(alone), str(alone)), Console(file=text, width=200))
+    print_difference(compare_patches(str(alone), str(alone)), Console(file=text, width=200))
     assert "no held-out losses were recorded" in text.getvalue()
-    json.dumps(compare(str(alone), str(run)).as_fields(), allow_nan=False)
+    json.dumps(compare_patches(str(alone), str(run)).as_fields(), allow_nan=False)

@@ -13,12 +13,10 @@ import torch
 from past_events import RESUME
 from past_run import a_trained_run
 
-from revpatch.ledger.audit import verify
-from revpatch.ledger.history import Ledger
 from revpatch.ledger.journal import JournalError
+from revpatch.ledger.ledger import Ledger, lock_run
+from revpatch.ledger.maintenance import prune, verify
 from revpatch.ledger.patch_file import EntryError, serialise
-from revpatch.ledger.pruning import prune
-from revpatch.ledger.run_lock import lock_run
 
 GOOD = "000_wiki_good_step0000000{}.safetensors"
 

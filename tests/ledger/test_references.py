@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from revpatch.ledger.history import Ledger
+from revpatch.ledger.ledger import Ledger, read_patch
 from revpatch.ledger.patch_file import EntryError
-from revpatch.ledger.references import read_patch
 
 KINDS = [("start", 0), ("good", 10), ("good", 20), ("rollback", 30), ("good", 40), ("commit", 50)]
 

@@ -8,12 +8,10 @@ import pytest
 import torch
 from past_run import a_trained_run, metadata, tensors
 
-from revpatch.ledger.audit import verify
-from revpatch.ledger.history import Ledger
+from revpatch.ledger.ledger import Ledger, read_patch
 from revpatch.ledger.log import log_rows
+from revpatch.ledger.maintenance import events_of, origin_of, restore_run, verify
 from revpatch.ledger.patch_file import EntryError, write_entry
-from revpatch.ledger.references import read_patch
-from revpatch.ledger.restoring import events_of, origin_of, restore
 
 
 @pytest.fixture
@@ -25,7 +23,7 @@ def run(tmp_path: Path) -> Path:
 def test_the_new_run_begins_with_the_patch(run: Path, tmp_path: Path) -> None:
     new = tmp_path / "deep/new"
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    restored = restore(f"{run}@good~1", new)
+    restored = restore_run(f"{run}@good~1", new)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before, "the old run is as it was"
     assert sorted(path.name for path in (new / "ledger").iterdir()) == ["000_wiki_origin.safetensors", "journal.jsonl"]
     source = read_patch(f"{run}@good~1")
@@ -45,12 +43,12 @@ def test_the_new_run_begins_with_the_patch(run: Path, tmp_path: Path) -> None:
 def test_it_is_the_same_wherever_it_was_restored(run: Path, tmp_path: Path) -> None:
     again = tmp_path / "elsewhere"
     again.mkdir()
-    assert restore(str(run), tmp_path / "new").sha256 == restore(str(run), again).sha256
+    assert restore_run(str(run), tmp_path / "new").sha256 == restore_run(str(run), again).sha256
 
 
 def test_a_file_alone_is_enough(tmp_path: Path) -> None:
     sha256 = write_entry(tmp_path / "alone.safetensors", tensors(1), metadata("commit", 5))
-    restored = restore(str(tmp_path / "alone.safetensors"), tmp_path / "new")
+    restored = restore_run(str(tmp_path / "alone.safetensors"), tmp_path / "new")
     assert restored.event is not None
     source = restored.event.restored
     assert (source["sha256"], source["head"]) == (sha256, None)
@@ -68,7 +66,7 @@ def test_nothing_is_overwritten(run: Path, tmp_path: Path, occupied: str) -> Non
         (new / "thesis.txt").write_text("thesis")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(FileExistsError, match="Nothing was overwritten"):
-        restore(str(run), new)
+        restore_run(str(run), new)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
@@ -77,9 +75,9 @@ def test_what_is_no_patch_is_refused_and_leaves_no_folder(run: Path, tmp_path: P
     write_entry(tmp_path / "other.safetensors", {"w": torch.zeros(2)}, metadata("commit", 5))
     for reference, message in (("snapshot.safetensors", "not a patch"), ("other.safetensors", "is no sidecar's")):
         with pytest.raises(EntryError, match=message):
-            restore(str(tmp_path / reference), tmp_path / "new")
+            restore_run(str(tmp_path / reference), tmp_path / "new")
     with pytest.raises(FileNotFoundError):
-        restore(str(tmp_path / "nothing"), tmp_path / "new")
+        restore_run(str(tmp_path / "nothing"), tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 

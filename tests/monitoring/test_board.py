@@ -22,10 +22,17 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
 from waiting import until
 
-from revpatch.config_file import load_config
-from revpatch.monitoring.board import Board
-from revpatch.monitoring.heat_map import MAX_COLUMNS, TITLE_HEIGHT, HeatMap, colours
-from revpatch.monitoring.layout import MARKS, hyperparameters, layout_of
+from revpatch.config.file import load_config
+from revpatch.monitoring.tensorboard import (
+    MARKS,
+    MAX_COLUMNS,
+    TITLE_HEIGHT,
+    Board,
+    HeatMap,
+    colours,
+    hyperparameters,
+    layout_of,
+)
 
 
 def read_back(directory):
@@ -269,7 +276,7 @@ def test_importing_is_lazy_and_nothing_is_heard_of_tensorflow(tmp_path):
     noisy.mkdir(parents=True)
     (noisy / "__init__.py").write_text("import sys; print('oneDNN custom operations are on', file=sys.stderr)")
     code = (
-        "import sys; from pathlib import Path; from revpatch.monitoring.board import Board\n"
+        "import sys; from pathlib import Path; from revpatch.monitoring.tensorboard import Board\n"
         "assert not any(name.split('.')[0] == 'tensorboard' for name in sys.modules)\n"
         "board = Board(Path(sys.argv[1])); board.scalars(0, {'loss': 1.0}); board.text(0, 'a', 'b'); board.close()\n"
         "assert 'tensorflow' not in sys.modules"

@@ -13,11 +13,11 @@ from ranks import Runs, RunServer
 from toy import Toy
 
 from revpatch.config import ConfigError
-from revpatch.config_file import load_config
+from revpatch.config.file import load_config
 from revpatch.ledger.journal import Journal
-from revpatch.monitoring.board import Board
+from revpatch.monitoring.tensorboard import Board
 from revpatch.monitoring.trackers import Trackers, check_trackers
-from revpatch.training.run import train
+from revpatch.train.run import train_run
 
 WANDB = """
 import json, pathlib
@@ -161,14 +161,14 @@ def test_a_folder_of_the_name_is_no_package(tmp_path: Path, monkeypatch: pytest.
 def test_a_run_tells_its_tracker_the_probes_of_its_journal(
     told: Any, toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("revpatch.training.startup.peak_of", lambda *_: 2.0)  # as of a GPU that is known
+    monkeypatch.setattr("revpatch.train.startup.peak_of", lambda *_: 2.0)  # as of a GPU that is known
     config = toy.config_file(
         tmp_path,
         monitoring={"trackers": ["wandb"], "samples": {"max_new_tokens": 5}},
         phases=[{"name": "first", "shards": str(toy.shards("first")), "steps": 6}],
         probes={"sets": [{"name": "base", "shards": str(toy.shards("base_probe")), "max_blocks": 4}]},
     )
-    assert not train(load_config(config)).interrupted
+    assert not train_run(load_config(config)).interrupted
     events = Journal(tmp_path / "run/ledger/journal.jsonl", readonly=True).records()
     (probe,) = (event for event in events if event["event"] == "probe")
     logged = {values["step"]: values for what, values in told() if what == "log"}

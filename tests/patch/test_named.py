@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from revpatch.config import SidecarConfig
 from revpatch.patch.families import FAMILIES
-from revpatch.patch.named import add_patch, patch_names, remove_patch, set_patch
 from revpatch.patch.patched_model import Patch, active_patch, attach, detach, patch_disabled, set_gate
+from revpatch.patches import add_patch, patch_names, remove_patch, set_patch
 
 Build = Callable[..., nn.Module]
 Logits = Callable[..., Tensor]

@@ -26,7 +26,7 @@ from revpatch.patch.patched_model import (
     load_tensors,
     patch_state,
 )
-from revpatch.saving import save_patch
+from revpatch.patches import save_patch
 
 
 @every_gate

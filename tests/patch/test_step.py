@@ -13,9 +13,9 @@ from transformers.cache_utils import DynamicCache
 
 from revpatch.config import SidecarConfig
 from revpatch.patch.coupling import ACTIVATIONS
+from revpatch.patch.cpu_decode import step
 from revpatch.patch.patched_model import attach
 from revpatch.patch.sidecar import Sidecar
-from revpatch.patch.step import step
 
 Build = Callable[..., nn.Module]
 Randomize = Callable[..., Any]

@@ -17,7 +17,6 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from revpatch.patch.families import blocks_of
-from revpatch.patch.named import add_patch, remove_patch, set_patch
 from revpatch.patch.patched_model import (
     Patch,
     active_patch,
@@ -29,7 +28,8 @@ from revpatch.patch.patched_model import (
     set_gate,
     switchboard,
 )
-from revpatch.training.recorder import LayerRecorder
+from revpatch.patches import add_patch, remove_patch, set_patch
+from revpatch.step.frozen_base import LayerRecorder
 
 WAIT = 60
 Patched = Callable[..., Any]

@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from revpatch.report.matrix import Matrix
-from revpatch.training.guard import mean_interval
+from revpatch.evaluation.guard import mean_interval
+from revpatch.report.history import Matrix
 
 # Rows: base, a, b, c. Columns: old text, taught by none, then those that a, b and c teach.
 R = np.array(

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from revpatch.cli import app
 from revpatch.config import ConfigError
+from revpatch.durable import to_plain
 from revpatch.ledger.events import (
     EntryWritten,
     PhaseBegun,
@@ -29,11 +30,9 @@ from revpatch.ledger.events import (
     SamplesWritten,
 )
 from revpatch.ledger.journal import Journal, JournalError
-from revpatch.ledger.plain import to_plain
-from revpatch.report.contents import Report, report_of
-from revpatch.report.curves import Line, Mark, chart
-from revpatch.report.history import Happening, RunHistory
-from revpatch.report.page import page_of
+from revpatch.report import Report, report_of
+from revpatch.report.history import RunHistory, TimelineEvent
+from revpatch.report.page import Line, Mark, chart, page_of
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +219,7 @@ def test_no_text_of_the_journal_becomes_markup(run: Path) -> None:
         plain.run.phases,
         plain.run.taught_by,
         plain.run.tolerances,
-        happenings=[Happening(evil, 6, "rollback", evil)],
+        happenings=[TimelineEvent(evil, 6, "rollback", evil)],
         samples=[(evil, [Sample(prompt=evil, text=evil)])],
         environment={"state": evil, evil: evil},
     )

@@ -9,9 +9,8 @@ import pytest
 from past_events import reading
 
 from revpatch.ledger.events import ProbeReading, Readings
-from revpatch.report.checks import Check, checklist
-from revpatch.report.history import PhaseHistory, RollbackHistory, RunHistory
-from revpatch.report.matrix import matrix_of
+from revpatch.report import Check, checklist
+from revpatch.report.history import PhaseHistory, RollbackHistory, RunHistory, matrix_of
 
 
 def a_set(loss: float, before: float, guarded: bool, gate: float, norm: float) -> ProbeReading:

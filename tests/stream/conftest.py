@@ -13,9 +13,9 @@ from remote_set import BLOCKS
 from toy import make_text, make_tokenizer
 from toy_shards import write_blocks
 
-from revpatch.stream import remote
-from revpatch.stream.build import build_shards
-from revpatch.stream.shard_cache import ShardCache
+from revpatch.corpus.build import build_shards
+from revpatch.shards import remote
+from revpatch.shards.cache import ShardCache
 
 
 @pytest.fixture(scope="session")

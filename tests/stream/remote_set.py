@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from revpatch.stream.manifest import Manifest
-from revpatch.stream.shard_set import ShardSet
-from revpatch.stream.tars import ShardError
+from revpatch.shards.format import Manifest, ShardError
+from revpatch.shards.shard_set import ShardSet
 
 BLOCKS = np.random.default_rng(0).integers(0, 2**16, size=(53, 16))
 

@@ -16,11 +16,11 @@ import pytest
 import webdataset
 from toy import make_text, make_tokenizer
 
-from revpatch.stream.build import Progress, build_shards
-from revpatch.stream.holdout import is_held_out
-from revpatch.stream.manifest import Manifest
-from revpatch.stream.shard_set import ShardSet
-from revpatch.stream.tars import HEADER_BYTES, member_name, stride_of
+from revpatch.corpus.build import build_shards
+from revpatch.corpus.encode import is_held_out
+from revpatch.corpus.progress import BuildProgress
+from revpatch.shards.format import HEADER_BYTES, Manifest, member_name, stride_of
+from revpatch.shards.shard_set import ShardSet
 
 Corpus = Callable[..., Path]
 
@@ -120,7 +120,7 @@ def test_rebuilding_gives_the_same_bytes(corpus: Corpus, tokenizer: Any, tmp_pat
     source = corpus([make_text(i) for i in range(80)])
     build_shards([source], tokenizer, 16, tmp_path / "one", holdout=0.3, blocks_per_shard=10)
     monkeypatch.setattr("time.time", lambda: 2_000_000_000.0)
-    monkeypatch.setattr("revpatch.stream.chunks.CHUNK_DOCUMENTS", 7)
+    monkeypatch.setattr("revpatch.corpus.chunks.CHUNK_DOCUMENTS", 7)
     build_shards([source], make_tokenizer(), 16, tmp_path / "deep" / "two", holdout=0.3, blocks_per_shard=10)
     for suffix in ("", "_probe"):
         assert files_of(tmp_path / f"one{suffix}") == files_of(tmp_path / "deep" / f"two{suffix}")
@@ -144,7 +144,7 @@ def test_the_same_build_again_is_left_alone_and_another_is_refused(
 
     out.rename(tmp_path / "away")
     with monkeypatch.context() as patch:  # the work was kept
-        patch.setattr("revpatch.stream.build.encode_in_order", lambda *_: pytest.fail("nothing is left to encode"))
+        patch.setattr("revpatch.corpus.build.encode_in_order", lambda *_: pytest.fail("nothing is left to encode"))
         assert build_shards([tmp_path / "corpus.jsonl"], tokenizer, 8, out).tokens > first.tokens
     assert sorted(path.name for path in tmp_path.iterdir()) == ["away", "corpus.jsonl", "out"], (
         "no other folder is left"
@@ -227,7 +227,7 @@ def test_max_tokens_does_not_depend_on_batches(
 ) -> None:
     source = corpus([make_text(i) if i % 3 else "" for i in range(300)])
     for name, batch in (("one", 512), ("two", 5)):
-        monkeypatch.setattr("revpatch.stream.chunks.CHUNK_DOCUMENTS", batch)
+        monkeypatch.setattr("revpatch.corpus.chunks.CHUNK_DOCUMENTS", batch)
         build_shards([source], tokenizer, 8, tmp_path / name, holdout=0.3, max_tokens=1003)
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
     assert files_of(tmp_path / "one_probe") == files_of(tmp_path / "two_probe")
@@ -275,13 +275,13 @@ def test_the_holdout_is_of_the_size_asked_for_and_grows_with_it() -> None:
 
 
 def test_progress_counts_up(corpus: Corpus, tokenizer: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("revpatch.stream.chunks.CHUNK_DOCUMENTS", 10)
-    seen: list[Progress] = []
+    monkeypatch.setattr("revpatch.corpus.chunks.CHUNK_DOCUMENTS", 10)
+    seen: list[BuildProgress] = []
     source = corpus([make_text(i) for i in range(95)])
     manifest = build_shards([source], tokenizer, 8, tmp_path / "out", holdout=0.2, progress=seen.append)
     probe = Manifest.read(tmp_path / "out_probe")
     assert [p.documents for p in seen] == [*range(10, 91, 10), 95]
-    assert seen[-1] == Progress(
+    assert seen[-1] == BuildProgress(
         95, manifest.tokens + probe.tokens, manifest.blocks + probe.blocks, source.stat().st_size, source.stat().st_size
     )
 
@@ -304,7 +304,7 @@ def test_bad_documents_are_left_out_counted_and_listed(
     build_shards(tmp_path / "good.jsonl", tokenizer, 8, tmp_path / "good", **options)
     made = []
     for chunk in (512, 3) if "workers" not in options else (7,):
-        monkeypatch.setattr("revpatch.stream.chunks.CHUNK_DOCUMENTS", chunk)
+        monkeypatch.setattr("revpatch.corpus.chunks.CHUNK_DOCUMENTS", chunk)
         out = tmp_path / f"out{chunk}"
         made.append(build_shards(tmp_path / "all.jsonl", tokenizer, 8, out, on_bad="skip", **options))
         assert tokens_of(out) == tokens_of(tmp_path / "good")
@@ -372,12 +372,12 @@ def test_the_only_document_is_held_out_alike_in_pieces_and_after_a_kill(
 ) -> None:
     source = corpus(["", long_text(300), " "])
     build_shards(source, tokenizer, 16, tmp_path / "whole", holdout=0.2)
-    monkeypatch.setattr("revpatch.stream.chunks.LONG_CHARACTERS", 2000)
-    monkeypatch.setattr("revpatch.stream.chunks.PIECE_CHARACTERS", 900)
-    monkeypatch.setattr("revpatch.stream.build.CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr("revpatch.corpus.chunks.LONG_CHARACTERS", 2000)
+    monkeypatch.setattr("revpatch.corpus.chunks.PIECE_CHARACTERS", 900)
+    monkeypatch.setattr("revpatch.corpus.build.CHECKPOINT_SECONDS", 0.0)
     steps = iter([3, 9, 12, 10**9])
 
-    def killed(_: Progress, calls: list[int] = []) -> None:  # noqa: B006  (counts all calls)
+    def killed(_: BuildProgress, calls: list[int] = []) -> None:  # noqa: B006  (counts all calls)
         calls.append(1)
         if len(calls) == limit:
             raise KeyboardInterrupt

@@ -23,8 +23,8 @@ import zstandard
 from command import Call, one_line
 from toy import Toy, make_text
 
-from revpatch.stream.documents import BadDocument, Document, Reading
-from revpatch.stream.sources import find_inputs, is_raw_source, read_documents
+from revpatch.corpus.documents import BadDocument, Document, Reading
+from revpatch.corpus.sources import find_inputs, is_raw_source, read_documents
 
 EOT = "<|endoftext|>"
 ENGLISH = "It was a bright cold day in April, and the clocks were striking thirteen.\n" * 4
@@ -159,7 +159,7 @@ STORIES: dict[str, tuple[str, list[tuple[str, str]]]] = {
 @pytest.mark.parametrize("case", STORIES)
 @pytest.mark.parametrize("buffer", [1, 7, 2**18])
 def test_separators_end_documents(tmp_path: Path, case: str, buffer: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("revpatch.stream.files.BUFFER_BYTES", buffer)
+    monkeypatch.setattr("revpatch.corpus.readers.BUFFER_BYTES", buffer)
     text, expected = STORIES[case]
     (tmp_path / "a.txt").write_bytes(text.encode())
     assert read(tmp_path / "a.txt") == [Document(*each) for each in expected]
@@ -168,7 +168,7 @@ def test_separators_end_documents(tmp_path: Path, case: str, buffer: int, monkey
 
 
 def test_a_long_file_of_stories_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("revpatch.stream.files.BUFFER_BYTES", 2**14)
+    monkeypatch.setattr("revpatch.corpus.readers.BUFFER_BYTES", 2**14)
     with (tmp_path / "a.txt").open("w") as file:
         file.writelines(f"{make_text(i)}\n{EOT}\n" * 20 for i in range(400))
     size = (tmp_path / "a.txt").stat().st_size

@@ -16,26 +16,26 @@ import pytest
 from toy import make_text
 from waiting import until
 
-from revpatch.stream.build import build_shards
-from revpatch.stream.manifest import Manifest
+from revpatch.corpus.build import build_shards
+from revpatch.shards.format import Manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = """
 import json, sys
-import revpatch.stream.build, revpatch.stream.chunks
+import revpatch.corpus.build, revpatch.corpus.chunks
 from light_tokenizer import LightTokenizer
 
 if __name__ == "__main__":
     arguments = json.loads(sys.argv[1])
-    revpatch.stream.build.CHECKPOINT_SECONDS = 0.0
-    revpatch.stream.chunks.CHUNK_DOCUMENTS = arguments.pop("chunk", 20)
-    revpatch.stream.chunks.LONG_CHARACTERS = 20_000
-    revpatch.stream.chunks.PIECE_CHARACTERS = 3_000
+    revpatch.corpus.build.CHECKPOINT_SECONDS = 0.0
+    revpatch.corpus.chunks.CHUNK_DOCUMENTS = arguments.pop("chunk", 20)
+    revpatch.corpus.chunks.LONG_CHARACTERS = 20_000
+    revpatch.corpus.chunks.PIECE_CHARACTERS = 3_000
     tokenizer = LightTokenizer(arguments.pop("tokenizer"))
     def progress(p):
         print(p.tokens, flush=True)
     try:
-        revpatch.stream.build.build_shards(tokenizer=tokenizer, progress=progress, **arguments)
+        revpatch.corpus.build.build_shards(tokenizer=tokenizer, progress=progress, **arguments)
     except (OSError, ValueError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
 """
@@ -142,7 +142,7 @@ def test_killing_while_it_is_installed_is_made_good(
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    import revpatch.stream.build as module
+    import revpatch.corpus.build as module
 
     real, calls = module.install_folder, []
 

@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_shards import make_manifest
 
-from revpatch.stream.lanes import Lanes
-from revpatch.stream.permutation import hash64, permute
+from revpatch.shards.mixture import Lanes, hash64, permute
 
 WORLDS = [1, 2, 3, 4, 6, 8]
 

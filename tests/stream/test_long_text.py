@@ -12,11 +12,11 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from toy import make_text
 
-from revpatch.stream import chunks
-from revpatch.stream.build import build_shards
-from revpatch.stream.chunks import works_of
-from revpatch.stream.encode import Encoder, EncoderRecipe
-from revpatch.stream.sources import read_documents
+from revpatch.corpus import chunks
+from revpatch.corpus.build import build_shards
+from revpatch.corpus.chunks import works_of
+from revpatch.corpus.encode import Encoder, EncoderRecipe
+from revpatch.corpus.sources import read_documents
 
 ROOT = Path(__file__).resolve().parents[2]
 BYTE_LEVEL = ROOT / "shards/demo_base/tokenizer.json"

@@ -13,8 +13,8 @@ from toy import make_tokenizer
 from toy_shards import make_manifest
 from transformers import AutoTokenizer
 
-from revpatch.stream.manifest import Manifest, TokenizerInfo
-from revpatch.stream.tokenizer import tokenizer_fingerprint, tokenizer_info
+from revpatch.corpus.tokenizer import tokenizer_fingerprint, tokenizer_info
+from revpatch.shards.format import Manifest, TokenizerInfo
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:

@@ -11,14 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_shards import make_manifest, write_blocks
 
-from revpatch.stream.corpus import Corpus
-from revpatch.stream.lanes import Lanes
-from revpatch.stream.manifest import Manifest
-from revpatch.stream.mixture import Mixture
-from revpatch.stream.quarantine import Quarantine
-from revpatch.stream.replay import ReplayMixture
-from revpatch.stream.shard_set import ShardSet
-from revpatch.stream.tars import ShardError, ShardFault
+from revpatch.shards.format import Manifest, ShardError, ShardFault
+from revpatch.shards.mixture import Lanes, Mixture
+from revpatch.shards.quarantine import Quarantine
+from revpatch.shards.replay import ReplayMixture
+from revpatch.shards.shard_set import Corpus, ShardSet
 
 WORLDS = [1, 2, 3, 4, 6, 8]
 

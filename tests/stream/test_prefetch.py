@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from revpatch.stream.prefetch import Prefetcher
-from revpatch.stream.tars import ShardError
+from revpatch.shards.format import ShardError
+from revpatch.train.batches import Prefetcher
 
 
 def test_batches_come_in_order_and_no_further_ahead_than_asked() -> None:

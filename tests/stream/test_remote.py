@@ -14,11 +14,11 @@ import pytest
 from flaky_server import FlakyServer, drop, drop_unnoticed, other, slow, status
 from remote_set import BLOCKS, second
 
-from revpatch.stream import remote
-from revpatch.stream.lanes import Lanes
-from revpatch.stream.manifest import MANIFEST_NAME
-from revpatch.stream.shard_cache import ShardCache
-from revpatch.stream.shard_set import ShardSet
+from revpatch.shards import remote
+from revpatch.shards.cache import ShardCache
+from revpatch.shards.format import MANIFEST_NAME
+from revpatch.shards.mixture import Lanes
+from revpatch.shards.shard_set import ShardSet
 
 # Every way of getting them.
 

@@ -12,9 +12,9 @@ from damage import damage
 from flaky_server import FlakyServer, drop, drop_unnoticed, other, slow, status
 from remote_set import check_broken, second
 
-from revpatch.stream import remote
-from revpatch.stream.shard_cache import ShardCache
-from revpatch.stream.shard_set import ShardSet
+from revpatch.shards import remote
+from revpatch.shards.cache import ShardCache
+from revpatch.shards.shard_set import ShardSet
 
 # Named, at once when known, and the other shards stay usable.
 

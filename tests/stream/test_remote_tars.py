@@ -16,10 +16,10 @@ import pyarrow.parquet
 import pytest
 from flaky_server import FlakyServer, drop, status
 
-from revpatch.stream import remote
-from revpatch.stream.chunks import ChunkReading, Position, read_chunks
-from revpatch.stream.documents import Reading
-from revpatch.stream.sources import find_inputs, is_raw_source, read_documents
+from revpatch.corpus.chunks import ChunkReading, Position, read_chunks
+from revpatch.corpus.documents import Reading
+from revpatch.corpus.sources import find_inputs, is_raw_source, read_documents
+from revpatch.shards import remote
 
 TEXTS = [f"text {i} é" for i in range(40)]
 

@@ -11,11 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_shards import make_manifest, write_blocks
 
-from revpatch.stream.corpus import Corpus
-from revpatch.stream.lanes import Lanes
-from revpatch.stream.manifest import Manifest
-from revpatch.stream.replay import ReplayMixture, block_priority, bottom_k, write_replay
-from revpatch.stream.shard_set import ShardSet
+from revpatch.shards.format import Manifest
+from revpatch.shards.mixture import Lanes
+from revpatch.shards.replay import ReplayMixture, block_priority, bottom_k, write_replay
+from revpatch.shards.shard_set import Corpus, ShardSet
 
 IDS = st.lists(st.integers(0, 500), max_size=60)
 

@@ -13,9 +13,8 @@ from damage import DAMAGES, STRIDE, damage, flip
 from remote_set import second
 from toy_shards import write_blocks
 
-from revpatch.stream.manifest import Manifest
-from revpatch.stream.shard_set import ShardSet, sample_blocks, verify_shards
-from revpatch.stream.tars import HEADER_BYTES, ShardError
+from revpatch.shards.format import HEADER_BYTES, Manifest, ShardError
+from revpatch.shards.shard_set import ShardSet, sample_blocks, verify_shards
 
 
 def test_blocks_are_read_in_the_order_asked_for(tmp_path: Path) -> None:
@@ -35,7 +34,7 @@ def test_blocks_are_read_in_the_order_asked_for(tmp_path: Path) -> None:
 
 
 def test_more_shards_than_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("revpatch.stream.open_shards.OPEN_FILES", 3)
+    monkeypatch.setattr("revpatch.shards.cache.OPEN_FILES", 3)
     blocks = np.arange(80).reshape(20, 4)
     write_blocks(tmp_path / "set", blocks, blocks_per_shard=1)
     open_before = len(list(Path("/proc/self/fd").iterdir())) if Path("/proc/self/fd").exists() else 0
@@ -49,7 +48,7 @@ def test_more_shards_than_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_shard_that_was_swapped_since_it_was_hashed_is_hashed_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("revpatch.stream.open_shards.OPEN_FILES", 1)
+    monkeypatch.setattr("revpatch.shards.cache.OPEN_FILES", 1)
     manifest = write_blocks(tmp_path / "set", np.arange(8).reshape(2, 4), blocks_per_shard=1)
     path = tmp_path / "set" / manifest.shards[0].name
     with ShardSet(tmp_path / "set") as shards:

@@ -15,12 +15,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from revpatch.stream import remote
-from revpatch.stream.build import build_shards
-from revpatch.stream.documents import Document, Reading
-from revpatch.stream.hub import parse_hub_spec
-from revpatch.stream.manifest import Manifest
-from revpatch.stream.sources import find_inputs, is_raw_source, name_of_source, read_documents
+from revpatch.corpus.build import build_shards
+from revpatch.corpus.documents import Document, Reading
+from revpatch.corpus.sources import find_inputs, is_raw_source, name_of_source, parse_hub_spec, read_documents
+from revpatch.shards import remote
+from revpatch.shards.format import Manifest
 
 TEXTS = ["first", "", "the second, with 😀, \x1b and \u2028", *(f"text {i} " * 9 for i in range(300))]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from revpatch.stream.sources import Document, is_raw_source, read_documents
+from revpatch.corpus.sources import Document, is_raw_source, read_documents
 
 
 def test_one_document_a_text_file_and_one_a_line_of_jsonl_in_order(tmp_path: Path) -> None:

@@ -16,11 +16,11 @@ from toy import BLOCK_SIZE, Toy, make_base, make_text, make_tokenizer
 from transformers import AutoTokenizer
 
 from revpatch.config import ConfigError
-from revpatch.stream.build import build_shards
-from revpatch.stream.manifest import Manifest
-from revpatch.stream.shard_set import ShardSet
-from revpatch.stream.tokenizer import load_tokenizer, prompt_ids, read_tokenizer, tokenizer_fingerprint
-from revpatch.training.preflight import check
+from revpatch.corpus.build import build_shards
+from revpatch.corpus.tokenizer import load_tokenizer, prompt_ids, read_tokenizer, tokenizer_fingerprint
+from revpatch.shards.format import Manifest
+from revpatch.shards.shard_set import ShardSet
+from revpatch.train.preflight import check
 
 Edit = Callable[[dict[str, Any]], object]
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
@@ -57,11 +57,11 @@ def template(*tokens: str, ids: dict[str, int]) -> dict[str, Any]:
 
 @pytest.fixture
 def said() -> Iterator[list[str]]:
-    """The lines that are logged by `revpatch.stream`."""
+    """The lines that are logged by `revpatch.corpus`."""
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    log = logging.getLogger("revpatch.stream")
+    log = logging.getLogger("revpatch.corpus")
     log.addHandler(handler)
     yield lines
     log.removeHandler(handler)
@@ -335,8 +335,8 @@ def test_a_long_document_begins_once(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     tokenizer = load_tokenizer(str(folder_of(tmp_path / "base", with_template(BOS, "$"), bos_token=BOS)))
     source = source_of(tmp_path, make_text(1), " ".join(make_text(i) for i in range(90)), make_text(2))
     build_shards(source, tokenizer, 4, tmp_path / "whole")
-    monkeypatch.setattr("revpatch.stream.chunks.PIECE_CHARACTERS", 400)
-    monkeypatch.setattr("revpatch.stream.chunks.LONG_CHARACTERS", 1000)
+    monkeypatch.setattr("revpatch.corpus.chunks.PIECE_CHARACTERS", 400)
+    monkeypatch.setattr("revpatch.corpus.chunks.LONG_CHARACTERS", 1000)
     build_shards(source, tokenizer, 4, tmp_path / "pieces")
     assert tokens_of(tmp_path / "pieces") == tokens_of(tmp_path / "whole")
     assert tokens_of(tmp_path / "pieces").count(300) == 3
@@ -487,8 +487,8 @@ def test_special_tokens_that_the_text_spells_are_counted(revpatch: Call, said: l
 def test_pages_of_html_are_counted(
     text: str, pages: int, revpatch: Call, said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("revpatch.stream.chunks.PIECE_CHARACTERS", 400)
-    monkeypatch.setattr("revpatch.stream.chunks.LONG_CHARACTERS", 1000)
+    monkeypatch.setattr("revpatch.corpus.chunks.PIECE_CHARACTERS", 400)
+    monkeypatch.setattr("revpatch.corpus.chunks.LONG_CHARACTERS", 1000)
     assert build(revpatch, folder_of(tmp_path / "base"), tmp_path / "out", "one", text, "a b", text).code == 0
     lines = [line for line in said if "pages of HTML" in line]
     assert [f"{tmp_path}/out: {2 * pages} documents" in line and "pandoc" in line for line in lines] == [True] * pages

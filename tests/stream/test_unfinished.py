@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from revpatch.stream import build
-from revpatch.stream.build import Progress
-from revpatch.stream.checkpoint import UnfinishedBuild
-from revpatch.stream.manifest import Manifest
+from revpatch.corpus import build
+from revpatch.corpus.checkpoint import UnfinishedBuild
+from revpatch.corpus.progress import BuildProgress
+from revpatch.shards.format import Manifest
 
 RECIPE: dict[str, Any] = {"block_size": 16}
 INPUTS = [{"name": "a.txt"}]
@@ -96,7 +96,7 @@ def test_a_source_may_be_mended_behind_what_was_read_of_it(
     edit: str, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(build, "CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr("revpatch.stream.chunks.CHUNK_DOCUMENTS", 50)
+    monkeypatch.setattr("revpatch.corpus.chunks.CHUNK_DOCUMENTS", 50)
     text, change, told = tmp_path / "text", *EDITS[edit]
     text.mkdir()
     for name, parts in (
@@ -108,7 +108,7 @@ def test_a_source_may_be_mended_behind_what_was_read_of_it(
     with pytest.raises(ValueError, match=r"b\.jsonl:601: .*--on-bad skip.* is kept in .*\.set\.building: mend what is"):
         build.build_shards(text, tokenizer, 16, tmp_path / "set", holdout=0.2)
     change(text)
-    seen: list[Progress] = []
+    seen: list[BuildProgress] = []
     for _ in range(2):
         if told:  # and a second time, as nothing is forgotten of what was read
             with pytest.raises((ValueError, FileExistsError), match=told):
@@ -125,14 +125,14 @@ def test_a_stopped_build_is_resumed_without_what_is_bad_but_not_the_other_way_ro
     tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(build, "CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr("revpatch.stream.chunks.CHUNK_DOCUMENTS", 50)
+    monkeypatch.setattr("revpatch.corpus.chunks.CHUNK_DOCUMENTS", 50)
     path = tmp_path / "a.jsonl"
     path.write_text("".join([*GOOD, "no json\n", *lines(200, 700)]))
 
     def build_it(name: str, **options: Any) -> Manifest:
         return build.build_shards(path, tokenizer, 16, tmp_path / name, **options)
 
-    def killed(progress: Progress) -> None:
+    def killed(progress: BuildProgress) -> None:
         if progress.documents > 700:
             raise KeyboardInterrupt
 
@@ -150,11 +150,11 @@ def test_a_stopped_build_is_resumed_without_what_is_bad_but_not_the_other_way_ro
 def test_a_file_that_is_written_to_while_it_is_read_is_refused(
     corpus: Callable[..., Path], tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("revpatch.stream.chunks.CHUNK_DOCUMENTS", 5)
+    monkeypatch.setattr("revpatch.corpus.chunks.CHUNK_DOCUMENTS", 5)
     monkeypatch.setattr(build, "CHECKPOINT_SECONDS", 0.0)
     path = corpus([f"text {i} of words" for i in range(90)])
 
-    def grow(_: Progress) -> None:
+    def grow(_: BuildProgress) -> None:
         with path.open("a") as file:
             file.write('{"text": "one more"}\n')
 

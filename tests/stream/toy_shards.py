@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from revpatch.stream.manifest import MANIFEST_VERSION, Manifest, Shard, TokenizerInfo
-from revpatch.stream.tars import ShardWriter
+from revpatch.shards.format import MANIFEST_VERSION, Manifest, Shard, ShardWriter, TokenizerInfo
 
 
 def make_manifest(shard_blocks: list[int], block_size: int = 4) -> Manifest:

@@ -13,8 +13,8 @@ from toy import Toy
 from transformers import AutoModelForCausalLM
 
 from revpatch.config import SidecarConfig
+from revpatch.corpus.tokenizer import tokenizer_fingerprint
 from revpatch.patch.patched_model import base_sha256
-from revpatch.stream.tokenizer import tokenizer_fingerprint
 
 
 @pytest.fixture(scope="session")

@@ -13,9 +13,9 @@ from toy import LAYERS, WIDTH, Toy, make_it_look_trained
 from transformers import AutoModelForCausalLM
 
 from revpatch.config import SidecarConfig
-from revpatch.ledger.history import Ledger
+from revpatch.ledger.ledger import Ledger
 from revpatch.patch.patched_model import Patch, attach, load_tensors, patch_state
-from revpatch.stream.shard_set import ShardSet
+from revpatch.shards.shard_set import ShardSet
 
 Tensors = dict[str, Tensor]
 

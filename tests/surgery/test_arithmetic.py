@@ -8,7 +8,7 @@ from made_up import patch_tensors, plus
 
 from revpatch.config import SidecarConfig
 from revpatch.patch.patched_model import Patch, load_tensors
-from revpatch.surgery.arithmetic import bypassed, check_finite, layers_of, taken_out, weighted
+from revpatch.surgery.combine import bypassed, check_finite, layers_with_sidecars, taken_out, weighted
 
 
 def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -54,7 +54,7 @@ def test_a_bypassed_sidecar_is_the_identity_to_the_bit_and_the_others_are_as_the
 
 def test_what_is_not_there_or_not_finite_is_refused() -> None:
     tensors = patch_tensors()
-    assert layers_of(tensors) == [0, 1]
+    assert layers_with_sidecars(tensors) == [0, 1]
     with pytest.raises(ValueError, match=r"no sidecar after block 7.*blocks \[0, 1\]"):
         bypassed(tensors, [0, 7])
     tensors["00.coupling.log_scale"][0] = float("nan")

@@ -10,7 +10,7 @@ import pytest
 from made_up import MadeUp, patch_tensors, plus, taught
 from toy import Toy
 
-from revpatch.surgery.bisection import BASE, Evaluation, bisect
+from revpatch.surgery.bisect import BASE, Evaluation, bisect
 
 Make = Callable[..., MadeUp]
 

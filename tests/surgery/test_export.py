@@ -38,10 +38,10 @@ from transformers import (
 from revpatch.config import SidecarConfig
 from revpatch.durable import new_folder
 from revpatch.ledger.patch_file import read_entry, tensors_digest, write_entry
-from revpatch.loading import load_patched
 from revpatch.patch import families
 from revpatch.patch.patched_model import Patch, base_sha256, patch_disabled, patch_state, switchboard
-from revpatch.surgery.export import export
+from revpatch.patches import load_patched
+from revpatch.surgery.exchange import export
 from revpatch.surgery.modeling import modeling_source
 
 Make = Callable[..., MadeUp]
@@ -132,7 +132,7 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def unproved(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exports are not loaded back, which takes seconds; for tests of something else."""
-    monkeypatch.setattr("revpatch.surgery.export.prove", lambda *_: None)
+    monkeypatch.setattr("revpatch.surgery.exchange.prove", lambda *_: None)
 
 
 @pytest.mark.usefixtures("unproved")

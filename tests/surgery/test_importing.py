@@ -19,17 +19,13 @@ from toy import Toy
 from transformers import AutoModelForCausalLM
 
 from revpatch.config import SidecarConfig
-from revpatch.durable import sha256_of
-from revpatch.ledger.audit import verify
-from revpatch.ledger.history import Ledger
+from revpatch.durable import canonical_json, sha256_of
+from revpatch.ledger.ledger import Ledger, read_patch
+from revpatch.ledger.maintenance import verify
 from revpatch.ledger.patch_file import write_entry
-from revpatch.ledger.plain import canonical_json
-from revpatch.ledger.references import read_patch
-from revpatch.loading import load_patched
 from revpatch.patch.patched_model import base_sha256
-from revpatch.saving import save_pretrained
-from revpatch.surgery.export import export
-from revpatch.surgery.importing import import_patch
+from revpatch.patches import load_patched, save_pretrained
+from revpatch.surgery.exchange import export, import_patch
 
 Make = Callable[..., MadeUp]
 
@@ -37,7 +33,7 @@ Make = Callable[..., MadeUp]
 @pytest.fixture(autouse=True)
 def _unproved(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exports are not loaded back, which takes seconds."""
-    monkeypatch.setattr("revpatch.surgery.export.prove", lambda *_: None)
+    monkeypatch.setattr("revpatch.surgery.exchange.prove", lambda *_: None)
 
 
 @pytest.fixture
@@ -82,7 +78,7 @@ def test_a_patch_comes_back_as_the_newest_commit(run: MadeUp, tmp_path: Path, to
         assert verify(target).ok
 
 
-@pytest.mark.parametrize("moment", ["surgery.new_entry.Ledger.__init__", "ledger.journal.Journal.append"])
+@pytest.mark.parametrize("moment", ["surgery.combine.Ledger.__init__", "ledger.journal.Journal.append"])
 def test_an_import_into_a_new_run_that_was_killed_is_done_again(
     run: MadeUp, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:

@@ -16,10 +16,10 @@ from ranks import RunServer
 from toy import Toy
 from transformers import AutoModelForCausalLM
 
+from revpatch.evaluation.guard import student_t_quantile
+from revpatch.evaluation.losses import interval, losses_of, probe_losses
 from revpatch.ledger.patch_file import write_entry
-from revpatch.stream.shard_set import ShardSet
-from revpatch.surgery.losses import interval, losses_of, probe
-from revpatch.training.guard import student_t_quantile
+from revpatch.shards.shard_set import ShardSet
 
 Make = Callable[..., MadeUp]
 
@@ -41,7 +41,7 @@ def plain_losses(toy: Toy, name: str) -> list[float]:
 
 def test_the_base_alone_has_the_losses_of_a_plain_forward_pass(toy: Toy) -> None:
     expected = plain_losses(toy, "first_probe")
-    (found,) = probe("none", [str(toy.shards("first_probe"))], base=str(toy.base))
+    (found,) = probe_losses("none", [str(toy.shards("first_probe"))], base=str(toy.base))
     assert (found.name, found.blocks, found.gate, found.rise) == ("first_probe", len(expected), None, None)
     assert found.loss == pytest.approx(np.mean(expected), rel=1e-6)
     margin = student_t_quantile(0.95, len(expected) - 1) * np.std(expected, ddof=1) / math.sqrt(len(expected))
@@ -53,9 +53,9 @@ def test_the_base_alone_has_the_losses_of_a_plain_forward_pass(toy: Toy) -> None
 
 def test_a_patch_is_paired_with_its_base_alone(toy: Toy, run: MadeUp) -> None:
     places = [str(toy.shards(name)) for name in ("first_probe", "base_probe")]
-    found = probe(str(run.directory), places, blocks=9)
+    found = probe_losses(str(run.directory), places, blocks=9)
     for of, place in zip(found, places, strict=True):
-        (alone,) = probe("none", [place], base=str(toy.base), blocks=9)
+        (alone,) = probe_losses("none", [place], base=str(toy.base), blocks=9)
         assert of.blocks == 9
         assert of.reference == pytest.approx(alone.loss, rel=1e-7)
         assert of.rise == pytest.approx(of.loss - alone.loss, rel=1e-4)
@@ -65,7 +65,7 @@ def test_a_patch_is_paired_with_its_base_alone(toy: Toy, run: MadeUp) -> None:
 
 
 def test_one_block_has_no_interval(toy: Toy, run: MadeUp) -> None:
-    (found,) = probe(str(run.directory), [str(toy.shards("first_probe"))], blocks=1)
+    (found,) = probe_losses(str(run.directory), [str(toy.shards("first_probe"))], blocks=1)
     assert found.blocks == 1
     assert found.low is found.high is found.perplexity_low is found.rise_low is None
     assert interval(np.array([2.0]), 0.95) == (2.0, None, None)
@@ -81,7 +81,7 @@ def test_two_ranks_share_the_blocks_and_find_the_same(
     assert server.run(*args, output=output, world=2) == [0, 0], output.read_text()
     found = json.loads(output.read_text())
     assert found["ranks"] == 2
-    for of, alone in zip(found["sets"], probe(str(run.directory), places, blocks=blocks), strict=True):
+    for of, alone in zip(found["sets"], probe_losses(str(run.directory), places, blocks=blocks), strict=True):
         expected = alone.as_fields()
         assert of["blocks"] == expected["blocks"] == blocks
         for key in ("loss", "rise", "rise_low", "perplexity_high", "gate"):
@@ -92,7 +92,7 @@ def test_several_patches_of_one_base_are_held_against_the_first(toy: Toy, run: M
     references = [f"{run.directory}@start", f"{run.directory}@commit"]
     found = losses_of(references, [str(toy.shards("first_probe"))])
     (start,), (commit,) = (found[reference] for reference in references)
-    (alone,) = probe(references[1], [str(toy.shards("first_probe"))])
+    (alone,) = probe_losses(references[1], [str(toy.shards("first_probe"))])
     assert start.rise is None
     assert commit.against == references[0]
     assert commit.loss == alone.loss

@@ -12,10 +12,9 @@ import torch
 from made_up import MadeUp, Tensors, patch_tensors, plus, taught
 from toy import Toy
 
-from revpatch.ledger.audit import verify
-from revpatch.ledger.history import Ledger
-from revpatch.ledger.references import read_patch
-from revpatch.surgery.merge import merge
+from revpatch.ledger.ledger import Ledger, read_patch
+from revpatch.ledger.maintenance import verify
+from revpatch.surgery.combine import merge
 
 Make = Callable[..., MadeUp]
 

@@ -16,10 +16,9 @@ from torch import nn
 from toy import Toy, save_base
 from transformers import AutoModelForCausalLM
 
+from revpatch.evaluation import proofs as removal
+from revpatch.evaluation.proofs import bare_base, prove_removal
 from revpatch.ledger.journal import JournalError
-from revpatch.surgery import removal
-from revpatch.surgery.removal import prove_removal
-from revpatch.training.bare_base import bare_base
 
 Make = Callable[..., MadeUp]
 

@@ -14,11 +14,11 @@ import torch
 from made_up import MadeUp, Tensors, patch_tensors, plus, taught
 from toy import Toy
 
-from revpatch.ledger.audit import verify
+from revpatch.evaluation.losses import probe_losses
 from revpatch.ledger.journal import Journal
-from revpatch.surgery.importing import import_patch
-from revpatch.surgery.losses import probe
-from revpatch.surgery.revert import revert
+from revpatch.ledger.maintenance import verify
+from revpatch.surgery.combine import revert
+from revpatch.surgery.exchange import import_patch
 
 Make = Callable[..., MadeUp]
 
@@ -73,7 +73,7 @@ def test_the_probes_are_those_of_the_two_patches(toy: Toy, run: MadeUp) -> None:
     made = revert(run.directory, "first")
     assert made.sets.keys() == {"base", "first", "second"}
     for reference, key in ((f"{run.directory}@commit~1", "reference"), (f"{run.directory}@commit", "loss")):
-        (found,) = probe(reference, [str(toy.shards("base_probe"))], blocks=16)
+        (found,) = probe_losses(reference, [str(toy.shards("base_probe"))], blocks=16)
         assert getattr(made.sets["base"], key) == pytest.approx(found.loss, rel=1e-6)
     assert made.sets["base"].guarded and made.sets["second"].guarded
     assert not made.sets["first"].guarded, "what the phase taught is what is given up"

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from revpatch.surgery.search import fewest_to_blame, first_above
+from revpatch.surgery.bisect import fewest_to_blame, first_above
 
 
 def test_the_first_worse_state_is_found_in_two_and_log2_questions() -> None:

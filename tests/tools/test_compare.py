@@ -66,8 +66,8 @@ def test_peers_read_the_blocks_that_the_product_trains_on(
     from compare_cells import Cell
     from compare_data import Course, config_of
 
-    from revpatch.training.batches import Batches
-    from revpatch.training.run import train
+    from revpatch.train.batches import Batches
+    from revpatch.train.run import train_run
 
     trained: list[tuple[torch.Tensor, Any]] = []
     to_device = Batches.to_device
@@ -79,7 +79,7 @@ def test_peers_read_the_blocks_that_the_product_trains_on(
 
     monkeypatch.setattr(Batches, "to_device", watched)
     knobs = (("joint", joint),)
-    train(config_of(a_tier(), Cell("ours", 1e-3, 7, knobs), tmp_path / "run"))
+    train_run(config_of(a_tier(), Cell("ours", 1e-3, 7, knobs), tmp_path / "run"))
     for method in ("lora+replay+kl", "full+replay"):
         peers = config_of(a_tier(), Cell(method, 4e-3, 7, knobs), tmp_path / method)
         course = Course(peers, tmp_path / f"replay of {method}")
@@ -123,7 +123,7 @@ def test_a_peer_begins_as_the_bare_base_and_learns(family: str, kind: str, tmp_p
     from compare_data import Course, config_of
     from compare_peers import PEERS, loss_of
 
-    from revpatch.training.packed import last_hidden_states
+    from revpatch.step.frozen_base import last_hidden_states
 
     config = config_of(a_tier(), Cell(f"{family}+replay+kl", 1e-3), tmp_path)
     student = PEERS[family](a_base(kind).requires_grad_(False), config)

@@ -13,8 +13,8 @@ from toy import make_base, make_it_look_trained
 
 from revpatch.config import ObjectiveConfig, SidecarConfig
 from revpatch.patch.patched_model import Patch, attach
-from revpatch.training.objective import TERMS, PatchObjective, StepOutput
-from revpatch.training.teacher import Teacher
+from revpatch.step.objective import TERMS, PatchObjective, StepOutput
+from revpatch.step.teacher import Teacher
 
 VOCAB, TIME, NEW, REPLAY, INIT_SCALE = 83, 9, 3, 2, 0.7
 WEIGHTS = {

@@ -16,20 +16,19 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from revpatch.config_file import load_config
+from revpatch.config.file import load_config
+from revpatch.distributed import Launch
+from revpatch.distributed.ranks import process_group
+from revpatch.evaluation.probe import Measurement
+from revpatch.monitoring.record import Record
 from revpatch.patch.patched_model import base_sha256, patch_state
-from revpatch.training import startup
-from revpatch.training.engine import MicroBatch, make_engine
-from revpatch.training.launch import process_group
-from revpatch.training.launcher_variables import Launch
-from revpatch.training.objective import PatchObjective
-from revpatch.training.phase import Phase
-from revpatch.training.preflight import check
-from revpatch.training.probe import Measurement
-from revpatch.training.record import Record
-from revpatch.training.rollback import restore, state_sha256
-from revpatch.training.schedule import learning_rate
-from revpatch.training.trainer import Trainer
+from revpatch.step.engine import MicroBatch, learning_rate, make_engine
+from revpatch.step.objective import PatchObjective
+from revpatch.train import startup
+from revpatch.train.preflight import check
+from revpatch.train.rollback import restore_state, state_sha256
+from revpatch.train.state import Phase
+from revpatch.train.trainer import Trainer
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
 from wire import bytes_sent
@@ -56,14 +55,14 @@ def exact_rollback(trainer: Trainer) -> dict[str, Any]:
     batches = batches_of(phase, 12)
     run_steps(trainer, batches[:5], 5e-3)
     good, patch = trainer.engine.state(), patch_state(trainer.patch)
-    restore(trainer.engine, trainer.patch, good, trainer.peers)
+    restore_state(trainer.engine, trainer.patch, good, trainer.peers)
     run_steps(trainer, batches[11:], 0.0)
     reference = state_sha256(trainer.patch, trainer.engine.state())
 
-    restore(trainer.engine, trainer.patch, good, trainer.peers)
+    restore_state(trainer.engine, trainer.patch, good, trainer.peers)
     run_steps(trainer, batches[5:11], 5e-3)
     moved = max(float((patch_state(trainer.patch)[name] - tensor).abs().max()) for name, tensor in patch.items())
-    restored = restore(trainer.engine, trainer.patch, good, trainer.peers)
+    restored = restore_state(trainer.engine, trainer.patch, good, trainer.peers)
     run_steps(trainer, batches[11:], 0.0)
     after = patch_state(trainer.patch)
     state = trainer.engine.state()
@@ -148,7 +147,7 @@ def disagreement(trainer: Trainer) -> dict[str, Any]:
                 next(trainer.patch.parameters()).view(-1)[0] += 1e-7
 
     trainer.engine.load = corrupting  # type: ignore[method-assign]
-    restore(trainer.engine, trainer.patch, good, trainer.peers)
+    restore_state(trainer.engine, trainer.patch, good, trainer.peers)
     return {}
 
 
@@ -258,7 +257,7 @@ def main() -> None:
     with process_group(launch, launch.device(), config.engine.timeout_minutes) as peers:
         standing = startup.prepare_run(config, peers)
         record = Record(standing.directory, peers.rank == 0, config.monitoring.tensorboard)
-        base = startup.load_base(config.base, peers.device)
+        base = startup.load_frozen_base(config.base, peers.device)
         trainer = Trainer(config, plan, base, peers, record, standing.directory)
         trainer.take_up(standing)
         found = CHECKS[name](trainer)

@@ -28,7 +28,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-HALF = ("revpatch.ledger.patch_file:write_atomically", "revpatch.training.snapshot:write_atomically")
+HALF = ("revpatch.ledger.patch_file:write_atomically", "revpatch.train.snapshot:write_atomically")
 
 
 def die() -> None:
@@ -77,8 +77,8 @@ def arm(target: str, call: int, when: str, act: Callable[[], None]) -> None:
 
 
 def make_worse(harm: list[list[int]]) -> None:
-    from revpatch.training.trainer import Trainer
-    from revpatch.training.watch import Watch
+    from revpatch.train.state import Watch
+    from revpatch.train.trainer import Trainer
 
     probe, measure = Trainer._probe, Watch.measure
     now: list[Any] = [None]
@@ -99,7 +99,7 @@ def make_worse(harm: list[list[int]]) -> None:
 
 
 def swap_folders(path: str, other: str) -> None:
-    from revpatch.stream.shard_set import ShardSet
+    from revpatch.shards.shard_set import ShardSet
 
     made = ShardSet.__init__
 
@@ -162,7 +162,7 @@ def main() -> None:
     from torch.utils import tensorboard  # noqa: F401
     from transformers.models.gpt2 import modeling_gpt2, tokenization_gpt2  # noqa: F401
 
-    import revpatch.training.run  # noqa: F401
+    import revpatch.train.run  # noqa: F401
 
     torch.set_num_threads(1)
     for line in sys.stdin:

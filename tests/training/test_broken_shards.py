@@ -22,17 +22,15 @@ from toy import BLOCK_SIZE, Toy
 from waiting import until
 
 from revpatch.config import BatchConfig
-from revpatch.ledger.audit import verify
-from revpatch.stream.build import build_shards
-from revpatch.stream.corpus import Corpus
-from revpatch.stream.manifest import Manifest
-from revpatch.stream.mixture import Mixture
-from revpatch.stream.quarantine import Quarantine
-from revpatch.stream.shard_set import ShardSet
-from revpatch.stream.tars import stride_of
-from revpatch.training.batches import Batches
-from revpatch.training.launch import Peers
-from revpatch.training.launcher_variables import Launch
+from revpatch.corpus.build import build_shards
+from revpatch.distributed import Launch
+from revpatch.distributed.ranks import Ranks
+from revpatch.ledger.maintenance import verify
+from revpatch.shards.format import Manifest, stride_of
+from revpatch.shards.mixture import Mixture
+from revpatch.shards.quarantine import Quarantine
+from revpatch.shards.shard_set import Corpus, ShardSet
+from revpatch.train.batches import Batches
 
 BLOCKS_PER_SHARD = 20
 STRIDE = stride_of(2 * BLOCK_SIZE)
@@ -88,7 +86,7 @@ def stopped(runs: Runs, words: str, place: str) -> None:
 @pytest.mark.parametrize("how", ["cut inside a member", "missing", "swapped"])
 def test_stop_names_a_shard_that_breaks_after_the_start(runs: Runs, how: str) -> None:
     waiting, path = runs.folder / "run.log.waiting", broken_shard(runs, 1)
-    runs.start("run", wait_at={"target": "revpatch.training.watch:Watch.measure", "call": 1})
+    runs.start("run", wait_at={"target": "revpatch.train.state:Watch.measure", "call": 1})
     until(waiting.exists)
     damage(path, how)
     waiting.unlink()
@@ -140,7 +138,7 @@ def it_is_on_the_board(folder: Path, step: int, shard: Path) -> None:
     assert [point.step for point in marks.Scalars("mark/base/quarantine")] == [step - 2, step - 1, step]
 
 
-class OfTwo(Peers):
+class OfTwo(Ranks):
     """This rank, and another that meets the same broken shards at the same steps."""
 
     def agree(self, failure: Any, interrupted: bool) -> tuple[list[Any], bool]:
@@ -169,7 +167,7 @@ def test_a_run_goes_on_after_a_quarantine_as_though_it_had_not_been_killed(runs:
     epoch = "first epoch 1 begins at 26, with 0 blocks left over of the one before"  # 100 blocks, 4 a step
     assert runs.run("through", *quarantine) == [0, 0], runs.log("through").read_text()
     assert epoch in " ".join(runs.log("through").read_text().split())
-    step = {"rank": 0, "target": "revpatch.training.engine:AccelerateEngine.train_step", "call": 27, "when": "before"}
+    step = {"rank": 0, "target": "revpatch.step.engine:AccelerateEngine.train_step", "call": 27, "when": "before"}
     assert 0 not in runs.run("killed", *quarantine, kill=step)
     assert runs.run("killed", *quarantine) == [0, 0]
     assert runs.events("killed", "resume")[0]["snapshot"] == "step000000000025.safetensors"
@@ -240,7 +238,7 @@ def test_no_shard_left_stops_the_run_though_it_would_read_around_them(runs: Runs
 
 def test_a_shard_that_breaks_before_the_commit_is_read_around_in_the_sample(runs: Runs) -> None:
     options = ["--set", "stream.on_error=quarantine", "--set", "stream.shuffle_blocks=8"]
-    kill = {"rank": 0, "target": "revpatch.training.trainer:write_replay", "call": 1, "when": "before"}
+    kill = {"rank": 0, "target": "revpatch.train.trainer:write_replay", "call": 1, "when": "before"}
     assert 0 not in runs.run("run", *options, kill=kill)
     broken_shard(runs, 1).unlink()
     assert runs.run("run", *options) == [0, 0], runs.log("run").read_text()
@@ -254,7 +252,7 @@ def test_a_mixture_with_a_broken_shard_goes_on_after_a_kill(runs: Runs, toy: Toy
     phases = [{"name": "both", "shards": parts, "steps": 24}]
     options = ["--set", f"phases={json.dumps(phases)}", "--set", "stream.on_error=quarantine"]
     assert runs.run("through", *options) == [0, 0], runs.log("through").read_text()
-    step = {"rank": 1, "target": "revpatch.training.engine:AccelerateEngine.train_step", "call": 15, "when": "before"}
+    step = {"rank": 1, "target": "revpatch.step.engine:AccelerateEngine.train_step", "call": 15, "when": "before"}
     assert 0 not in runs.run("killed", *options, kill=step)
     assert runs.run("killed", *options) == [0, 0]
     assert runs.commits("killed") == runs.commits("through")

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from revpatch.training.clock import Clock
+from revpatch.step.engine import Clock
 
 
 def test_parts_add_up_and_an_inner_one_is_taken_out_of_the_outer(monkeypatch: pytest.MonkeyPatch) -> None:

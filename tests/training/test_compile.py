@@ -14,13 +14,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from revpatch.config import ObjectiveConfig, SidecarConfig
 from revpatch.patch.patched_model import Patch, attach, recording
-from revpatch.training import startup
-from revpatch.training.lean import make_lean
-from revpatch.training.objective import PatchObjective
-from revpatch.training.packed import last_hidden_states
-from revpatch.training.recorder import GateRecorder
-from revpatch.training.teacher import Teacher
-from revpatch.training.teacher_cache import TeacherCache
+from revpatch.step.frozen_base import GateRecorder, last_hidden_states, make_lean
+from revpatch.step.objective import PatchObjective
+from revpatch.step.teacher import Teacher, TeacherCache
+from revpatch.train import startup
 
 LAYERS = 2
 

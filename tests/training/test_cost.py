@@ -11,8 +11,7 @@ from toy import Toy, make_base
 
 from revpatch.config import SidecarConfig
 from revpatch.patch.patched_model import attach
-from revpatch.training.cost import flops_a_token, memory_in_use, peak_tflops
-from revpatch.training.startup import peak_of
+from revpatch.train.startup import flops_a_token, memory_in_use, peak_of, peak_tflops
 
 
 def test_operations_are_those_that_torch_counts_but_for_attention() -> None:

@@ -14,12 +14,12 @@ from transformers import GPT2LMHeadModel
 
 import revpatch
 from revpatch.config import BaseConfig, ConfigError
-from revpatch.ledger.audit import verify
+from revpatch.corpus.build import build_shards
+from revpatch.corpus.tokenizer import load_tokenizer
+from revpatch.ledger.maintenance import verify
 from revpatch.patch.families import FAMILIES
 from revpatch.patch.patched_model import base_sha256
-from revpatch.stream.build import build_shards
-from revpatch.stream.tokenizer import load_tokenizer
-from revpatch.training.startup import load_base
+from revpatch.train.startup import load_frozen_base
 
 TIED = ("qwen3",)
 """The families whose head is tied to the embeddings here; all have two heads for each of keys and values."""
@@ -51,7 +51,7 @@ def test_a_base_that_scales_its_logits_is_refused(toy: Toy, monkeypatch: pytest.
     monkeypatch.setattr(GPT2LMHeadModel, "forward", scaled)
     config = BaseConfig.model_validate({"model": str(toy.base), "dtype": "float32"})
     with pytest.raises(ConfigError, match=r"base\.model = .*base_model: the model's logits are not its head's product"):
-        load_base(config, torch.device("cpu"))
+        load_frozen_base(config, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("family", GATED)

@@ -12,10 +12,10 @@ from ranks import Runs, RunServer
 from toy import BLOCK_SIZE, CORPORA, Toy, make_text
 
 from revpatch.config import ConfigError
-from revpatch.stream.build import build_shards
-from revpatch.stream.manifest import Manifest
-from revpatch.stream.shard_set import ShardSet
-from revpatch.training import first_use
+from revpatch.corpus.build import build_shards
+from revpatch.shards.format import Manifest
+from revpatch.shards.shard_set import ShardSet
+from revpatch.train import first_use
 
 
 def write(path: Path, words: str, documents: int = 60) -> Path:
@@ -89,7 +89,7 @@ def test_a_committed_phase_needs_its_raw_source_no_more(toy: Toy, server: RunSer
     phases = [{"name": name, "shards": str(source), "steps": 3} for name in ("first", "second")]
     phases[1]["shards"] = str(write(tmp_path / "second.jsonl", "second"))
     runs = raw_runs(toy, server, tmp_path, phases=phases, probes=probes, snapshot={"every": 2})
-    killed = {"rank": 0, "target": "revpatch.training.trainer:write_replay", "when": "before"}
+    killed = {"rank": 0, "target": "revpatch.train.trainer:write_replay", "when": "before"}
     assert -9 in runs.run("run", world=1, kill={**killed, "call": 2}), runs.log("run").read_text()
     (tmp_path / "second.jsonl").rename(tmp_path / "aside.jsonl")
     assert runs.run("run", world=1) == [2]
@@ -107,7 +107,7 @@ def test_a_committed_phase_needs_its_raw_source_no_more(toy: Toy, server: RunSer
 
 def test_ranks_that_wait_longer_than_the_time_out_say_for_what(toy: Toy, tmp_path: Path) -> None:
     runs = raw_runs(toy, RunServer(), tmp_path)
-    slow = {"target": "revpatch.training.first_use:_build_all", "call": 1}
+    slow = {"target": "revpatch.train.first_use:_build_all", "call": 1}
     runs.start("run", "--set", "engine.timeout_minutes=0.05", wait_at=slow)
     with pytest.raises(AssertionError):
         runs.server.wait(timeout=12)  # rank 0 waits for ever

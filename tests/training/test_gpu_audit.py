@@ -17,13 +17,12 @@ from torch import nn
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from revpatch.config import ObjectiveConfig, SidecarConfig
+from revpatch.monitoring.record import RunningMean
 from revpatch.patch.families import body_of
 from revpatch.patch.patched_model import switchboard, wrap
-from revpatch.training.lean import make_lean
-from revpatch.training.objective import PatchObjective
-from revpatch.training.packed import _no_mask
-from revpatch.training.record import Meter
-from revpatch.training.teacher import Teacher
+from revpatch.step.frozen_base import _no_mask, make_lean
+from revpatch.step.objective import PatchObjective
+from revpatch.step.teacher import Teacher
 
 SMALL: dict[str, Any] = {"vocab_size": 50, "max_position_embeddings": 16, "attn_implementation": "sdpa"}
 
@@ -65,7 +64,7 @@ def test_a_step_stays_on_the_gpu_and_asks_it_for_no_value(elsewhere: None, kind:
     teacher.follow(patch)
     weights = ObjectiveConfig(gate_l1_weight=0.1, patch_l2_weight=0.1, stats_drift_weight=0.1, distill_temperature=2.0)
     objective = PatchObjective(base, patch, teacher, weights)
-    meter = Meter()
+    meter = RunningMean()
     new, replay = (torch.randint(50, (2, 16)) for _ in range(2))
     for _ in range(2):
         output = objective(new, replay)

@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from revpatch.training.guard import (
+from revpatch.evaluation.guard import (
     Comparison,
     Keep,
     ProbeSet,
     Rollback,
     Stop,
-    compare,
     compare_all,
+    compare_set,
     decide,
     stopped_phase_keeps,
     student_t_quantile,
@@ -30,7 +30,7 @@ def block_losses(seed: int, blocks: int = 64) -> np.ndarray:
 
 def compared(losses, reference, phase_start=None, tolerance=TOLERANCE, max_drift=MAX_DRIFT) -> Comparison:
     start = reference if phase_start is None else phase_start
-    return compare("base", losses, reference, start, tolerance, max_drift, CONFIDENCE)
+    return compare_set("base", losses, reference, start, tolerance, max_drift, CONFIDENCE)
 
 
 seeds = st.integers(0, 2**32 - 1)

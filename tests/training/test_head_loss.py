@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from revpatch.training import head_chunk
-from revpatch.training.head_chunk import Buffers, Chunk, compiled, in_place
-from revpatch.training.head_loss import MIN_ROWS, frozen_head_loss, token_nll
+from revpatch.step import head_loss as head_chunk
+from revpatch.step.head_loss import MIN_ROWS, Buffers, ChunkLoss, compiled, frozen_head_loss, in_place, token_nll
 
 COUNT, WIDTH, VOCAB = 50, 24, 97
 CHUNKS = {"a row": 1, "7 rows": 7 * 4 * VOCAB, "all rows": 2**20}
@@ -142,7 +141,7 @@ def test_the_kernel_of_a_chunk_gives_the_same(inputs: Inputs, temperature: float
     same(inputs, temperature, compiled())
 
 
-def same(inputs: Inputs, temperature: float, chunk: Chunk) -> None:
+def same(inputs: Inputs, temperature: float, chunk: ChunkLoss) -> None:
     """With and without a teacher, in chunks of which the last is short, some tokens ignored, float32."""
     hidden, targets, head, teacher = inputs(torch.float32)
     targets[::4] = -100

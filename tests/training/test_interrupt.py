@@ -13,7 +13,7 @@ PROCESS = """
 import signal, sys, time
 if sys.argv[1] == "nohup":
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-from revpatch.training.interrupt import EXIT_CODE, Interruption
+from revpatch.distributed.signals import EXIT_CODE, Interruption
 interruption = Interruption()
 interruption.training = sys.argv[1] != "starting"
 print("ready", flush=True)

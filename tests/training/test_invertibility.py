@@ -7,8 +7,8 @@ import torch
 from toy import make_base
 
 from revpatch.config import SidecarConfig
+from revpatch.evaluation.proofs import measure_invertibility
 from revpatch.patch.patched_model import attach, patch_state
-from revpatch.training.invertibility import measure_invertibility
 
 TOKENS = torch.arange(24).view(2, 12)
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from revpatch.training.launch import process_group
-from revpatch.training.launcher_variables import Launch, read_launch
+from revpatch.distributed import Launch, read_launch
+from revpatch.distributed.ranks import process_group
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 WHOLE = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}

@@ -12,8 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from revpatch.config import SidecarConfig
 from revpatch.patch.patched_model import attach, base_sha256, detach, switchboard
-from revpatch.training.lean import SLICE, LeanRMSNorm, LeanTanhGelu, _SiluProduct, make_lean
-from revpatch.training.packed import last_hidden_states
+from revpatch.step.frozen_base import SLICE, LeanRMSNorm, LeanTanhGelu, _SiluProduct, last_hidden_states, make_lean
 
 
 def saved_bytes(model: nn.Module, tokens: Tensor) -> int:

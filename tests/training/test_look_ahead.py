@@ -13,16 +13,15 @@ from toy import Toy
 from waiting import until
 
 from revpatch.config import BatchConfig
-from revpatch.stream.build import build_shards
-from revpatch.stream.corpus import Corpus
-from revpatch.stream.mixture import Mixture
-from revpatch.stream.quarantine import Quarantine
-from revpatch.stream.replay import ReplayMixture
-from revpatch.stream.shard_cache import ShardCache
-from revpatch.stream.shard_set import ShardSet
-from revpatch.training.batches import Batches
-from revpatch.training.launch import Peers
-from revpatch.training.launcher_variables import Launch
+from revpatch.corpus.build import build_shards
+from revpatch.distributed import Launch
+from revpatch.distributed.ranks import Ranks
+from revpatch.shards.cache import ShardCache
+from revpatch.shards.mixture import Mixture
+from revpatch.shards.quarantine import Quarantine
+from revpatch.shards.replay import ReplayMixture
+from revpatch.shards.shard_set import Corpus, ShardSet
+from revpatch.train.batches import Batches
 
 BLOCKS_PER_SHARD = 20
 AHEAD = 8
@@ -49,8 +48,8 @@ def server(toy: Toy, tmp_path: Path) -> Iterator[FlakyServer]:
 def test_the_next_shard_is_asked_for_before_its_first_step(
     server: FlakyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("revpatch.training.batches.LOOK_AHEAD_STEPS", AHEAD)
-    peers = Peers(Launch(0, 1, 0), torch.device("cpu"), None)
+    monkeypatch.setattr("revpatch.train.batches.LOOK_AHEAD_STEPS", AHEAD)
+    peers = Ranks(Launch(0, 1, 0), torch.device("cpu"), None)
     with ShardCache(tmp_path / "cache", 10**8) as cache, ShardSet(server.url, cache) as shards:
         mixture = Mixture([shards.manifest], [1.0], 1, 0, 1, repeat=False)
         batch = BatchConfig(new_blocks=1, replay_blocks=0, micro_blocks=1)
@@ -70,8 +69,8 @@ def test_the_next_shard_is_asked_for_before_its_first_step(
 def test_rehearsed_shards_are_asked_for_ahead_too(
     toy: Toy, server: FlakyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("revpatch.training.batches.LOOK_AHEAD_STEPS", 40)
-    peers = Peers(Launch(0, 1, 0), torch.device("cpu"), None)
+    monkeypatch.setattr("revpatch.train.batches.LOOK_AHEAD_STEPS", 40)
+    peers = Ranks(Launch(0, 1, 0), torch.device("cpu"), None)
     with ShardCache(tmp_path / "cache", 10**8) as cache, ShardSet(server.url, cache) as base:
         corpus = Corpus([ShardSet(toy.shards("first"))])
         mixture = Mixture([corpus.sets[0].manifest], [1.0], 1, 0, 1, repeat=True)

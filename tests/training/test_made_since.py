@@ -16,11 +16,9 @@ import torch
 from ranks import Runs, RunServer
 from toy import Toy
 
-from revpatch.ledger.audit import verify
-from revpatch.ledger.history import Ledger
-from revpatch.ledger.references import read_patch
-from revpatch.loading import load_patched
-from revpatch.saving import save_pretrained
+from revpatch.ledger.ledger import Ledger, read_patch
+from revpatch.ledger.maintenance import verify
+from revpatch.patches import load_patched, save_pretrained
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +26,7 @@ def runs(toy: Toy, server: RunServer, tmp_path_factory: pytest.TempPathFactory) 
     """ "run" was killed in its second phase, after a snapshot."""
     folder = tmp_path_factory.mktemp("made since")
     runs = Runs(server, toy.config_file(folder, snapshot={"every": 5}, probes={"every": 6}), folder)
-    step = {"target": "revpatch.training.engine:AccelerateEngine.train_step", "call": 12 + 8, "when": "after"}
+    step = {"target": "revpatch.step.engine:AccelerateEngine.train_step", "call": 12 + 8, "when": "after"}
     assert runs.run("run", world=1, kill={"rank": 0, **step}) == [-signal.SIGKILL]
     return runs
 

@@ -12,7 +12,7 @@ from toy import make_it_look_trained
 
 from revpatch.patch.families import blocks_of
 from revpatch.patch.patched_model import PatchedBlock, base_sha256, patch_state, switchboard
-from revpatch.training.objective import TERMS
+from revpatch.step.objective import TERMS
 
 
 @pytest.fixture

@@ -19,16 +19,15 @@ from tokenizers.processors import TemplateProcessing
 from toy import BLOCK_SIZE, Toy, make_base, make_tokenizer
 
 from revpatch.config import OWN_TEXT, Config
-from revpatch.config_file import load_config
-from revpatch.ledger.audit import verify
+from revpatch.config.file import load_config
+from revpatch.ledger.maintenance import verify
 from revpatch.report.history import read_history
-from revpatch.stream.shard_set import ShardSet
-from revpatch.surgery.judgement import Probes
-from revpatch.surgery.revert import revert
-from revpatch.training import own_text
-from revpatch.training.own_text import build_own_text
-from revpatch.training.preflight import check
-from revpatch.training.startup import Weights, load_base
+from revpatch.shards.shard_set import ShardSet
+from revpatch.surgery.combine import Probes, revert
+from revpatch.train import own_text
+from revpatch.train.own_text import build_own_text
+from revpatch.train.preflight import check
+from revpatch.train.startup import BaseWeights, load_frozen_base
 
 ALONE: Any = SimpleNamespace(rank=0, world=1, from_rank0=lambda value: value, gather=lambda value: [value])
 EOS = 0
@@ -49,8 +48,8 @@ def config_file(toy: Toy, tmp_path: Path, **changes: Any) -> Path:
 
 def written(config: Config) -> tuple[Path, np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """The folder, and the blocks that are rehearsed and those that are held out."""
-    base = load_base(config.base, torch.device("cpu"))
-    folder = build_own_text(config, base, Weights.of(base), ALONE)
+    base = load_frozen_base(config.base, torch.device("cpu"))
+    folder = build_own_text(config, base, BaseWeights.of(base), ALONE)
     sets = [ShardSet(folder), ShardSet(f"{folder}_probe")]
     blocks, held_out = (shards.read(np.arange(len(shards))) for shards in sets)
     return folder, blocks, held_out
@@ -249,7 +248,7 @@ def test_a_later_run_of_the_base_reads_what_is_there(runs: Runs) -> None:
 
 
 def test_a_run_goes_on_with_it_and_with_nothing_else(runs: Runs) -> None:
-    killed = {"rank": 0, "target": "revpatch.training.trainer:Trainer._commit", "call": 1, "when": "before"}
+    killed = {"rank": 0, "target": "revpatch.train.trainer:Trainer._commit", "call": 1, "when": "before"}
     assert -9 in runs.run("on", "--set", "snapshot.every=1", kill=killed), runs.log("on").read_text()
     own = next(path for path in (runs.folder / "other").iterdir() if not path.name.endswith("_probe"))
     for option, word in ((f"replay.base={own}", "replay.base: 'self' then"), ("replay.own_blocks=48", "own_blocks")):
@@ -268,7 +267,7 @@ def test_one_that_was_killed_while_it_wrote_is_written_again(
     runs: Runs, toy: Toy, tmp_path: Path, target: str, call: int, when: str
 ) -> None:
     here = Runs(runs.server, config_file(toy, tmp_path), tmp_path)
-    where = f"revpatch.training.own_text:{'_Writer.' if target == '_draw' else ''}{target}"
+    where = f"revpatch.train.own_text:{'_Writer.' if target == '_draw' else ''}{target}"
     kill = {"rank": 0, "target": where, "call": call, "when": when or "after"}
     assert -9 in here.run("run", kill=kill), here.log("run").read_text()
     assert here.run("run") == [0, 0], here.log("run").read_text()

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config, Qwen3Config
 
 from revpatch.patch.families import body_of
-from revpatch.training.packed import last_hidden_states
+from revpatch.step.frozen_base import last_hidden_states
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32,

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from toy import BLOCK_SIZE, POSITIONS, Toy, make_base, make_text, make_tokenizer, save_base
 
 from revpatch.config import ConfigError
-from revpatch.stream.build import build_shards
-from revpatch.training.preflight import check
+from revpatch.corpus.build import build_shards
+from revpatch.train.preflight import check
 
 Refused = Callable[..., str]
 ROOT = Path(__file__).resolve().parents[2]
@@ -260,7 +260,7 @@ def test_a_batch_that_the_ranks_cant_share(refused: Refused) -> None:
 def test_the_command_line_refuses_before_a_process_group_and_before_the_folder_is_made(
     toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from revpatch.training import run
+    from revpatch.train import run
 
     def formed(*_: Any, **__: Any) -> None:
         raise AssertionError("a process group was formed before the config was checked")
@@ -271,5 +271,5 @@ def test_the_command_line_refuses_before_a_process_group_and_before_the_folder_i
         monkeypatch.delenv(name)
     config = toy.config(tmp_path, base={"block_size": 32})
     with pytest.raises(ConfigError, match="block_size"):
-        run.train(config)
+        run.train_run(config)
     assert not Path(config.output_dir).exists()

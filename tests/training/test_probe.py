@@ -14,13 +14,12 @@ from torch import Tensor, nn
 from toy import Toy, make_base, make_it_look_trained
 
 from revpatch.config import ProbeSetConfig, SidecarConfig
-from revpatch.ledger.references import read_patch
+from revpatch.evaluation.probe import Prober
+from revpatch.ledger.ledger import read_patch
 from revpatch.patch.patched_model import Patch, attach, patch_disabled, recording, switchboard
 from revpatch.patch.sidecar import SidecarOutput
-from revpatch.stream.manifest import Manifest
-from revpatch.stream.shard_set import ShardSet
-from revpatch.stream.tars import ShardWriter
-from revpatch.training.probe import Prober
+from revpatch.shards.format import Manifest, ShardWriter
+from revpatch.shards.shard_set import ShardSet
 
 
 @dataclass

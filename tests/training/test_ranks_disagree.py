@@ -15,11 +15,11 @@ from toy import BLOCK_SIZE, Toy
 from waiting import until
 
 from revpatch.base import load_base
-from revpatch.config_file import load_config
+from revpatch.config.file import load_config
+from revpatch.corpus.build import build_shards
 from revpatch.patch.patched_model import base_sha256
-from revpatch.stream.build import build_shards
-from revpatch.training import resume
-from revpatch.training.resume import ConfigError, stand
+from revpatch.train import resume
+from revpatch.train.resume import ConfigError, stand
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_a_place_may_be_another_on_another_node(runs: Runs, tmp_path: Path) -> N
 def test_all_ranks_say_why_no_sample_of_a_phase_could_be_kept(runs: Runs, tmp_path: Path) -> None:
     """Rank 0 alone reads what later phases rehearse."""
     waiting = runs.folder / "run.log.waiting"
-    runs.start("run", wait_at={"target": "revpatch.training.trainer:write_replay", "call": 1})
+    runs.start("run", wait_at={"target": "revpatch.train.trainer:write_replay", "call": 1})
     until(waiting.exists)
     for shard in (tmp_path / "new").glob("*.tar"):
         with shard.open("r+b") as file:

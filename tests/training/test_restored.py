@@ -13,12 +13,9 @@ import torch
 from ranks import Runs, RunServer
 from toy import Toy, save_base
 
-from revpatch.ledger.audit import verify
-from revpatch.ledger.history import Ledger
-from revpatch.ledger.pruning import prune
-from revpatch.ledger.references import read_patch
-from revpatch.ledger.restoring import restore
-from revpatch.report.contents import report_of
+from revpatch.ledger.ledger import Ledger, read_patch
+from revpatch.ledger.maintenance import prune, restore_run, verify
+from revpatch.report import report_of
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +28,7 @@ def runs(toy: Toy, server: RunServer, tmp_path_factory: pytest.TempPathFactory) 
     changes = {"snapshot": {"every": 5}, "monitoring": shown, "probes": {"every": 3, "sets": [probe]}}
     runs = Runs(server, toy.config_file(folder, phases=[phase], **changes), folder)
     assert runs.run("old", world=1) == [0], runs.log("old").read_text()
-    restore(str(runs.path("old")), runs.path("through"))
+    restore_run(str(runs.path("old")), runs.path("through"))
     (folder / "unbegun").mkdir()
     shutil.copytree(runs.path("through/ledger"), folder / "unbegun/ledger")
     toy.config_file(folder, phases=[{**phase, "shards": str(toy.shards("second"))}], **changes)
@@ -75,7 +72,7 @@ def ledger(run: Path) -> list[Any]:
 @pytest.mark.parametrize("call", [3, 8], ids=["before a snapshot", "after one"])
 def test_killed_it_goes_on_to_the_same_commit(runs: Runs, call: int) -> None:
     name = unbegun(runs, f"killed{call}")
-    step = {"target": "revpatch.training.engine:AccelerateEngine.train_step", "call": call, "when": "after"}
+    step = {"target": "revpatch.step.engine:AccelerateEngine.train_step", "call": call, "when": "after"}
     assert -signal.SIGKILL in runs.run(name, kill={"rank": 1, **step})
     spared = prune(runs.path(name), keep=1).spared  # in between, as a person might
     assert list(spared) == (["000_first_good_step000000003.safetensors"] if call == 8 else []), "the snapshot's"
@@ -87,7 +84,7 @@ def test_killed_it_goes_on_to_the_same_commit(runs: Runs, call: int) -> None:
 
 MOMENTS: dict[str, dict[str, Any]] = {
     "the entry, half": {"target": "revpatch.ledger.patch_file:write_atomically", "when": "half"},
-    "the entry without its line": {"target": "revpatch.ledger.history:write_entry", "when": "after"},
+    "the entry without its line": {"target": "revpatch.ledger.ledger:write_entry", "when": "after"},
     "the line, half": {"target": "revpatch.ledger.journal:Journal._write", "when": "half"},
     "before it has its name": {"target": "revpatch.durable:_sync_tree", "when": "after"},
 }
@@ -176,7 +173,7 @@ def test_one_that_can_not_go_on_is_begun_again_as_it_is_told(runs: Runs) -> None
         words = " ".join(runs.log(name).read_text().split())
         told = re.search(r"`revpatch ledger restore (\S+) --as-new-run NEW`, then train with", words)
         assert told is not None and "--fresh" not in words, words
-    restore(told[1], runs.path("again"))
+    restore_run(told[1], runs.path("again"))
     assert runs.run("again", world=1) == [0], runs.log("again").read_text()
     start, expected = (read_patch(f"{runs.path(run)}@start").tensors for run in ("again", "through"))
     assert all(torch.equal(start[key], tensor) for key, tensor in expected.items())

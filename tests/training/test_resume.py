@@ -19,9 +19,9 @@ from ranks import BIN, Runs, descendants, environment, free_port, rank_pid, torc
 from toy import Toy
 from waiting import until
 
-from revpatch.ledger.audit import verify
-from revpatch.ledger.history import Ledger
-from revpatch.training.resume import Standing
+from revpatch.ledger.ledger import Ledger
+from revpatch.ledger.maintenance import verify
+from revpatch.train.resume import RunStatus
 
 
 @pytest.fixture(scope="module")
@@ -51,14 +51,14 @@ def test_a_run_that_was_killed_ends_with_the_same_commits(through: Runs, moment:
 
 
 def test_what_is_written_anew_begins_after_the_snapshot_or_at_the_start(toy: Toy, tmp_path: Path) -> None:
-    new = Standing(tmp_path, toy.config(tmp_path))
+    new = RunStatus(tmp_path, toy.config(tmp_path))
     assert new.again is None
     assert replace(new, begun=True).again == 0, "killed before its first snapshot, it left curves"
     assert replace(new, begun=True, snapshot=SimpleNamespace(step=5)).again == 6  # type: ignore[arg-type]
 
 
 def test_a_third_resume_is_as_good_as_the_first(through: Runs) -> None:
-    step = "revpatch.training.engine:AccelerateEngine.train_step"
+    step = "revpatch.step.engine:AccelerateEngine.train_step"
     for call in (8, 9, 12):
         assert 0 not in through.run("thrice", kill={"rank": 0, "target": step, "call": call, "when": "before"})
     assert through.run("thrice") == [0, 0]
@@ -69,7 +69,7 @@ def test_a_third_resume_is_as_good_as_the_first(through: Runs) -> None:
 
 
 def test_the_lower_rate_after_a_rollback_is_gone_on_with(through: Runs) -> None:
-    log = {"target": "revpatch.training.trainer:Trainer._log", "call": 6, "when": "before"}
+    log = {"target": "revpatch.train.trainer:Trainer._log", "call": 6, "when": "before"}
     assert 0 not in through.run("slower", kill={"rank": 0, **log})
     assert through.run("slower") == [0, 0]
     assert through.events("slower", "resume")[0]["snapshot"] == "step000000000010.safetensors", (
@@ -82,9 +82,9 @@ def test_the_lower_rate_after_a_rollback_is_gone_on_with(through: Runs) -> None:
 def test_killed_in_the_resume_itself(through: Runs, when: str) -> None:
     """Between the journal's line and the renaming, and after both."""
     name = f"resumed_{when}"
-    step = {"target": "revpatch.training.engine:AccelerateEngine.train_step", "call": 11, "when": "before"}
+    step = {"target": "revpatch.step.engine:AccelerateEngine.train_step", "call": 11, "when": "before"}
     assert 0 not in through.run(name, kill={"rank": 0, **step})
-    target = "revpatch.ledger.history:_aside" if when == "before" else "revpatch.training.run_state:go_back"
+    target = "revpatch.ledger.ledger:_aside" if when == "before" else "revpatch.train.state:go_back"
     assert 0 not in through.run(name, kill={"rank": 0, "target": target, "call": 1, "when": when})
     assert through.run(name) == [0, 0], through.log(name).read_text()
     assert through.commits(name) == through.commits("through")
@@ -98,7 +98,7 @@ def test_under_deepspeed_too(through: Runs, stage: int) -> None:
     zero.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
     engine = ["--set", "engine.kind=deepspeed", "--set", f"engine.deepspeed={zero}"]
     assert through.run(f"whole{stage}", *engine) == [0, 0]
-    step = {"rank": 1, "target": "revpatch.training.engine:DeepSpeedEngine.train_step", "call": 9, "when": "after"}
+    step = {"rank": 1, "target": "revpatch.step.engine:DeepSpeedEngine.train_step", "call": 9, "when": "after"}
     assert 0 not in through.run(f"killed{stage}", *engine, kill=step)
     assert through.run(f"killed{stage}", *engine) == [0, 0]
     assert through.commits(f"killed{stage}") == through.commits(f"whole{stage}")
@@ -125,7 +125,7 @@ def test_a_signal_to_any_rank_ends_the_step_and_writes_a_snapshot(
 
 def test_a_signal_during_a_commit_ends_the_next_phase_before_its_first_step(through: Runs) -> None:
     name, waiting = "in_a_commit", through.folder / "in_a_commit.log.waiting"
-    commit = {"target": "revpatch.training.trainer:write_replay", "call": 1}
+    commit = {"target": "revpatch.train.trainer:write_replay", "call": 1}
     pids = through.start(name, wait_at=commit)
     until(waiting.exists)
     os.kill(pids[1], signal.SIGTERM)
@@ -141,7 +141,7 @@ def test_a_signal_during_a_commit_ends_the_next_phase_before_its_first_step(thro
 
 
 def test_a_second_sigterm_exits_at_once(through: Runs) -> None:
-    probe = "revpatch.training.watch:Watch.measure"
+    probe = "revpatch.train.state:Watch.measure"
     pids = through.start("twice", world=1, wait_at={"target": probe, "call": 2})
     until(lambda: (through.folder / "twice.log.waiting").exists())
     os.kill(pids[0], signal.SIGTERM)
@@ -155,7 +155,7 @@ def test_a_second_sigterm_exits_at_once(through: Runs) -> None:
 
 def test_a_second_sigterm_ends_a_rank_that_waits_for_another(through: Runs) -> None:
     """Python's own handlers would not run there."""
-    pids = through.start("waiting", wait_at={"target": "revpatch.training.probe:Prober.measure", "call": 2})
+    pids = through.start("waiting", wait_at={"target": "revpatch.evaluation.probe:Prober.measure", "call": 2})
     until(lambda: (through.folder / "waiting.log.waiting").exists())
     time.sleep(0.5)
     for _ in range(2):

@@ -9,7 +9,7 @@ import pytest
 from ranks import Runs, RunServer
 from toy import Toy
 
-from revpatch.ledger.history import Ledger
+from revpatch.ledger.ledger import Ledger
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -46,7 +46,7 @@ def test_another_world_or_zero_stage_goes_on_with_the_same_losses(
     )
     runs = Runs(server, config, tmp_path)
     assert runs.run("through", *engine(stage), world=world) == [0] * world, runs.log("through").read_text()
-    log = "revpatch.training.trainer:Trainer._log"
+    log = "revpatch.train.trainer:Trainer._log"
     killed = {"rank": 0, "target": log, "call": 24, "when": "after"}
     assert 0 not in runs.run("moved", *engine(stage), world=world, kill=killed)
     assert runs.run("moved", *engine(other_stage), world=other_world) == [0] * other_world

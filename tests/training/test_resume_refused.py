@@ -14,8 +14,8 @@ from kill_moments import MOMENTS
 from ranks import Runs
 from toy import Toy
 
-from revpatch.ledger.audit import verify
-from revpatch.training.snapshot import Snapshot
+from revpatch.ledger.maintenance import verify
+from revpatch.train.snapshot import Snapshot
 
 
 class TestWhatIsRefusedAndWhatIsNot:
@@ -57,7 +57,7 @@ class TestWhatIsRefusedAndWhatIsNot:
         assert not (runs.path(copy) / "snapshot/step000000000005.safetensors").exists()
 
     def test_killed_while_it_is_deleted_to_begin_anew(self, runs: Runs, copy: str) -> None:
-        config = {"rank": 0, "target": "revpatch.training.resume:write_atomically", "call": 1, "when": "before"}
+        config = {"rank": 0, "target": "revpatch.train.resume:write_atomically", "call": 1, "when": "before"}
         assert runs.run(copy, "--fresh", "--overwrite", world=1, kill=config) == [-signal.SIGKILL]
         assert [path.name for path in runs.path(copy).iterdir()] == [".lock"]
         (runs.path(copy) / ".config.yaml.0a1b.tmp").touch()
@@ -161,7 +161,7 @@ class TestWhatIsRefusedAndWhatIsNot:
 
 def test_steps_may_change_while_the_phase_is_under_way(make_runs: Callable[..., Runs]) -> None:
     runs = make_runs()
-    kill = {"rank": 0, "target": "revpatch.training.trainer:Trainer._log", "call": 3, "when": "before"}
+    kill = {"rank": 0, "target": "revpatch.train.trainer:Trainer._log", "call": 3, "when": "before"}
     assert runs.run("run", world=1, kill=kill) == [-signal.SIGKILL]
     assert runs.run("run", "--set", "phases.0.steps=4", world=1) == [2], "fewer than were made"
     shutil.copytree(runs.path("run"), runs.path("same"))

@@ -9,12 +9,12 @@ import torch
 from toy import POSITIONS, Toy, make_it_look_trained
 
 from revpatch.config import SamplesConfig, SidecarConfig
-from revpatch.config_file import load_config
-from revpatch.ledger.history import Ledger
+from revpatch.config.file import load_config
+from revpatch.generate import MAX_PROMPTS, PROMPT_TOKENS, Sampler
+from revpatch.ledger.ledger import Ledger
 from revpatch.patch.patched_model import attach, patch_disabled
-from revpatch.training.run import train
-from revpatch.training.samples import MAX_PROMPTS, PROMPT_TOKENS, Sampler
-from revpatch.training.startup import load_base
+from revpatch.train.run import train_run
+from revpatch.train.startup import load_frozen_base
 
 
 def commits(run: Path) -> list[str]:
@@ -31,14 +31,14 @@ def test_commits_are_the_same_with_and_without_samples_and_tensorboard(toy: Toy,
     ):
         (tmp_path / name).mkdir()
         config = toy.config_file(tmp_path / name, phases=phases, probes={"sets": sets}, monitoring=watched)
-        assert not train(load_config(config)).interrupted
+        assert not train_run(load_config(config)).interrupted
         found.append(commits(tmp_path / name / "run"))
     assert found[0] == found[1] != []
 
 
 def test_prompts_are_the_configs_or_taken_from_the_held_out_sets(toy: Toy, tmp_path: Path) -> None:
     of = toy.config(tmp_path).base
-    base = load_base(of, torch.device("cpu"))
+    base = load_frozen_base(of, torch.device("cpu"))
     make_it_look_trained(attach(base, SidecarConfig(bottleneck=8)))
     blocks = {f"set{i}": np.full((2, 60), 40 + i) for i in range(MAX_PROMPTS + 2)}
     drawn = Sampler(base, of, SamplesConfig(max_new_tokens=4), blocks)

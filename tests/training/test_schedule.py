@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from revpatch.config import OptimizerConfig, SidecarConfig
 from revpatch.patch.patched_model import Patch
-from revpatch.training.schedule import learning_rate, make_optimizer, set_learning_rate
+from revpatch.step.engine import learning_rate, make_optimizer, set_learning_rate
 
 
 def rates(steps: int, **knobs: Any) -> list[float]:

@@ -12,13 +12,13 @@ import torch
 from past_events import reading
 
 from revpatch.config import ConfigError
+from revpatch.evaluation.guard import Comparison
+from revpatch.evaluation.probe import Measurement
 from revpatch.ledger.patch_file import EntryError, serialise
-from revpatch.stream.tars import ShardFault
-from revpatch.training.engine_state import EngineState
-from revpatch.training.guard import Comparison
-from revpatch.training.probe import Measurement
-from revpatch.training.rollback import GoodState
-from revpatch.training.snapshot import PhaseProgress, Snapshot, SnapshotWriter, newest_snapshot, random_state
+from revpatch.shards.format import ShardFault
+from revpatch.step.engine import EngineState
+from revpatch.train.rollback import GoodState
+from revpatch.train.snapshot import PhaseProgress, Snapshot, SnapshotWriter, newest_snapshot, random_state
 
 
 def engine(step: int, seed: int) -> EngineState:
@@ -130,7 +130,7 @@ def test_where_none_can_be_read_a_run_is_not_begun_again(tmp_path: Path, monkeyp
     (tmp_path / "step000000000004.safetensors").write_bytes(snapshot(4).pack())
     found = newest_snapshot(tmp_path)
     assert found is not None and found.step == 4
-    monkeypatch.setattr("revpatch.training.snapshot.VERSION", 3)
+    monkeypatch.setattr("revpatch.train.snapshot.VERSION", 3)
     with pytest.raises(
         ConfigError, match="expected a snapshot of version 3, found 2: go on with the revpatch that wrote"
     ):
@@ -165,7 +165,7 @@ def test_the_newest_are_kept_and_half_written_ones_are_cleared_away(tmp_path: Pa
 
 
 def test_writing_does_not_hold_up_the_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from revpatch.training import snapshot as module
+    from revpatch.train import snapshot as module
 
     go_on, write = threading.Event(), module.write_atomically
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from toy import Toy
 
-from revpatch.training.startup import choose_matmul_precision
+from revpatch.train.startup import choose_matmul_precision
 
 
 @pytest.mark.parametrize(

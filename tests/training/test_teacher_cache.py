@@ -14,12 +14,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from revpatch.config import ObjectiveConfig, SidecarConfig
 from revpatch.patch.patched_model import attach, switchboard
-from revpatch.stream.permutation import hash64
-from revpatch.stream.replay import ReplayMixture
-from revpatch.stream.shard_set import ShardSet
-from revpatch.training.objective import PatchObjective
-from revpatch.training.teacher import Teacher
-from revpatch.training.teacher_cache import TeacherCache
+from revpatch.shards.mixture import hash64
+from revpatch.shards.replay import ReplayMixture
+from revpatch.shards.shard_set import ShardSet
+from revpatch.step.objective import PatchObjective
+from revpatch.step.teacher import Teacher, TeacherCache
 
 CPU = torch.device("cpu")
 TOKENS = torch.arange(6 * 8).view(6, 8) % 50

@@ -13,9 +13,9 @@ import pytest
 from ranks import CHECKS, environment, rank_check, rank_pid, run, torchrun
 from toy import Toy
 
-from revpatch.ledger.audit import verify
-from revpatch.ledger.history import Ledger
-from revpatch.stream.manifest import Manifest
+from revpatch.ledger.ledger import Ledger
+from revpatch.ledger.maintenance import verify
+from revpatch.shards.format import Manifest
 
 PROBED = {"every": 3, "sets": [{"name": "probe", "shards": "", "max_blocks": 8}]}
 
@@ -52,8 +52,8 @@ def test_a_regression_is_rolled_back_and_training_goes_on(toy: Toy, tmp_path: Pa
 
     rates = found["rates"]
     assert len(rates) == 12 + 9, "the first phase makes all its steps, the second stops at its third regression"
-    from revpatch.config_file import load_config
-    from revpatch.training.schedule import learning_rate
+    from revpatch.config.file import load_config
+    from revpatch.step.engine import learning_rate
 
     plain = [learning_rate(load_config(config).optimizer, step, 12) for step in range(1, 13)]
     factors = [1.0] * 6 + [0.5] * 6

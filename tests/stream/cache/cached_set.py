@@ -7,15 +7,15 @@ from pathlib import Path
 
 import numpy as np
 
-from revpatch.stream.manifest import Manifest
+from revpatch.shards.format import Manifest
 
 BLOCKS = np.random.default_rng(1).integers(0, 2**16, size=(60, 16))
 SHARD_BYTES = 20480
 READER = """
 import os, sys
 import numpy as np
-from revpatch.stream.shard_cache import ShardCache
-from revpatch.stream.shard_set import ShardSet
+from revpatch.shards.cache import ShardCache
+from revpatch.shards.shard_set import ShardSet
 
 url, folder, budget, processes, reads = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])
 children = []

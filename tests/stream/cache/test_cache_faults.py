@@ -16,10 +16,10 @@ from cached_set import BLOCKS, SHARD_BYTES, size_of, tar_of
 from flaky_server import FlakyServer, slow, status
 from waiting import until
 
-from revpatch.stream import remote
-from revpatch.stream.shard_cache import ShardCache, ShardCacheError
-from revpatch.stream.shard_set import ShardSet
-from revpatch.stream.tars import ShardError
+from revpatch.shards import remote
+from revpatch.shards.cache import ShardCache, ShardCacheError
+from revpatch.shards.format import ShardError
+from revpatch.shards.shard_set import ShardSet
 
 
 @pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:-1], lambda data: data[:9] + b"?" + data[10:]])

@@ -11,10 +11,10 @@ from cached_set import BLOCKS
 from flaky_server import FlakyServer, slow, status
 from waiting import until
 
-from revpatch.stream import open_shards
-from revpatch.stream.shard_cache import ShardCache
-from revpatch.stream.shard_set import ShardSet
-from revpatch.stream.tars import ShardError
+from revpatch.shards import cache as open_shards
+from revpatch.shards.cache import ShardCache
+from revpatch.shards.format import ShardError
+from revpatch.shards.shard_set import ShardSet
 
 
 def test_what_was_wanted_is_there_without_a_wait(server: FlakyServer, where: Path) -> None:

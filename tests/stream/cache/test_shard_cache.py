@@ -15,9 +15,9 @@ from cached_set import BLOCKS, SHARD_BYTES, check_output, size_of, tar_of
 from flaky_server import FlakyServer, slow
 from waiting import until
 
-from revpatch.stream import open_shards
-from revpatch.stream.shard_cache import ShardCache, ShardCacheError
-from revpatch.stream.shard_set import ShardSet
+from revpatch.shards import cache as open_shards
+from revpatch.shards.cache import ShardCache, ShardCacheError
+from revpatch.shards.shard_set import ShardSet
 
 # The budget.
 

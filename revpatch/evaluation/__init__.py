@@ -1,0 +1,1 @@
+"""What a patch is measured by: probes, the guard, losses, proofs."""

@@ -1,0 +1,1 @@
+"""One optimizer step: batch, teacher, frozen base, loss, engine."""
