@@ -173,13 +173,19 @@ def _item(items: list[Any], part: str, override: str) -> int:
     return int(part)
 
 
+_GONE = ("optimizer.gate_lr_factor", "optimizer.eps", "teacher.spill", "teacher.spill_gb", "stream.retries", "ledger")
+_GONE += ("build.workers", "engine.tf32", "monitoring.peak_tflops", "snapshot.keep")
+"""Keys of revpatch 0.1, which the config.yaml of its runs has."""
+
+
 def _explain(path: Path, error: ValidationError) -> str:
     lines = [f"config {path}: {error.error_count()} mistake(s)"]
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"]) or "(the whole)"
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
-            message = "no such key; remove it or mend its spelling"
+            gone = "no such key since revpatch 0.2; remove it (a run of 0.1 is read by 0.1: pip install revpatch==0.1)"
+            message = gone if key in _GONE else "no such key; remove it or mend its spelling"
         elif item["type"] == "missing":
             message = "is missing; add it"
         elif not isinstance(item["input"], dict):
