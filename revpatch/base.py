@@ -117,12 +117,12 @@ class Base:
         """
         files = self._files()
         held, types = _headers(files)
-        info = self._rehearse(held)
+        info = self._load_on_meta(held)
         if not files:  # of a hub's base, before it is fetched
             return
         odd = {name: kind for name, kind in types.items() if kind not in DTYPES}
         if odd:
-            plain = self._rehearse({name: tensor for name, tensor in held.items() if name not in odd})
+            plain = self._load_on_meta({name: tensor for name, tensor in held.items() if name not in odd})
             if used := sorted(plain["missing_keys"] - info["missing_keys"]):
                 raise _wrong_type(self._where(files), used, odd)
         _check_same(self._where(files), info, self.config)
@@ -161,7 +161,7 @@ class Base:
             )
         return cast(nn.Module, model.eval())
 
-    def _rehearse(self, held: dict[str, Tensor]) -> dict[str, Any]:
+    def _load_on_meta(self, held: dict[str, Tensor]) -> dict[str, Any]:
         """Return what transformers would miss, leave over and find in another shape, from tensors without contents: its
         own loader knows best what is tied, renamed, or may be left out."""
         kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(self.config)]

@@ -148,7 +148,7 @@ def train(
     fresh: Annotated[bool, typer.Option("--fresh", help="Begin a new run; refused where there is one.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="With --fresh: delete the run that is there.")] = False,
 ) -> None:
-    """Train every phase of a config, going on where its run stands; start it with deepspeed, torchrun, accelerate
+    """Train every phase of a config, resuming where its run stopped; start it with deepspeed, torchrun, accelerate
     launch or plain python.
 
     Told to stop by SIGTERM or SIGUSR1, it writes a snapshot and exits with 75.

@@ -428,7 +428,7 @@ def ledger_restore(
     run: Annotated[Path, typer.Option("--as-new-run", help="Folder to make; it must not exist or be empty.")],
     as_json: JsonOption = False,
 ) -> None:
-    """Make a new run that begins with a patch of an old one; `revpatch train` goes on from there."""
+    """Make a new run that begins with a patch of an old one; `revpatch train` resumes from there."""
     from revpatch.ledger.maintenance import restore_run
 
     restored = restore_run(reference, run)

@@ -70,7 +70,7 @@ class Config(Section):
     """A run."""
 
     output_dir: Text
-    """Folder of the run. A run that is there already is gone on with, if it is this one."""
+    """Folder of the run. A run that is there already is resumed, if it is this one."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of the sidecars' start, the order of the data and the replay."""
     base: BaseConfig
@@ -91,12 +91,12 @@ class Config(Section):
     monitoring: MonitoringConfig = MonitoringConfig()
 
     @property
-    def rehearses_own_text(self) -> bool:
-        """Whether what is rehearsed from phase 1 on is text that the base writes by itself."""
+    def replays_own_text(self) -> bool:
+        """Whether what is replayed from phase 1 on is text that the base writes by itself."""
         return bool(self.batch.replay_blocks) and self.replay.base == SELF
 
     def with_own_text(self, folder: str) -> Config:
-        """The same with that text named, once the base has written it: `folder` is rehearsed, and its held-out part in
+        """The same with that text named, once the base has written it: `folder` is replayed, and its held-out part in
         `folder`_probe is a probe set that is guarded from the start."""
         default = ProbeSetConfig(name=OWN_TEXT, shards=f"{folder}_probe")
         tolerance = min(default.tolerance, self.rollback.max_drift)  # one above it would never apply
@@ -143,10 +143,10 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _replay_is_whole(self) -> Config:
-        rehearses = (
+        replays = (
             self.objective.replay_loss_weight or self.objective.distill_kl_weight or self.objective.stats_drift_weight
         )
-        if self.batch.replay_blocks and not rehearses:
+        if self.batch.replay_blocks and not replays:
             raise ValueError(
                 f"batch.replay_blocks = {self.batch.replay_blocks}, but every weight on replay is 0 "
                 "(replay_loss_weight, distill_kl_weight, stats_drift_weight): set one, or batch.replay_blocks to 0"
@@ -157,7 +157,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _own_text_has_its_name(self) -> Config:
-        if self.rehearses_own_text and OWN_TEXT in [probe.name for probe in self.probes.sets]:
+        if self.replays_own_text and OWN_TEXT in [probe.name for probe in self.probes.sets]:
             raise ValueError(
                 f"probes.sets: the name {OWN_TEXT!r} is that of the held-out text that the base writes itself, while "
                 f"replay.base = {SELF}: choose another name"

@@ -173,8 +173,10 @@ def _item(items: list[Any], part: str, override: str) -> int:
     return int(part)
 
 
-_GONE = ("optimizer.gate_lr_factor", "optimizer.eps", "teacher.spill", "teacher.spill_gb", "stream.retries", "ledger")
-_GONE += ("build.workers", "engine.tf32", "monitoring.peak_tflops", "snapshot.keep")
+_GONE = (
+    *("optimizer.gate_lr_factor", "optimizer.eps", "teacher.spill", "teacher.spill_gb", "stream.retries", "ledger"),
+    *("build.workers", "engine.tf32", "monitoring.peak_tflops", "snapshot.keep"),
+)
 """Keys of revpatch 0.1, which the config.yaml of its runs has."""
 
 

@@ -164,14 +164,14 @@ class BatchConfig(Section):
 
 
 class ReplayConfig(Section):
-    """What is rehearsed."""
+    """What is replayed."""
 
     base: Text = SELF
-    """What is rehearsed from phase 1 on: `self`, text that the unpatched base writes by itself before the first step;
+    """What is replayed from phase 1 on: `self`, text that the unpatched base writes by itself before the first step;
     or shards of text that it knows. `./self` is a folder of that name. The base writes a held-out part too, which is
     a guarded probe set named `own_text`; both are kept in `build.folder`, for all runs of that base."""
     own_blocks: Positive = 512
-    """Blocks that the base writes to be rehearsed; it writes an eighth as many, at least 16, to be held out."""
+    """Blocks that the base writes to be replayed; it writes an eighth as many, at least 16, to be held out."""
     blocks_per_phase: Positive = 4096
     """Blocks kept of each phase (a bottom-k sample) for the phases after it."""
 
@@ -276,7 +276,7 @@ class RollbackConfig(Section):
 
 
 class SnapshotConfig(Section):
-    """What a run that was killed goes on from."""
+    """What a killed run resumes from."""
 
     every: Positive = 1000
     """Optimizer steps of a phase between snapshots; there is one at the end of each phase besides. The newest two are

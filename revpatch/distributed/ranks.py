@@ -126,7 +126,7 @@ def process_group(launch: Launch, device: torch.device, timeout_minutes: float) 
             found = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             raise ConnectionError(
                 f"another rank has ended or does not answer ({found}); why is in that rank's own message. Start the "
-                "command again (a training goes on from its newest snapshot)"
+                "command again (a training resumes from its newest snapshot)"
             ) from error
         raise
 

@@ -41,7 +41,7 @@ class Places:
             Path(config.output_dir),
             Path(cache) if cache else None,
             config.stream.shard_cache_gb,
-            Path(config.build.folder) if config.rehearses_own_text or needs_building(config) else None,
+            Path(config.build.folder) if config.replays_own_text or needs_building(config) else None,
         )
 
 

@@ -37,7 +37,7 @@ from revpatch.terminal import doing
 _ROWS, _TOKENS = 2, 16
 
 
-def bare_base(model: nn.Module, weights: str | None = None) -> BareBase:
+def fingerprint_base(model: nn.Module, weights: str | None = None) -> BareBase:
     """Return what the journal keeps of it.
 
     The model is bare, or its patch is disabled, and in eval mode. `weights` is the sha256 if it is known already.
@@ -137,13 +137,13 @@ class _Inputs:
 
 
 MOMENTS = {"run": "the run's start", "run_end": "the run's end"}
-"""Events of the journal that note the bare base."""
+"""Events of the journal that note the unpatched base."""
 _OF_TRAINING = (RunBegun, RunEnded, PhaseBegun, RunResumed)
 
 
 @dataclass(frozen=True)
 class BaseFingerprint:
-    """What the journal noted of the bare base at one of `MOMENTS`, held against today's in the same dtype."""
+    """What the journal noted of the unpatched base at one of `MOMENTS`, held against today's in the same dtype."""
 
     event: str
     dtype: str
@@ -240,7 +240,7 @@ def prove_removal(reference: str, base: str | None = None) -> RemovalReport:
         if report.base_expected != report.base_found:
             break
         with doing(f"hashing the base and its logits in {dtype}"):
-            today = bare_base(subject.model)
+            today = fingerprint_base(subject.model)
         report.noted.extend(_held_against(event, of, today) for event, of in then.items() if of.dtype == dtype)
         with doing(f"comparing the base before, with and after the patch in {dtype}"):
             report.checks.append(_check(subject, entry, dtype))

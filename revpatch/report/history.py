@@ -129,7 +129,7 @@ def read_history(run: Path) -> RunHistory:
     journal = Journal(run / "ledger" / JOURNAL_NAME, readonly=True)
     journal.check_begun()
     config = load_config(run / CONFIG_NAME)
-    if config.rehearses_own_text:
+    if config.replays_own_text:
         config = config.with_own_text(SELF)  # where it lies is not asked here
     names = [phase.name for phase in config.phases]
     found = RunHistory(run, confidence=config.rollback.confidence)

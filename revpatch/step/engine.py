@@ -191,7 +191,7 @@ class MicroBatch(NamedTuple):
     new: Tensor
     """(n, time) int64."""
     replay: Tensor | None = None
-    """(r, time) int64; None when nothing is rehearsed."""
+    """(r, time) int64; None when nothing is replayed."""
     keys: Sequence[Key] | None = None
     """Of the replayed blocks, the same for the same tokens alone: what the teacher's cache knows them by."""
 

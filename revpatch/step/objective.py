@@ -67,7 +67,7 @@ class PatchObjective(nn.Module):
 
         Args:
             new: (n, time) int64 token ids.
-            replay: (r, time) int64, or None when nothing is rehearsed.
+            replay: (r, time) int64, or None when nothing is replayed.
             keys: of the replayed blocks, as `Teacher.hidden` takes them.
         """
         base, teacher = self._frozen

@@ -27,7 +27,7 @@ from revpatch.ledger.journal import Journal
 from revpatch.ledger.ledger import JOURNAL_NAME, LOCK_NAME, Ledger, PatchFile, folder_noted, read_patch
 from revpatch.patch.patched_model import Patch
 from revpatch.train.resume import CONFIG_NAME, claim
-from revpatch.train.startup import REHEARSED
+from revpatch.train.startup import FIRST_REPLAY
 
 Tensors = dict[str, Tensor]
 
@@ -106,7 +106,7 @@ class Probes:
         """
         file = None if run is None else run / CONFIG_NAME
         config = load_config(file) if file is not None and file.is_file() else None
-        if run is not None and config is not None and config.rehearses_own_text and not shards:
+        if run is not None and config is not None and config.replays_own_text and not shards:
             config = config.with_own_text(_own_text_of(run))
         if shards:
             sets = sets_of(shards, blocks)
@@ -174,7 +174,7 @@ def judge(probes: Probes, subject: Subject, before: list[Patch], after: Patch, g
 def _own_text_of(run: Path) -> str:
     """Where the run's base had written its own text, when it last trained."""
     events = Journal(run / "ledger" / JOURNAL_NAME, readonly=True).events(RunBegun, RunResumed)
-    noted = [e.facts[REHEARSED] for e in events if isinstance(e, RunBegun | RunResumed) and REHEARSED in e.facts]
+    noted = [e.facts[FIRST_REPLAY] for e in events if isinstance(e, RunBegun | RunResumed) and FIRST_REPLAY in e.facts]
     if not noted:
         raise ValueError(f"{run}: its journal doesn't say where its base's own text lies: name shards with --shards")
     return str(noted[-1])

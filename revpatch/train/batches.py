@@ -129,7 +129,7 @@ class Batches:
     Args:
         corpus: the phase's blocks.
         mixture: their order.
-        replay: the rehearsed blocks, or None.
+        replay: the replayed blocks, or None.
         batch: sizes.
         peers: which part is this rank's.
         first_step: optimizer steps of the phases before this one; replay counts on from there.
@@ -158,8 +158,8 @@ class Batches:
         self._wanted = self._last = 0
         self.waited = 0.0
         """Seconds that this phase's steps have waited for data."""
-        rehearsed = () if replay is None else replay.sets
-        remote = not all(shards.is_local for shards in (*corpus.sets, *rehearsed))
+        replayed = () if replay is None else replay.sets
+        remote = not all(shards.is_local for shards in (*corpus.sets, *replayed))
         self._ahead = copy.deepcopy(mixture) if remote else None  # with a memory of its own of where it is
 
     def stream(self, steps: int, done: int = 0) -> Generator[Batch, None, None]:

@@ -55,7 +55,7 @@ def build_on_first_use(config: Config, peers: Ranks, begun: bool = False) -> tup
         names = ", ".join(sorted({place for _, place in locations(config) if is_raw_source(place)}))
         raise ConfigError(
             f"rank {peers.rank} waited for rank 0 to build the shards of {names}, which failed or took longer than "
-            f"engine.timeout_minutes = {config.engine.timeout_minutes:g}: start again to go on building, raise the "
+            f"engine.timeout_minutes = {config.engine.timeout_minutes:g}: start again to resume building, raise the "
             "time-out, or build them first with `revpatch shards build`"
         ) from error
     if isinstance(folders, ConfigError):

@@ -1,6 +1,6 @@
-"""Text that the base writes by itself, to be rehearsed and held out where a run names no text that the base knows.
+"""Text that the base writes by itself, to be replayed and held out where a run names no text that the base knows.
 
-    data/built/own-gpt2-5d0b7c1e9f24           the blocks that are rehearsed, shards like any other
+    data/built/own-gpt2-5d0b7c1e9f24           the blocks that are replayed, shards like any other
     data/built/own-gpt2-5d0b7c1e9f24_probe     those that are held out
 
 Of text that was drawn from the base itself no other model has a lower loss, in expectation: a rise of the loss on it
@@ -58,7 +58,7 @@ T = TypeVar("T")
 
 
 def build_own_text(config: Config, base: nn.Module, weights: BaseWeights, peers: Ranks) -> Path:
-    """The folder of the shards that are rehearsed; those that are held out lie in FOLDER_probe. What is not there is
+    """The folder of the shards that are replayed; those that are held out lie in FOLDER_probe. What is not there is
     written first, by all ranks together, and is the same for any number of them.
 
     Args:
@@ -99,7 +99,7 @@ def build_own_text(config: Config, base: nn.Module, weights: BaseWeights, peers:
 
 @dataclass(frozen=True)
 class _Part:
-    """What is rehearsed ("train"), or held out ("probe")."""
+    """What is replayed ("train"), or held out ("probe")."""
 
     split: str
     folder: Path

@@ -131,7 +131,7 @@ def check_base(config: Config, world: int) -> CheckedBase:
             prompt_ids(checked.tokenizer, prompt, architecture.vocab_size, f"monitoring.samples.prompts.{index}")
         except ValueError as error:
             raise ConfigError(str(error)) from error
-    if config.rehearses_own_text:
+    if config.replays_own_text:
         try:
             tokenizer_info(checked.tokenizer)
         except ValueError as error:
@@ -144,7 +144,7 @@ def locations(config: Config) -> Iterator[tuple[str, str]]:
     for index, phase in enumerate(config.phases):
         for key, part in zip(_part_keys(index, phase), phase.parts, strict=True):
             yield key, part.shards
-    if config.batch.replay_blocks and not config.rehearses_own_text:
+    if config.batch.replay_blocks and not config.replays_own_text:
         yield "replay.base", config.replay.base
     for index, probe in enumerate(config.probes.sets):
         yield f"probes.sets.{index}.shards", probe.shards

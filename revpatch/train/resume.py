@@ -86,7 +86,7 @@ def compare_configs(old: Config, new: Config, snapshot: Snapshot | None, named: 
         lines = [f"  {key}: {changed[key][0]!r} then, {changed[key][1]!r} now" for key in wrong]
         raise ConfigError(
             f"{named} holds a run that was begun with another config, which differs in\n" + "\n".join(lines) + "\n"
-            "Set these back to go on with it, or choose another folder (--set output_dir=...). Steps may change in "
+            "Set these back to resume it, or choose another folder (--set output_dir=...). Steps may change in "
             "phases that are not committed, and not below what was trained; phases may be added at the end"
         )
     return changed
@@ -110,7 +110,7 @@ def _phase_of(key: str) -> int | None:
 
 
 def how_anew(directory: Path, origin: PatchFile | None) -> str:
-    """What to do where a run can't be gone on with. One that was restored would lose its patch by --fresh."""
+    """What to do where a run can't be resumed. One that was restored would lose its patch by --fresh."""
     if origin is None:
         return ANEW
     return (
@@ -133,7 +133,7 @@ def check_history(directory: Path, origin: PatchFile | None, snapshot: Snapshot 
         older = _older(directory, journal, snapshot)
         instead = how_anew(directory, origin)
         if older is not None:
-            instead = f"or remove snapshot/{snapshot.name} to go on from {older.name}, {instead}"
+            instead = f"or remove snapshot/{snapshot.name} to resume from {older.name}, {instead}"
         raise ConfigError(
             f"{directory}: snapshot {snapshot.name} was written after {snapshot.events} events of a journal "
             f"whose line {snapshot.events} has sha256 {snapshot.head[:16]}…, and ledger/{JOURNAL_NAME} is not that: "
@@ -142,7 +142,7 @@ def check_history(directory: Path, origin: PatchFile | None, snapshot: Snapshot 
 
 
 def check_nothing_made(directory: Path, origin: PatchFile | None, snapshot: Snapshot | None, named: str) -> None:
-    """Raises ConfigError if to go on would set aside a patch that was made since by other means than training."""
+    """Raises ConfigError if resuming would set aside a patch that was made since by other means than training."""
     made = _made_since(directory, events_of(origin) if snapshot is None else snapshot.events)
     if not made:
         return
@@ -151,7 +151,7 @@ def check_nothing_made(directory: Path, origin: PatchFile | None, snapshot: Snap
     learned = ", ".join(entry.phase for entry in entries if entry.kind == "commit" and entry.name not in made)
     rest = f", without the phases that were committed here ({learned}) and their guard_after" if learned else ""
     raise ConfigError(
-        f"{named}: training goes on from {place}, and would set aside {made[-1]}, which was made since by a revert, "
+        f"{named}: training resumes from {place}, and would set aside {made[-1]}, which was made since by a revert, "
         "merge or import. To train on from it make a new run: `revpatch ledger restore "
         f"{_reference(directory, made[-1])} --as-new-run NEW`, then `revpatch train CONFIG --set output_dir=NEW`{rest}"
     )
@@ -167,7 +167,7 @@ def _fits(journal: Journal, snapshot: Snapshot) -> bool:
 
 
 def _older(directory: Path, journal: Journal, snapshot: Snapshot) -> Snapshot | None:
-    """The snapshot that would be gone on from if this one were not there, if that would not be refused too."""
+    """The snapshot that would be resumed from if this one were not there, if that would not be refused too."""
     for path in snapshots_in(directory / "snapshot"):
         if path.name >= snapshot.name:
             continue
@@ -220,7 +220,7 @@ class RunStatus:
     begun: bool = False
     """It is there already."""
     snapshot: Snapshot | None = None
-    """What it goes on from; None begins it anew."""
+    """What it resumes from; None begins it anew."""
     over: bool = False
     """There is nothing left to do."""
     origin: PatchFile | None = None
@@ -238,13 +238,13 @@ class RunStatus:
         return 0 if self.snapshot is None else self.snapshot.step + 1
 
 
-def stand(config: Config, fresh: bool, overwrite: bool) -> RunStatus:
+def run_status(config: Config, fresh: bool, overwrite: bool) -> RunStatus:
     """Looks at the run's folder and claims it; for rank 0 alone. `fresh` is as in `begins_anew`.
 
     Raises:
         FileExistsError: the folder holds other things; or a run, and `fresh` asks for a new one without `overwrite`.
         ConfigError: the run there was begun with another config; another process writes to it; its snapshots are
-            damaged or gone; or to go on would set aside a patch that a revert, merge or import has made since.
+            damaged or gone; or resuming would set aside a patch that a revert, merge or import has made since.
         EntryError, JournalError: the ledger there is damaged.
     """
     directory = Path(config.output_dir).absolute()
@@ -264,7 +264,7 @@ def stand(config: Config, fresh: bool, overwrite: bool) -> RunStatus:
     if is_run and fresh and not overwrite:
         raise FileExistsError(
             f"{named}: it holds a run, and --fresh would begin another there. Nothing was overwritten: choose another "
-            "folder (--set output_dir=...), leave out --fresh to go on with it, or add --overwrite to delete it"
+            "folder (--set output_dir=...), leave out --fresh to resume it, or add --overwrite to delete it"
         )
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -273,15 +273,15 @@ def stand(config: Config, fresh: bool, overwrite: bool) -> RunStatus:
             f"{named}: the folder can't be made ({error.strerror}, at {error.filename}): choose another one "
             "(--set output_dir=...), or give this user the right to make it"
         ) from error
-    standing = RunStatus(directory, config, lock=claim(directory, named))
+    status = RunStatus(directory, config, lock=claim(directory, named))
     if has_begun(config) and not is_run:
         raise ConfigError(
             f"{named}: another process has begun a run there since this one looked. Nothing was overwritten: give the "
-            "command again to go on with that run, or choose another folder"
+            "command again to resume that run, or choose another folder"
         )
-    standing.origin = origin_of(directory)
-    if standing.origin is not None:
-        check_shape(standing.origin, config.sidecar)
+    status.origin = origin_of(directory)
+    if status.origin is not None:
+        check_shape(status.origin, config.sidecar)
     if is_run and fresh:
         for name in OUTPUTS:
             path = directory / name
@@ -291,18 +291,18 @@ def stand(config: Config, fresh: bool, overwrite: bool) -> RunStatus:
             write_atomically(directory / LAUNCH_NAME, launch.encode())
         write_atomically(directory / CONFIG_NAME, dump_config(config).encode())
         log_to(directory / "train.log")
-        return standing
+        return status
     log_to(directory / "train.log")
     if asked:
-        log.info("this very launch has begun the run, so in spite of --fresh it is gone on with")
-    standing.begun = True
-    standing.snapshot = newest_snapshot(directory / "snapshot", how_anew(directory, standing.origin))
-    standing.changed = compare_configs(load_config(directory / CONFIG_NAME), config, standing.snapshot, named)
-    check_history(directory, standing.origin, standing.snapshot)
-    standing.over = _is_over(standing, config)
-    if not standing.over:
-        check_nothing_made(directory, standing.origin, standing.snapshot, named)
-    return standing
+        log.info("this very launch has begun the run, so in spite of --fresh it is resumed")
+    status.begun = True
+    status.snapshot = newest_snapshot(directory / "snapshot", how_anew(directory, status.origin))
+    status.changed = compare_configs(load_config(directory / CONFIG_NAME), config, status.snapshot, named)
+    check_history(directory, status.origin, status.snapshot)
+    status.over = _is_over(status, config)
+    if not status.over:
+        check_nothing_made(directory, status.origin, status.snapshot, named)
+    return status
 
 
 def begins_anew(config: Config, fresh: bool) -> bool:
@@ -321,12 +321,12 @@ def has_begun(config: Config) -> bool:
     return (Path(config.output_dir) / CONFIG_NAME).is_file()
 
 
-def _is_over(standing: RunStatus, config: Config) -> bool:
-    """Whether every phase of the config was committed, and the run's end put down after that."""
-    snapshot = standing.snapshot
+def _is_over(status: RunStatus, config: Config) -> bool:
+    """Whether every phase of the config was committed, and the run's end recorded after that."""
+    snapshot = status.snapshot
     if snapshot is None or snapshot.phase_index < len(config.phases):
         return False
-    ends = Journal(standing.directory / "ledger" / JOURNAL_NAME).events(RunEnded)
+    ends = Journal(status.directory / "ledger" / JOURNAL_NAME).events(RunEnded)
     return any(end.seq >= snapshot.events for end in ends)
 
 
@@ -390,20 +390,20 @@ def check_shape(origin: PatchFile, sidecar: SidecarConfig) -> None:
         )
 
 
-def go_back(standing: RunStatus, ledger: Ledger, **fields: Any) -> None:
+def go_back(status: RunStatus, ledger: Ledger, **fields: Any) -> None:
     """Brings ledger and replay to where the snapshot is; what came after it is set aside, and will be made again."""
-    write_atomically(standing.directory / CONFIG_NAME, dump_config(standing.config).encode())
-    snapshot, origin = standing.snapshot, standing.origin
+    write_atomically(status.directory / CONFIG_NAME, dump_config(status.config).encode())
+    snapshot, origin = status.snapshot, status.origin
     orphans = ledger.set_aside_orphans()
     events = snapshot.events if snapshot is not None else events_of(origin)
     ledger.resume(
         events,
         snapshot=None if snapshot is None else snapshot.name,
-        changed=standing.changed,
+        changed=status.changed,
         orphans=orphans,
         **fields,
     )
-    replay = standing.directory / "replay"
+    replay = status.directory / "replay"
     for folder in sorted(replay.iterdir()) if replay.is_dir() else []:
         if snapshot is None or folder.name not in snapshot.replay:
             shutil.rmtree(folder)

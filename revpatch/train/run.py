@@ -38,7 +38,7 @@ def train_run(config: Config, fresh: bool = False, overwrite: bool = False) -> O
     Args:
         config: the run's config.
         fresh: begin a new run; refused where there is one, unless `overwrite` deletes it. Of a command that its
-            launcher starts again, it was done before: the run is gone on with.
+            launcher starts again, it was done before: the run is resumed.
         overwrite: see `fresh`.
 
     Raises:
@@ -71,25 +71,25 @@ def _train(config: Config, fresh: bool, overwrite: bool, interruption: Interrupt
             startup.check_same_data(reads, plan, peers)
         with doing(f"loading the base {config.base.model}", say, first):
             base, weights = startup.load_same_base(config.base, peers)  # first: one that fails leaves no folder behind
-        standing = startup.prepare_run(config, peers, fresh, overwrite)
-        if standing.over:
+        status = startup.prepare_run(config, peers, fresh, overwrite)
+        if status.over:
             if peers.rank == 0:
-                log.info("the run in %s is over: every phase is committed; add a phase to train on", standing.directory)
-            return Outcome(standing.directory)
-        if config.rehearses_own_text:  # once the run's folder is known not to be taken: it may take minutes
+                log.info("the run in %s is over: every phase is committed; add a phase to train on", status.directory)
+            return Outcome(status.directory)
+        if config.replays_own_text:  # once the run's folder is known not to be taken: it may take minutes
             reads = reads.with_own_text(str(build_own_text(config, base, weights, peers)))
             plan = check(reads, launch.world, begun, not_built)
             startup.check_same_data(reads, plan, peers)
-        plan.check_phases(0 if standing.snapshot is None else standing.snapshot.phase_index)
+        plan.check_phases(0 if status.snapshot is None else status.snapshot.phase_index)
         watched = config.monitoring
-        record = Record(standing.directory, peers.rank == 0, watched.tensorboard, standing.again, watched.trackers)
+        record = Record(status.directory, peers.rank == 0, watched.tensorboard, status.again, watched.trackers)
         try:
             with doing("hashing the base, reading the probe sets", log.info, first):
-                trainer = Trainer(reads, plan, base, peers, record, standing.directory, interruption, weights)
+                trainer = Trainer(reads, plan, base, peers, record, status.directory, interruption, weights)
             with doing("preparing the first step", log.info, first):
-                trainer.take_up(standing)
+                trainer.begin_from(status)
             interruption.training = True
             interruption.settled = interrupted = not trainer.run()
-            return Outcome(standing.directory, interrupted)
+            return Outcome(status.directory, interrupted)
         finally:
             record.close()

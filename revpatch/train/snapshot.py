@@ -1,4 +1,4 @@
-"""What a run that was killed needs to go on as though it had not been: one file, written atomically, beside the step.
+"""What a killed run needs to resume as though it had not been killed: one file, written atomically, beside the step.
 
     RUN/snapshot/step000000000300.safetensors        at step 300 of the run, in the middle of a phase
     RUN/snapshot/step000000000300_end.safetensors    the same, after the phase that ends there was committed
@@ -130,7 +130,7 @@ class Snapshot:
             raise EntryError(f"{path}: expected a snapshot, found something else")
         if metadata["snapshot"] != VERSION:
             raise ConfigError(
-                f"{path}: expected a snapshot of version {VERSION}, found {metadata['snapshot']!r}: go on with the "
+                f"{path}: expected a snapshot of version {VERSION}, found {metadata['snapshot']!r}: resume it with the "
                 f"revpatch that wrote it, {anew}"
             )
         tensors = _Tensors(found)

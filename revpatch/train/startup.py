@@ -26,7 +26,7 @@ from revpatch.step.frozen_base import with_own_code
 from revpatch.step.teacher import TeacherCache
 from revpatch.terminal import console
 from revpatch.train.preflight import Plan
-from revpatch.train.resume import RunStatus, stand
+from revpatch.train.resume import RunStatus, run_status
 
 PEAKS = {
     r"B200\b": 2250.0,
@@ -77,7 +77,7 @@ def flops_a_token(base: nn.Module, patch: Patch) -> int:
 
 log = logging.getLogger("revpatch")
 
-REHEARSED = "rehearsed at first"
+FIRST_REPLAY = "first replay"
 """The fact that says where the shards of `replay.base` lie, those of the base's own text too."""
 
 
@@ -87,18 +87,18 @@ def prepare_run(config: Config, peers: Ranks, fresh: bool = False, overwrite: bo
     Raises:
         FileExistsError, ConfigError, OSError: see `stand`; nothing was overwritten.
     """
-    standing: RunStatus | None = None
+    status: RunStatus | None = None
     refusal: Exception | None = None
     if peers.rank == 0:
         try:
-            standing = stand(config, fresh, overwrite)
+            status = run_status(config, fresh, overwrite)
         except (OSError, ValueError) as error:
             refusal = error
     refusal = peers.from_rank0(refusal)
     if refusal is not None:
         raise refusal
-    told: RunStatus = peers.from_rank0(None if standing is None else replace(standing, lock=None))
-    return standing or told
+    told: RunStatus = peers.from_rank0(None if status is None else replace(status, lock=None))
+    return status or told
 
 
 def check_same_data(config: Config, plan: Plan, peers: Ranks) -> None:
@@ -208,7 +208,7 @@ def facts(config: Config, base: nn.Module, patch: Patch, engine: Engine, peers: 
     frozen = sum(p.numel() for p in base.parameters())
     accumulation = config.batch.accumulation(peers.world)
     device = torch.cuda.get_device_name(peers.device) if peers.device.type == "cuda" else "cpu"
-    rehearsed = {REHEARSED: config.replay.base} if config.batch.replay_blocks else {}
+    replayed = {FIRST_REPLAY: config.replay.base} if config.batch.replay_blocks else {}
     zero = f", ZeRO {engine.zero_stage}" if engine.kind == "deepspeed" else ""
     return {
         "ranks": peers.world,
@@ -224,7 +224,7 @@ def facts(config: Config, base: nn.Module, patch: Patch, engine: Engine, peers: 
         "lanes": config.batch.new_blocks,
         "batch": f"{config.batch.new_blocks} new + {config.batch.replay_blocks} replayed blocks of "
         f"{config.base.block_size} tokens, in {accumulation} micro-batches a rank",
-        **rehearsed,
+        **replayed,
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, python "
         f"{platform.python_version()}",
     }

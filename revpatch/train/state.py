@@ -17,7 +17,7 @@ from revpatch.config import Config, PhaseConfig, ProbeSetConfig
 from revpatch.distributed.ranks import Ranks, bfloat16_is_slow
 from revpatch.evaluation.guard import Comparison, ProbeSet, compare_all
 from revpatch.evaluation.probe import Measurement, Prober, put_together, reading_of
-from revpatch.evaluation.proofs import Invertibility, bare_base, measure_invertibility
+from revpatch.evaluation.proofs import Invertibility, fingerprint_base, measure_invertibility
 from revpatch.generate import Sampler
 from revpatch.ledger.events import Readings
 from revpatch.ledger.ledger import PatchFile, place_now
@@ -212,7 +212,7 @@ class RunState:
         startup.choose_matmul_precision(config, peers.device)
         weights = weights or startup.BaseWeights.of(base)
         self.identity = startup.identity(config, self.base, weights, plan.tokenizer)
-        self.bare_base = bare_base(base, weights.exact) if peers.rank == 0 else None
+        self.bare_base = fingerprint_base(base, weights.exact) if peers.rank == 0 else None
         """As it came, before anything is put on it."""
         torch.manual_seed(config.seed)
         self.patch = attach(self.base, config.sidecar)
@@ -232,21 +232,21 @@ class RunState:
         self.meter = RunningMean()
         self.quarantine = Quarantine(config.seed)
         self.samples: list[str] = []
-        """Folders under replay/ of what the committed phases left to rehearse."""
+        """Folders under replay/ of what the committed phases left to replay."""
         self.replay = [] if plan.replay_base is None else [plan.replay_base]
         self.committed: dict[str, Measurement] = {}
         self.begins_with = "base"
-        """The bare base, or the file in the ledger of the patch that the run begins with."""
+        """The unpatched base, or the file in the ledger of the patch that the run begins with."""
         self.resumed: Snapshot | None = None
-        """What the run goes on from, until the phase it belongs to has begun."""
+        """What the run resumes from, until the phase it belongs to has begun."""
         self.snapshots = SnapshotWriter(directory / "snapshot")
 
-    def take_up(self, standing: RunStatus) -> None:
+    def begin_from(self, status: RunStatus) -> None:
         """Brings model, teacher, probes, replay and ledger to where the run stands, and puts down that it goes on."""
-        if standing.snapshot is None and standing.origin is None:
+        if status.snapshot is None and status.origin is None:
             self._measure_channels()
         facts = startup.facts(self.config, self.base, self.patch, self.engine, self.peers)
-        if self.config.sidecar.check_invertibility and standing.snapshot is None:
+        if self.config.sidecar.check_invertibility and status.snapshot is None:
             facts["inverse error, weights ± 0.02"] = str(self.invertibility(self.plan.phases[0], noise=0.02))
         if self.peers.rank == 0:
             startup.show_table(facts)
@@ -263,14 +263,14 @@ class RunState:
             self.record.costs = self._costs(peak)
             if self.config.base.dtype == "bfloat16" and self.peers.device.type == "cpu" and bfloat16_is_slow():
                 log.warning("this CPU is slower in bfloat16 than in float32: --set base.dtype=float32 is faster here")
-        if standing.begun:
-            self._go_on(standing)
-        if standing.origin is not None and standing.snapshot is None:
-            self._begin_with(standing.origin)
-        if standing.begun and self.record.ledger is not None:
-            go_back(standing, self.record.ledger, facts=facts, base_at=place_now(self.config.base.model))
-        if standing.snapshot is None:
-            began = {} if standing.origin is None else {"origin": standing.origin.path.name}
+        if status.begun:
+            self._go_on(status)
+        if status.origin is not None and status.snapshot is None:
+            self._begin_with(status.origin)
+        if status.begun and self.record.ledger is not None:
+            go_back(status, self.record.ledger, facts=facts, base_at=place_now(self.config.base.model))
+        if status.snapshot is None:
+            began = {} if status.origin is None else {"origin": status.origin.path.name}
             known = {"base": self.identity["base"], "bare_base": self.bare_base}
             base_at = place_now(self.config.base.model)
             self.record.event("run", **known, base_at=base_at, seed=self.config.seed, facts=facts, **began)
@@ -400,18 +400,18 @@ class RunState:
         if self.peers.rank == 0:
             log.info("beginning with %s, restored from another run", origin.path.name)
 
-    def _go_on(self, standing: RunStatus) -> None:
-        snapshot = standing.snapshot
+    def _go_on(self, status: RunStatus) -> None:
+        snapshot = status.snapshot
         if self.peers.rank == 0:
             place = "its beginning, as there is no snapshot yet" if snapshot is None else f"snapshot {snapshot.name}"
-            log.info("going on with the run in %s from %s", standing.directory, place)
+            log.info("resuming the run in %s from %s", status.directory, place)
         if snapshot is None:
             return
         check_identity(snapshot, self.identity)
         for name, buffer in self.patch.named_buffers():
             buffer.copy_(snapshot.buffers[name])
         check_shards(snapshot, self.plan.digests(self.config, snapshot.phase_index if snapshot.phase else None))
-        if snapshot.phase_index or standing.origin is not None:  # the teacher is the patch that the phase began with
+        if snapshot.phase_index or status.origin is not None:  # the teacher is the patch that the phase began with
             committed = snapshot.engine if snapshot.phase is None else snapshot.phase.start.engine
             restore_state(self.engine, self.patch, committed, self.peers)
             self.teacher.follow(self.patch)

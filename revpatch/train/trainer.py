@@ -15,7 +15,7 @@ import torch
 from revpatch.config import PhaseConfig
 from revpatch.evaluation.guard import Comparison, Keep, Rollback, Stop, decide, stopped_phase_keeps
 from revpatch.evaluation.probe import in_words
-from revpatch.evaluation.proofs import bare_base
+from revpatch.evaluation.proofs import fingerprint_base
 from revpatch.ledger.events import Readings
 from revpatch.patch.patched_model import patch_disabled, patch_state
 from revpatch.shards.format import ShardError, ShardFault
@@ -48,7 +48,7 @@ class Trainer(RunState):
             first_step += config.steps
         if self.peers.rank == 0:
             with patch_disabled(self.base):
-                self.record.end(bare_base(self.base))
+                self.record.end(fingerprint_base(self.base))
         return True
 
     def _train(self, phase: Phase) -> bool:
@@ -297,7 +297,7 @@ class Trainer(RunState):
         self.record.end_phase()
         self.record.event("interrupted", phase=phase.config.name, step=phase.done)
         words = (
-            f"stopped by a signal after step {phase.done} of {phase.config.name}; the same command goes on from here"
+            f"stopped by a signal after step {phase.done} of {phase.config.name}; the same command resumes from here"
         )
         self.record.happened(phase.global_step(phase.done), "interrupted", words)
 

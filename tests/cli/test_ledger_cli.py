@@ -13,7 +13,7 @@ from trained_run import STEPS, Run, copy_of
 from revpatch.config import ConfigError
 from revpatch.config.file import load_config
 from revpatch.ledger.journal import Journal
-from revpatch.train.resume import stand
+from revpatch.train.resume import run_status
 
 
 def test_the_log_tells_the_run(run: Run, revpatch: Call) -> None:
@@ -59,13 +59,13 @@ def test_training_on_does_not_set_a_made_patch_aside(run: Run, revpatch: Call, t
     assert revpatch("ledger", "import", tmp_path / "alone/patch.safetensors", copied).code == 0
     before = Journal(copied / "ledger/journal.jsonl", readonly=True).head
     loaded = load_config(run.config, [*run.overrides, f"output_dir={copied}"])
-    standing = stand(loaded, fresh=False, overwrite=False)  # nothing is left to train: nothing is set aside
+    standing = run_status(loaded, fresh=False, overwrite=False)  # nothing is left to train: nothing is set aside
     standing.lock.close()
     third = loaded.phases[0].model_copy(update={"name": "third"})
     with pytest.raises(
         ConfigError, match=r"would set aside 002_first_commit\.safetensors.*ledger restore \S.*@002_first_commit"
     ):
-        stand(loaded.model_copy(update={"phases": [*loaded.phases, third]}), fresh=False, overwrite=False)
+        run_status(loaded.model_copy(update={"phases": [*loaded.phases, third]}), fresh=False, overwrite=False)
     assert Journal(copied / "ledger/journal.jsonl", readonly=True).head == before
 
 

@@ -17,7 +17,7 @@ from toy import Toy, save_base
 from transformers import AutoModelForCausalLM
 
 from revpatch.evaluation import proofs as removal
-from revpatch.evaluation.proofs import bare_base, prove_removal
+from revpatch.evaluation.proofs import fingerprint_base, prove_removal
 from revpatch.ledger.journal import JournalError
 
 Make = Callable[..., MadeUp]
@@ -80,7 +80,7 @@ def test_a_gate_that_is_not_off_is_caught(run: MadeUp, monkeypatch: pytest.Monke
 def test_the_base_is_held_against_what_training_noted(
     run: MadeUp, toy: Toy, revpatch: Callable[..., Any], tmp_path: Path
 ) -> None:
-    bare = bare_base(AutoModelForCausalLM.from_pretrained(toy.base, dtype=torch.float32).eval())
+    bare = fingerprint_base(AutoModelForCausalLM.from_pretrained(toy.base, dtype=torch.float32).eval())
     add(run.ledger.journal, "run", bare_base=bare)
     add(run.ledger.journal, "run_end", bare_base=bare)
     report = prove_removal(str(run.directory))
@@ -120,7 +120,7 @@ END_GONE, TORN = "no event of the run's end", "its last line is cut short"
 def test_what_the_journal_does_not_say_is_not_proved(
     run: MadeUp, toy: Toy, revpatch: Callable[..., Any], events: list[str], cut: int | None, words: str
 ) -> None:
-    bare = bare_base(AutoModelForCausalLM.from_pretrained(toy.base, dtype=torch.float32).eval())
+    bare = fingerprint_base(AutoModelForCausalLM.from_pretrained(toy.base, dtype=torch.float32).eval())
     journal = run.ledger.journal
     add(journal, "phase_start")
     for event in events:

@@ -156,7 +156,7 @@ def test_trials_keep_the_guards_defaults_and_a_control_has_no_guard(tmp_path: Pa
     }
     assert configs[bad, True].rollback == configs[good, True].rollback == RollbackConfig()
     assert [(probe.name, probe.tolerance) for probe in configs[bad, True].probes.sets] == [(OWN_TEXT, TOLERANCE)]
-    assert configs[good, True].rehearses_own_text, "so that the trainer guards the same set by itself"
+    assert configs[good, True].replays_own_text, "so that the trainer guards the same set by itself"
     assert configs[bad, True].batch.replay_blocks == 0
     for kind in bench.kinds:
         control = configs[kind, False]

@@ -259,7 +259,7 @@ def main() -> None:
         record = Record(standing.directory, peers.rank == 0, config.monitoring.tensorboard)
         base = startup.load_frozen_base(config.base, peers.device)
         trainer = Trainer(config, plan, base, peers, record, standing.directory)
-        trainer.take_up(standing)
+        trainer.begin_from(standing)
         found = CHECKS[name](trainer)
         record.close()
         if peers.rank == 0:

@@ -255,7 +255,7 @@ def test_a_run_goes_on_with_it_and_with_nothing_else(runs: Runs) -> None:
         assert runs.run("on", "--set", option) == [2, 2]
         assert word in runs.log("on").read_text()
     assert runs.run("on") == [0, 0], runs.log("on").read_text()
-    assert "going on with the run" in runs.log("on").read_text()
+    assert "resuming the run" in runs.log("on").read_text()
     assert runs.commits("on") == runs.commits("two")
     assert load_config(runs.path("on") / "config.yaml").replay.base == "self"
 

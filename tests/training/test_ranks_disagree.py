@@ -19,7 +19,7 @@ from revpatch.config.file import load_config
 from revpatch.corpus.build import build_shards
 from revpatch.patch.patched_model import base_sha256
 from revpatch.train import resume
-from revpatch.train.resume import ConfigError, stand
+from revpatch.train.resume import ConfigError, run_status
 
 
 @pytest.fixture
@@ -120,5 +120,5 @@ def test_a_run_that_another_process_begins_meanwhile(toy: Toy, tmp_path: Path, m
 
     monkeypatch.setattr(resume, "lock_run", lock_late)
     with pytest.raises(ConfigError, match="another process has begun a run there"):
-        stand(config, fresh=False, overwrite=False)
+        run_status(config, fresh=False, overwrite=False)
     assert (tmp_path / "run/config.yaml").read_text() == "theirs"

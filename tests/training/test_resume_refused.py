@@ -52,7 +52,7 @@ class TestWhatIsRefusedAndWhatIsNot:
         assert "--overwrite" in self.refused(runs, copy, "--fresh")
         assert "needs --fresh" in self.refused(runs, copy, "--overwrite")
         assert runs.run(copy, "--fresh", "--overwrite", world=1) == [0]
-        assert "going on with" not in runs.log(copy).read_text()
+        assert "resuming" not in runs.log(copy).read_text()
         assert [event["event"] for event in runs.events(copy, "run")] == ["run"]
         assert not (runs.path(copy) / "snapshot/step000000000005.safetensors").exists()
 
@@ -106,7 +106,7 @@ class TestWhatIsRefusedAndWhatIsNot:
         older, newest = (Snapshot.read(path) for path in sorted((runs.path(copy) / "snapshot").iterdir()))
         journal = runs.path(copy) / "ledger/journal.jsonl"
         journal.write_text("".join(journal.read_text().splitlines(keepends=True)[: older.events]))
-        told = re.search(r"remove (snapshot/\S+) to go on from (\S+),", " ".join(self.refused(runs, copy).split()))
+        told = re.search(r"remove (snapshot/\S+) to resume from (\S+),", " ".join(self.refused(runs, copy).split()))
         assert told is not None and told.groups() == (f"snapshot/{newest.name}", older.name)
         (runs.path(copy) / told[1]).unlink()
         assert runs.run(copy, world=1) == [0], runs.log(copy).read_text()
@@ -121,7 +121,7 @@ class TestWhatIsRefusedAndWhatIsNot:
         newest.write_bytes(data)
         assert runs.run(copy, world=1) == [0], runs.log(copy).read_text()
         words = runs.log(copy).read_text()
-        assert f"snapshot {newest.name} can't be used" in words and "going on" in words
+        assert f"snapshot {newest.name} can't be used" in words and "resuming" in words
         assert (newest.with_name(f"{newest.name}.damaged")).exists()
 
     def test_damaged_snapshots_alone(self, runs: Runs, copy: str) -> None:
@@ -192,5 +192,5 @@ def test_what_its_launcher_starts_again_is_not_begun_anew(
         assert runs.run("run", *options, world=1, environ={**launch, "SLURM_JOB_ID": 8}) == [2], "another launch"
         assert "--fresh would begin another" in runs.log("run").read_text()
     assert runs.run("run", *options, world=1, environ=launch) == [0], runs.log("run").read_text()
-    assert "it is gone on with" in (runs.path("run") / "train.log").read_text()
+    assert "it is resumed" in (runs.path("run") / "train.log").read_text()
     assert len(runs.events("run", "resume")) == 1, "its history is gone on with"

@@ -132,7 +132,7 @@ def test_where_none_can_be_read_a_run_is_not_begun_again(tmp_path: Path, monkeyp
     assert found is not None and found.step == 4
     monkeypatch.setattr("revpatch.train.snapshot.VERSION", 3)
     with pytest.raises(
-        ConfigError, match="expected a snapshot of version 3, found 2: go on with the revpatch that wrote"
+        ConfigError, match="expected a snapshot of version 3, found 2: resume it with the revpatch that wrote"
     ):
         newest_snapshot(tmp_path)
     assert (tmp_path / "step000000000004.safetensors").exists(), "the revpatch that wrote it finds it"
