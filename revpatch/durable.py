@@ -55,7 +55,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def unfinished(folder: Path) -> Path:
-    """Where `new_folder` writes what is to become `folder`: `.NAME.unfinished` beside it."""
+    """Return where `new_folder` writes what is to become `folder`: `.NAME.unfinished` beside it."""
     return folder.with_name(f".{folder.name}.unfinished")
 
 
@@ -118,12 +118,12 @@ def sync_directory(directory: Path) -> None:
 
 
 def sha256_of(data: bytes) -> str:
-    """The sha256 of `data`, 64 hex digits."""
+    """Return the sha256 of `data`, 64 hex digits."""
     return hashlib.sha256(data).hexdigest()
 
 
 def sha256_of_file(path: Path) -> str:
-    """The sha256 of the file at `path`, read in pieces of 1 MiB. Raises OSError."""
+    """Return the sha256 of the file at `path`, read in pieces of 1 MiB. Raises OSError."""
     digest = hashlib.sha256()
     buffer = bytearray(_CHUNK)
     view = memoryview(buffer)
@@ -175,7 +175,7 @@ def _try(file: IO[Any]) -> bool:
 
 
 def _stand_in(path: Path, error: OSError) -> IO[Any]:
-    """The file on this machine that is locked in place of one whose file system has no locks."""
+    """Return the file on this machine that is locked in place of one whose file system has no locks."""
     name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
     place = Path(tempfile.gettempdir()) / f"revpatch-{name}.lock"
     log.warning(
@@ -222,17 +222,17 @@ def to_plain(value: Any, where: str = "value") -> Any:
 
 
 def canonical_json(value: Any, where: str = "value") -> str:
-    """The one JSON spelling of `value`, on one line. Raises ValueError as `to_plain` does."""
+    """Return the one JSON spelling of `value`, on one line. Raises ValueError as `to_plain` does."""
     return json.dumps(to_plain(value, where), sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def size(count: int) -> str:
-    """Bytes, as people read them."""
+    """Return bytes, as people read them."""
     if count < 1000:
         return f"{count} B"
     return f"{count / 1e3:.1f} kB" if count < 1_000_000 else f"{count / 1e6:.1f} MB"
 
 
 def printable(text: str) -> str:
-    """The text with "?" in place of escape and other control characters, which would steer a terminal."""
+    """Return the text with "?" in place of escape and other control characters, which would steer a terminal."""
     return "".join(character if character.isprintable() else "?" for character in text)

@@ -92,7 +92,7 @@ class Config(Section):
 
     @property
     def replays_own_text(self) -> bool:
-        """Whether what is replayed from phase 1 on is text that the base writes by itself."""
+        """Return whether what is replayed from phase 1 on is text that the base writes by itself."""
         return bool(self.batch.replay_blocks) and self.replay.base == SELF
 
     def with_own_text(self, folder: str) -> Config:

@@ -68,7 +68,7 @@ def read_config_text(path: Path) -> str:
 
 
 def dump_config(config: Config) -> str:
-    """The resolved config as YAML that `load_config` reads back to an equal one."""
+    """Return the resolved config as YAML that `load_config` reads back to an equal one."""
     plain = config.model_dump(mode="json")
     return yaml.dump(plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 

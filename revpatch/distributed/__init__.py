@@ -145,8 +145,8 @@ def rank_and_local_rank() -> tuple[int, int]:
 
 
 def launch_id() -> str | None:
-    """What is the same whenever one launcher starts one command again: of Slurm the job and its step, of torchrun its
-    own process on this machine; None under launchers that start nothing again, or don't say so."""
+    """Return what is the same whenever one launcher starts one command again: of Slurm the job and its step, of
+    torchrun its own process on this machine; None under launchers that start nothing again, or don't say so."""
     job, step = os.environ.get("SLURM_JOB_ID"), _number(os.environ.get("SLURM_STEP_ID"))
     if job and "SLURM_PROCID" in os.environ and step != 0xFFFFFFFA:  # not by hand in a shell of salloc
         return f"slurm {job}.{os.environ.get('SLURM_STEP_ID', '')}"
@@ -157,7 +157,7 @@ def launch_id() -> str | None:
 
 
 def _filled(environment: Mapping[str, str], given: dict[str, str], tasks: _Tasks | None) -> dict[str, str]:
-    """The five variables: those that are set, and what follows from srun's or mpirun's for the others."""
+    """Return the five variables: those that are set, and what follows from srun's or mpirun's for the others."""
     values = dict(given)
     if tasks is not None:
         derived = {"RANK": str(tasks.rank), "WORLD_SIZE": str(tasks.world)}
@@ -234,7 +234,7 @@ def _check_port(port: str) -> int:
 
 
 def _tasks(environment: Mapping[str, str]) -> _Tasks | None:
-    """What MPI's launchers or srun say; None if this is no task of theirs."""
+    """Return what MPI's launchers or srun say; None if this is no task of theirs."""
     slurm = _slurm_task(environment)
     for by, *names in _MPI:
         if names[0] not in environment:
@@ -255,7 +255,8 @@ def _tasks(environment: Mapping[str, str]) -> _Tasks | None:
 
 
 def _slurm_task(environment: Mapping[str, str]) -> _Tasks | None:
-    """What srun says; None in the script of a job or in an interactive shell, which are one process and no task."""
+    """Return what srun says; None in the script of a job or in an interactive shell, which are one process and no
+    task."""
     if "SLURM_PROCID" not in environment:
         return None
     rank = _needed(environment, "SLURM_PROCID", "srun")
@@ -279,7 +280,7 @@ def _checked(tasks: _Tasks) -> _Tasks:
 
 
 def _first_host(tasks: _Tasks) -> str:
-    """Where rank 0 is: this machine if all tasks are here, else the first of Slurm's nodes."""
+    """Return where rank 0 is: this machine if all tasks are here, else the first of Slurm's nodes."""
     if tasks.here == tasks.world:
         return "127.0.0.1"
     if tasks.nodes and "(" not in tasks.nodes:
@@ -339,7 +340,7 @@ def _fewer_than_asked(environment: Mapping[str, str]) -> str | None:
 
 
 def _asked_of_accelerate() -> int | None:
-    """How many processes the command line of accelerate asks for; None if that can't be read."""
+    """Return how many processes the command line of accelerate asks for; None if that can't be read."""
     try:
         words = Path(f"/proc/{os.getppid()}/cmdline").read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -159,7 +159,8 @@ class _Meeting:
             time.sleep(_POLL_SECONDS)
 
     def _connect(self) -> TCPStore:
-        """A client of the store. What listens there may be something else, for whose answer torch waits without end."""
+        """Return a client of the store. What listens there may be something else, for whose answer torch waits without
+        end."""
         made: list[TCPStore] = []
 
         def connect() -> None:
@@ -262,7 +263,7 @@ class _Meeting:
 
 
 def _device_name(device: torch.device) -> str:
-    """Which GPU it is, whatever its number in this process; "cpu" for none."""
+    """Return which GPU it is, whatever its number in this process; "cpu" for none."""
     if device.type != "cuda":
         return "cpu"
     properties = torch.cuda.get_device_properties(device)

@@ -46,13 +46,13 @@ class Ranks:
         return box[0]
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value, by rank, on every rank."""
+        """Return every rank's value, by rank, on every rank."""
         values: list[Any] = [None] * self.world
         dist.all_gather_object(values, value, group=self.control)
         return values
 
     def mean_(self, tensor: Tensor) -> Tensor:
-        """The mean over ranks, in place; a NaN on one rank is a NaN on all."""
+        """Return the mean over ranks, in place; a NaN on one rank is a NaN on all."""
         dist.all_reduce(tensor)
         return tensor.div_(self.world)
 
@@ -136,8 +136,8 @@ def _is_lost_peer(error: RuntimeError) -> bool:
 
 
 def bfloat16_is_slow() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices more slowly than float32 ones, as those without instructions for
-    it do: by up to 70 times."""
+    """Return whether this CPU multiplies bfloat16 matrices more slowly than float32 ones, as those without instructions
+    for it do: by up to 70 times."""
 
     def seconds(dtype: torch.dtype) -> float:
         matrix = torch.ones(192, 192, dtype=dtype)

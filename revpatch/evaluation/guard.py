@@ -70,11 +70,11 @@ class Comparison:
 
     @property
     def within(self) -> bool:
-        """Whether the mean is at most `tolerance` above the phase's start and nothing regressed."""
+        """Return whether the mean is at most `tolerance` above the phase's start and nothing regressed."""
         return not self.regressed and self.drift <= self.tolerance
 
     def as_fields(self) -> dict[str, float]:
-        """What the journal and an entry's metadata record of it."""
+        """Return what the journal and an entry's metadata record of it."""
         return {
             "loss": self.loss,
             "reference": self.reference,
@@ -195,14 +195,14 @@ def decide(
 
 
 def stopped_phase_keeps(last_good: Sequence[Comparison]) -> bool:
-    """Whether a stopped phase ends with its last good entry (whose comparisons these are) or, if false, with the
+    """Return whether a stopped phase ends with its last good entry (whose comparisons these are) or, if false, with the
     patch it began with: no probe's drift since the phase's start may be measurably above zero."""
     return not any(comparison.drift_low > 0 for comparison in last_good)
 
 
 @lru_cache(maxsize=64)
 def student_t_quantile(confidence: float, freedom: int) -> float:
-    """The t with P(|T| <= t) = `confidence` for Student's T of `freedom` degrees (an integer, at least 1).
+    """Return the t with P(|T| <= t) = `confidence` for Student's T of `freedom` degrees (an integer, at least 1).
 
     Bisects the closed form of P for integer degrees (Abramowitz and Stegun, 26.7.3 and 26.7.4), in the angle
     atan(t / sqrt(freedom)). Raises ValueError for a confidence outside (0, 1) or a freedom below 1.
@@ -226,8 +226,8 @@ def _two_sided(angle: float, freedom: int) -> float:
 
 
 def mean_interval(values: Losses, confidence: float) -> tuple[float, float, float]:
-    """The mean of the blocks' losses or differences (blocks,), at least 2, and the two ends of its t-interval; NaN if
-    any is not finite. Raises ValueError for fewer than 2 blocks, or a confidence outside (0, 1)."""
+    """Return the mean of the blocks' losses or differences (blocks,), at least 2, and the two ends of its t-interval;
+    NaN if any is not finite. Raises ValueError for fewer than 2 blocks, or a confidence outside (0, 1)."""
     if not np.isfinite(values).all():
         return math.nan, math.nan, math.nan
     mean, blocks = float(values.mean()), values.size

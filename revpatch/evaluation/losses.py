@@ -77,7 +77,7 @@ class Subject:
 
     @classmethod
     def of(cls, reference: str, base: str | None = None, device: torch.device | None = None) -> Subject:
-        """The base of a patch, in the dtype that it was trained in. Raises as `load_patched` does."""
+        """Return the base of a patch, in the dtype that it was trained in. Raises as `load_patched` does."""
         with doing(f"loading the base of {reference}", enabled=_first()):
             loaded = load_hashed(reference, base)
         return cls(*loaded, device)
@@ -86,7 +86,8 @@ class Subject:
     def bare(
         cls, name: str, revision: str | None = None, dtype: str = "float32", device: torch.device | None = None
     ) -> Subject:
-        """A base that no patch has been named for. Raises ValueError if it can't be had or is of an unknown family."""
+        """Return a base that no patch has been named for. Raises ValueError if it can't be had or is of an unknown
+        family."""
         try:
             with doing(f"loading the base {name} in {dtype}", enabled=_first()):
                 model = load_base(name, revision, DTYPES[dtype])
@@ -98,7 +99,7 @@ class Subject:
         return cls(model, load_tokenizer(name, revision), None, device)
 
     def patch_of(self, entry: PatchFile) -> Patch:
-        """The entry's patch on this base's device, to be put on with `active_patch`.
+        """Return the entry's patch on this base's device, to be put on with `active_patch`.
 
         Raises:
             ValueError: it is a patch of another base, shape or family.
@@ -111,7 +112,7 @@ class Subject:
         return self.patch_from(entry, entry.tensors)
 
     def patch_from(self, entry: PatchFile, tensors: dict[str, Tensor]) -> Patch:
-        """A patch of that entry's kind with other tensors. Raises ValueError if they don't fit."""
+        """Return a patch of that entry's kind with other tensors. Raises ValueError if they don't fit."""
         try:
             patch = Patch(width_of(self.model), len(blocks_of(self.model)), entry.sidecar)
             check_fits(self.model, patch)
@@ -234,7 +235,7 @@ class SetLoss:
     rise_high: float | None = None
 
     def as_fields(self) -> dict[str, Any]:
-        """The fields by name."""
+        """Return the fields by name."""
         return asdict(self)
 
 
@@ -247,7 +248,7 @@ def probe_losses(
     confidence: float = 0.95,
     peers: Ranks | None = None,
 ) -> list[SetLoss]:
-    """The losses of a patch beside those of its base alone, or of a base alone.
+    """Return the losses of a patch beside those of its base alone, or of a base alone.
 
     Args:
         reference: FILE, RUN or RUN@REF; "none" for the base alone.
@@ -288,7 +289,7 @@ def losses_of(
     blocks: int | None = None,
     confidence: float = 0.95,
 ) -> dict[str, list[SetLoss]]:
-    """The loss of each of several patches of one base; each but the first also against the first, paired.
+    """Return the loss of each of several patches of one base; each but the first also against the first, paired.
 
     Args:
         references: FILE, RUN or RUN@REF each.
@@ -311,7 +312,7 @@ def losses_of(
 
 
 def interval(values: Losses, confidence: float) -> tuple[float, float | None, float | None]:
-    """The mean of (blocks,) values and its t-interval, which 1 block doesn't have."""
+    """Return the mean of (blocks,) values and its t-interval, which 1 block doesn't have."""
     if len(values) < 2:
         return float(values.mean()), None, None
     return mean_interval(values, confidence)
@@ -353,7 +354,7 @@ def _report(
 
 
 def _whole(held_out: HeldOut, part: dict[str, Measurement], peers: Ranks | None) -> dict[str, Measurement]:
-    """Every rank's share put together."""
+    """Return every rank's share put together."""
     return part if peers is None or peers.world == 1 else put_together(peers.gather(part), held_out.blocks)
 
 

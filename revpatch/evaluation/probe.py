@@ -63,7 +63,7 @@ class Measurement:
 
 
 def nearly_shut(spread: Sequence[float]) -> float:
-    """The share of tokens whose gate is below `NEARLY_SHUT`, of the shares in equal bins from 0 to 1."""
+    """Return the share of tokens whose gate is below `NEARLY_SHUT`, of the shares in equal bins from 0 to 1."""
     return float(np.sum(spread[: round(NEARLY_SHUT * len(spread))]))
 
 
@@ -115,7 +115,7 @@ class Prober:
         """By set (blocks, block_size), in the shards' own type: as int64 they would take two or four times as much."""
 
     def measure(self, far: Far = lambda done, of, unit: None) -> dict[str, Measurement]:
-        """A measurement of each set, by name; `far` is told how many blocks are done, of how many."""
+        """Return a measurement of each set, by name; `far` is told how many blocks are done, of how many."""
         of, done = sum(len(blocks) for blocks in self.blocks.values()), 0
         measured = {}
         for name, blocks in self.blocks.items():
@@ -147,7 +147,7 @@ class Prober:
 
 
 def put_together(parts: list[dict[str, Measurement]], counts: dict[str, int]) -> dict[str, Measurement]:
-    """One measurement of each set from those of the shares of all ranks, in the order of the blocks.
+    """Return one measurement of each set from those of the shares of all ranks, in the order of the blocks.
 
     Args:
         parts: by rank.
@@ -188,5 +188,5 @@ def _spread(blocks: int, wanted: int | None) -> NDArray[np.int64]:
 
 
 def in_words(sets: Readings) -> str:
-    """Each set's loss, and its drift since the phase's start, for a line of the log."""
+    """Return each set's loss, and its drift since the phase's start, for a line of the log."""
     return "  ".join(f"{name} {reading.loss:.4f} ({reading.drift:+.4f})" for name, reading in sets.items())

@@ -60,7 +60,7 @@ def logits_of(model: nn.Module) -> Tensor:
 
 
 def logits_sha256(logits: Tensor) -> str:
-    """The sha256 of their bits."""
+    """Return the sha256 of their bits."""
     return hashlib.sha256(logits.cpu().contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
@@ -156,7 +156,7 @@ class BaseFingerprint:
 
     @property
     def ok(self) -> bool:
-        """Whether the weights are the same, and the logits where they can be compared."""
+        """Return whether the weights are the same, and the logits where they can be compared."""
         return self.same_weights and (self.same_logits or not self.same_place)
 
 
@@ -176,7 +176,7 @@ class RemovalCheck:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing of the patch is left, to the bit."""
+        """Return whether nothing of the patch is left, to the bit."""
         return self.untouched == self.off == self.detached and self.base_before == self.base_after
 
 
@@ -197,17 +197,17 @@ class RemovalReport:
 
     @property
     def ok(self) -> bool:
-        """Whether the base is the patch's, every check holds, and nothing is left unproved."""
+        """Return whether the base is the patch's, every check holds, and nothing is left unproved."""
         return self.holds and not self.unproved
 
     @property
     def holds(self) -> bool:
-        """Whether the base is the patch's, and every check holds that there was something for."""
+        """Return whether the base is the patch's, and every check holds that there was something for."""
         same = self.base_expected == self.base_found and bool(self.checks)
         return same and all(check.ok for check in self.checks) and all(noted.ok for noted in self.noted)
 
     def as_fields(self) -> dict[str, Any]:
-        """The fields by name, and `ok`."""
+        """Return the fields by name, and `ok`."""
         return {**asdict(self), "ok": self.ok}
 
 

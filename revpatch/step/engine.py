@@ -60,7 +60,7 @@ class Clock:
                 self._add(name, outer, time.perf_counter() - start)
 
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, timed as a part."""
+        """Return the function, timed as a part."""
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             with self.part(name):
@@ -94,7 +94,7 @@ EPS = 1.0e-8
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """The rate of step 1 ≤ step ≤ steps of a phase: linear warm-up, then a cosine to zero, or constant."""
+    """Return the rate of step 1 ≤ step ≤ steps of a phase: linear warm-up, then a cosine to zero, or constant."""
     if step <= config.warmup_steps:
         return config.lr * (step / config.warmup_steps)
     if config.schedule == "constant":
@@ -143,7 +143,7 @@ class EngineState:
 
 
 def fresh_state(patch: Patch) -> EngineState:
-    """The state of an optimizer that has made no step, at the patch's present weights."""
+    """Return the state of an optimizer that has made no step, at the patch's present weights."""
     master = {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in patch.named_parameters()}
     zeros = {key: {name: torch.zeros_like(p) for name, p in master.items()} for key in MOMENTS}
     return EngineState(master, zeros, 0)
@@ -176,7 +176,7 @@ class TorchState:
 
 
 def held_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Any]:
-    """The state of one tensor, made as torch's fused AdamW makes it if there is none yet."""
+    """Return the state of one tensor, made as torch's fused AdamW makes it if there is none yet."""
     held: dict[str, Any] = optimizer.state[parameter]
     if not held:
         held["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
@@ -218,7 +218,7 @@ class Engine(Protocol):
         ...
 
     def state(self) -> EngineState:
-        """The whole state, the same on every rank; all ranks take part."""
+        """Return the whole state, the same on every rank; all ranks take part."""
         ...
 
     def load(self, state: EngineState) -> None:
@@ -227,7 +227,7 @@ class Engine(Protocol):
 
 
 def make_engine(config: Config, objective: PatchObjective, peers: Ranks) -> Engine:
-    """The engine that the config asks for.
+    """Return the engine that the config asks for.
 
     Raises:
         ConfigError: see `read_deepspeed_config`.
@@ -258,8 +258,8 @@ class _ZeroState:
 
     @torch.no_grad()
     def state(self) -> EngineState:
-        """Every rank puts down what it holds, and one sum brings all together; DeepSpeed's `safe_get_full_...` would
-        take three for each parameter, and a step would stand still for them."""
+        """Every rank puts down what it holds, and one sum brings all together; DeepSpeed's `safe_get_full_...`
+        would take three for each parameter, and a step would stand still for them."""
         named = dict(self.patch.named_parameters())
         sizes = [parameter.numel() for parameter in named.values()]
         first = next(iter(named.values()))

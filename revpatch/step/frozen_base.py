@@ -28,7 +28,7 @@ from revpatch.patch.sidecar import SidecarOutput
 
 
 def with_own_code(function: Callable[..., Any], name: str) -> Any:
-    """The function or bound method, with a new code object of that name."""
+    """Return the function or bound method, with a new code object of that name."""
     if isinstance(function, types.MethodType):
         return types.MethodType(with_own_code(function.__func__, name), function.__self__)
     assert isinstance(function, types.FunctionType)
@@ -119,7 +119,7 @@ _PREFIX = "revpatch_packed_"
 
 
 def last_hidden_states(base: nn.Module, tokens: Tensor) -> Tensor:
-    """The body's output, after the final norm: (rows, time) int64 to (rows, time, d).
+    """Return the body's output, after the final norm: (rows, time) int64 to (rows, time, d).
 
     Args:
         base: a causal language model, patched or not.
@@ -148,7 +148,7 @@ def _no_mask(base: nn.Module) -> Iterator[None]:
 
 
 def _slides(config: Any) -> bool:
-    """Whether some layer attends to a window only."""
+    """Return whether some layer attends to a window only."""
     kinds = getattr(config, "layer_types", None)
     if kinds is not None:
         return any(kind != "full_attention" for kind in kinds)

@@ -217,7 +217,7 @@ def frozen_head_loss(
     ignore_index: int = IGNORE_INDEX,
     chunk: ChunkLoss = in_place,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The weighted loss and its parts.
+    """Return the weighted loss and its parts.
 
     Args:
         hidden: (N, d), any float dtype; the only input that gets a gradient.

@@ -63,7 +63,7 @@ class PatchObjective(nn.Module):
         self.initial_log_scale = math.log(patch.config.init_scale)
 
     def forward(self, new: Tensor, replay: Tensor | None = None, keys: Sequence[Key] | None = None) -> StepOutput:
-        """The objective.
+        """Return the objective.
 
         Args:
             new: (n, time) int64 token ids.

@@ -51,13 +51,13 @@ class TeacherCache:
         self._sets = dict(sets)
 
     def admits(self, key: Key, size: int) -> bool:
-        """Whether a block is to be kept, if the states of each take `size` bytes; blocks of sets that nobody has
+        """Return whether a block is to be kept, if the states of each take `size` bytes; blocks of sets that nobody has
         named are."""
         share = _shares(tuple(self._sets.items()), self.budget // size).get(key[0], 1.0)
         return share == 1.0 or int(hash64(key[1])) < share * _HASHES
 
     def get(self, key: Key, device: torch.device) -> States | None:
-        """The states of a block on `device`, bit for bit as they were put; None if they are not kept."""
+        """Return the states of a block on `device`, bit for bit as they were put; None if they are not kept."""
         kept = self._kept.get(key)
         self.hits += kept is not None
         self.misses += kept is None
@@ -76,7 +76,7 @@ class TeacherCache:
         self._bytes = 0
 
     def take_rate(self) -> float | None:
-        """The share of blocks that were found since the last call; None if none was asked for."""
+        """Return the share of blocks that were found since the last call; None if none was asked for."""
         asked = self.hits + self.misses
         rate = self.hits / asked if asked else None
         self.hits = self.misses = 0
@@ -97,8 +97,8 @@ def _shares(sets: tuple[tuple[Hashable, int], ...], room: int) -> dict[Hashable,
 
 
 def _to_host(tensor: Tensor) -> Tensor:
-    """A copy in CPU memory; of a GPU's tensor in pinned memory, made without waiting. A later copy back to that GPU is
-    queued behind it."""
+    """Return a copy in CPU memory; of a GPU's tensor in pinned memory, made without waiting. A later copy back to that
+    GPU is queued behind it."""
     on_gpu = tensor.device.type == "cuda"
     return torch.empty_like(tensor, device="cpu", pin_memory=on_gpu).copy_(tensor, non_blocking=on_gpu)
 
@@ -142,7 +142,7 @@ class Teacher:
 
     @torch.no_grad()
     def hidden(self, tokens: Tensor, keep_stats: bool = False, keys: Sequence[Key] | None = None) -> TeacherOutput:
-        """The teacher's states.
+        """Return the teacher's states.
 
         Args:
             tokens: (rows, time) int64.
@@ -170,7 +170,7 @@ class Teacher:
         return TeacherOutput(torch.cat(hidden), [torch.cat(layer, dim=1) for layer in stats])
 
     def _kept(self, cache: TeacherCache, key: Key, row: Tensor, keep_stats: bool) -> States:
-        """What is kept of a block (1, time), or is from now on."""
+        """Return what is kept of a block (1, time), or is from now on."""
         kept = cache.get(key, row.device)
         if kept is None:
             said = self._run(row, keep_stats, self._patch_for(key))
@@ -183,7 +183,7 @@ class Teacher:
         return None if self.base_set is not None and key[0] == self.base_set else self.patch
 
     def _size(self, time: int, keep_stats: bool) -> int:
-        """Bytes of what is kept of a block."""
+        """Return bytes of what is kept of a block."""
         width, dtype = width_of(self.base), head_of(self.base).weight.dtype
         wide = torch.promote_types(dtype, torch.float32)
         stats = 2 * len(blocks_of(self.base)) if keep_stats else 0

@@ -73,7 +73,7 @@ class Prefetcher(Iterator[Item], Generic[Item]):
         return self
 
     def __next__(self) -> Item:
-        """The next batch. Raises StopIteration at the end of the steps and RuntimeError once closed."""
+        """Return the next batch. Raises StopIteration at the end of the steps and RuntimeError once closed."""
         if self._closing.is_set():
             raise RuntimeError("the prefetcher is closed; make a new one")
         if self._end is None:
@@ -190,7 +190,7 @@ class Batches:
             yield MicroBatch(new.to(self.peers.device, non_blocking=True), moved, keys)
 
     def sample(self, seed: int, steps: Iterable[int], k: int) -> NDArray[np.int64]:
-        """The bottom-k sample of all blocks trained on in these steps that can be read still: the same on every
+        """Return the bottom-k sample of all blocks trained on in these steps that can be read still: the same on every
         rank."""
         ids = np.concatenate([self._ids(step, 0, self.mixture.lanes) for step in steps])
         if self.quarantine.broken:
@@ -237,7 +237,7 @@ class Batches:
         ]
 
     def _ids(self, step: int, start: int, stop: int) -> NDArray[np.int64]:
-        """The new blocks of some lanes at a step of the phase."""
+        """Return the new blocks of some lanes at a step of the phase."""
         ids = self.mixture.block_ids(step - 1, start, stop)
         return self.quarantine.replace_in(self.corpus, ids, self.first_step + step - 1, np.arange(start, stop))
 

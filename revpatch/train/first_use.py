@@ -31,12 +31,12 @@ _POLL_SECONDS = 1.0
 
 
 def needs_building(config: Config) -> bool:
-    """Whether the config names a raw source anywhere."""
+    """Return whether the config names a raw source anywhere."""
     return any(is_raw_source(place) for _, place in locations(config))
 
 
 def build_on_first_use(config: Config, peers: Ranks, begun: bool = False) -> tuple[Config, dict[int, ConfigError]]:
-    """The config with folders of shards in place of its raw sources, once they are there; and, of a run that has
+    """Return the config with folders of shards in place of its raw sources, once they are there; and, of a run that has
     `begun`, the phases whose shards are not to be had, and why: they may be committed.
 
     Raises:
@@ -76,8 +76,8 @@ def build_on_first_use(config: Config, peers: Ranks, begun: bool = False) -> tup
 
 
 def _build_all(config: Config, world: int, begun: bool = False) -> dict[str, str | ConfigError]:
-    """The folder of each key that names a raw source; or what went wrong, where phases of a run that has `begun` alone
-    name it."""
+    """Return the folder of each key that names a raw source; or what went wrong, where phases of a run that has `begun`
+    alone name it."""
     tokenizer = load_tokenizer(config.base.model, config.base.revision)
     keys: dict[str, list[str]] = {}
     for key, place in locations(config):

@@ -58,8 +58,8 @@ T = TypeVar("T")
 
 
 def build_own_text(config: Config, base: nn.Module, weights: BaseWeights, peers: Ranks) -> Path:
-    """The folder of the shards that are replayed; those that are held out lie in FOLDER_probe. What is not there is
-    written first, by all ranks together, and is the same for any number of them.
+    """Return the folder of the shards that are replayed; those that are held out lie in FOLDER_probe. What is not there
+    is written first, by all ranks together, and is the same for any number of them.
 
     Args:
         config: the run's config.
@@ -127,7 +127,8 @@ class _Writer:
 
     @torch.no_grad()
     def write(self, part: _Part, rows: Int64s, note: Callable[[float], None]) -> Int64s:
-        """The blocks of these numbers, (rows,) to (rows, block_size) int64; `note` is told the share that is done."""
+        """Return the blocks of these numbers, (rows,) to (rows, block_size) int64; `note` is told the share that is
+        done."""
         begin = torch.from_numpy(self._beginnings(part, rows)).to(self.device)
         generator = torch.Generator(self.device)
         generator.manual_seed(int(hash64(RECIPE_VERSION, _DRAWS, _seed(part), int(rows[0])) >> np.uint64(1)))
@@ -144,7 +145,7 @@ class _Writer:
         return written.cpu().numpy()
 
     def _beginnings(self, part: _Part, rows: Int64s) -> Int64s:
-        """What the blocks begin with, (rows, n); -1 is a token that is drawn from the base."""
+        """Return what the blocks begin with, (rows, n); -1 is a token that is drawn from the base."""
         picked = hash64(RECIPE_VERSION, _FIRST_TOKEN, _seed(part), rows) % np.uint64(len(self.ordinary))
         begin = np.full((len(rows), max(len(self.at_start), len(self.before) + 1)), -1, dtype=np.int64)
         begin[:, : len(self.at_start)] = self.at_start
@@ -154,7 +155,8 @@ class _Writer:
         return begin[:, : self.block_size]
 
     def _draw(self, logits: Tensor, generator: torch.Generator) -> Tensor:
-        """A token for each row of logits, (rows, V) to (rows,) int64, without the host waiting for the device."""
+        """Return a token for each row of logits, (rows, V) to (rows,) int64, without the host waiting for the
+        device."""
         # In float64: a sum of 10⁵ small probabilities in float32 would lose the last ones.
         sums = logits.double().masked_fill_(self.unknown, -torch.inf).softmax(-1).cumsum(-1)
         spot = torch.rand(len(sums), 1, dtype=sums.dtype, device=self.device, generator=generator) * sums[:, -1:]
@@ -175,13 +177,13 @@ def _seed(part: _Part) -> int:
 
 
 def _batches(blocks: int, block_size: int) -> list[Int64s]:
-    """The numbers of the blocks that are written at once; not a matter of ranks, as they share a generator."""
+    """Return the numbers of the blocks that are written at once; not a matter of ranks, as they share a generator."""
     size = max(1, min(BATCH_BLOCKS, BATCH_TOKENS // block_size))
     return [np.arange(start, min(start + size, blocks)) for start in range(0, blocks, size)]
 
 
 def _note(far: Far, before: int, together: int, of: int, share: float) -> None:
-    """How far all ranks are, by what this one has done of its batch."""
+    """Return how far all ranks are, by what this one has done of its batch."""
     far(before + int(share * together), of, "blocks")
 
 
@@ -240,7 +242,7 @@ def _install(part: _Part, blocks: Int64s, info: TokenizerInfo, last_id: int, mod
 
 
 def _of_rank0(peers: Ranks, do: Callable[[], T]) -> T:
-    """What rank 0 gets of it, on every rank, or its refusal."""
+    """Return what rank 0 gets of it, on every rank, or its refusal."""
     found: T | None = None
     refusal: ConfigError | None = None
     if peers.rank == 0:

@@ -114,7 +114,7 @@ class CheckedBase:
 
 
 def check_base(config: Config, world: int) -> CheckedBase:
-    """What needs no shards: ranks, engine and base.
+    """Return what needs no shards: ranks, engine and base.
 
     Raises:
         ConfigError, FileNotFoundError: as `check`.
@@ -151,7 +151,7 @@ def locations(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def phase_of(key: str) -> int:
-    """The number of the phase whose shards a key names."""
+    """Return the number of the phase whose shards a key names."""
     return int(key.split(".")[1])
 
 

@@ -59,7 +59,7 @@ def _counts(key: str, value: Any) -> bool:
 
 
 def compare_configs(old: Config, new: Config, snapshot: Snapshot | None, named: str) -> dict[str, list[Any]]:
-    """The keys whose values differ, if all of them may.
+    """Return the keys whose values differ, if all of them may.
 
     Raises:
         ConfigError: the differing keys that may not.
@@ -110,7 +110,7 @@ def _phase_of(key: str) -> int | None:
 
 
 def how_anew(directory: Path, origin: PatchFile | None) -> str:
-    """What to do where a run can't be resumed. One that was restored would lose its patch by --fresh."""
+    """Return what to do where a run can't be resumed. One that was restored would lose its patch by --fresh."""
     if origin is None:
         return ANEW
     return (
@@ -167,7 +167,7 @@ def _fits(journal: Journal, snapshot: Snapshot) -> bool:
 
 
 def _older(directory: Path, journal: Journal, snapshot: Snapshot) -> Snapshot | None:
-    """The snapshot that would be resumed from if this one were not there, if that would not be refused too."""
+    """Return the snapshot that would be resumed from if this one were not there, if that would not be refused too."""
     for path in snapshots_in(directory / "snapshot"):
         if path.name >= snapshot.name:
             continue
@@ -182,7 +182,7 @@ def _older(directory: Path, journal: Journal, snapshot: Snapshot) -> Snapshot | 
 
 
 def _made_since(directory: Path, events: int) -> list[str]:
-    """The entries after so many events that a revert, merge or import has made, the newest last."""
+    """Return the entries after so many events that a revert, merge or import has made, the newest last."""
     entries = Ledger(directory / "ledger", readonly=True).entries()
     return [entry.name for entry in entries if entry.seq >= events and entry.made_by is not None]
 
@@ -306,8 +306,8 @@ def run_status(config: Config, fresh: bool, overwrite: bool) -> RunStatus:
 
 
 def begins_anew(config: Config, fresh: bool) -> bool:
-    """Whether `fresh` still asks for a new run: a launcher that starts its ranks again gives them the same options, and
-    a run that this very launch has begun is the one that they asked for."""
+    """Return whether `fresh` still asks for a new run: a launcher that starts its ranks again gives them the same
+    options, and a run that this very launch has begun is the one that they asked for."""
     return fresh and not (has_begun(config) and _begun_by(config) == launch_id() is not None)
 
 
@@ -317,12 +317,12 @@ def _begun_by(config: Config) -> str | None:
 
 
 def has_begun(config: Config) -> bool:
-    """Whether there is a run in the folder that the config names."""
+    """Return whether there is a run in the folder that the config names."""
     return (Path(config.output_dir) / CONFIG_NAME).is_file()
 
 
 def _is_over(status: RunStatus, config: Config) -> bool:
-    """Whether every phase of the config was committed, and the run's end recorded after that."""
+    """Return whether every phase of the config was committed, and the run's end recorded after that."""
     snapshot = status.snapshot
     if snapshot is None or snapshot.phase_index < len(config.phases):
         return False
@@ -420,8 +420,8 @@ def claim(directory: Path, named: str) -> Any:
 
 
 def _holds_anything(directory: Path, restored: bool) -> bool:
-    """Whether there is more than what a run leaves that was killed before its config was written, or the ledger that
-    a restored run begins with."""
+    """Return whether there is more than what a run leaves that was killed before its config was written, or the ledger
+    that a restored run begins with."""
     ours = (LOCK_NAME, LAUNCH_NAME, f".{LAUNCH_NAME}.*.tmp", f".{CONFIG_NAME}.*.tmp", *(["ledger"] if restored else []))
     return not all(any(fnmatch(path.name, name) for name in ours) for path in directory.iterdir())
 

@@ -35,7 +35,7 @@ class GoodState:
 
 
 def state_sha256(patch: Patch, state: EngineState) -> str:
-    """The sha256 of the module's parameters and of the whole optimizer state."""
+    """Return the sha256 of the module's parameters and of the whole optimizer state."""
     digest = hashlib.sha256(f"step {state.step}\n".encode())
     parameters: dict[str, Tensor] = patch.state_dict()  # with the channels' sizes, which the optimizer doesn't hold
     parts: dict[str, dict[str, Tensor]] = {"parameter": parameters, "master": state.master, **state.moments}

@@ -95,7 +95,7 @@ class Snapshot:
         return f"step{self.step:012d}{place}.safetensors"
 
     def pack(self) -> bytes:
-        """The bytes of its file."""
+        """Return the bytes of its file."""
         tensors = _Tensors()
         metadata: dict[str, Any] = {
             "snapshot": VERSION,
@@ -228,7 +228,7 @@ def _floats(values: list[Any]) -> list[float]:
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
-    """The state of torch's generators, on the CPU."""
+    """Return the state of torch's generators, on the CPU."""
     state = {"cpu": torch.get_rng_state()}
     return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
@@ -241,12 +241,12 @@ def set_random_state(state: dict[str, Tensor]) -> None:
 
 
 def snapshots_in(directory: Path) -> list[Path]:
-    """The files of the snapshots in a folder, the newest first."""
+    """Return the files of the snapshots in a folder, the newest first."""
     return sorted(directory.glob("step*.safetensors"), reverse=True)
 
 
 def newest_snapshot(directory: Path, anew: str = ANEW) -> Snapshot | None:
-    """The newest snapshot in the folder that is whole, or None if none was ever written there.
+    """Return the newest snapshot in the folder that is whole, or None if none was ever written there.
 
     `anew` says what else to do if there is none to go on from. Those that are damaged are named, and renamed
     `NAME.damaged`. Raises ConfigError when all are, or one is of another version, and OSError.

@@ -48,7 +48,8 @@ def peak_tflops(device_name: str) -> float | None:
 
 
 def memory_in_use(device: torch.device) -> float:
-    """Bytes: on a GPU the most that tensors have taken since the last call, on a CPU what the process has resident."""
+    """Return bytes: on a GPU the most that tensors have taken since the last call, on a CPU what the process has
+    resident."""
     if device.type == "cuda":
         most = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -57,14 +58,14 @@ def memory_in_use(device: torch.device) -> float:
 
 
 def resident_bytes(peak: bool = False) -> int:
-    """What this process has resident, in bytes; with `peak` the most that it has had."""
+    """Return what this process has resident, in bytes; with `peak` the most that it has had."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     key = "VmHWM:" if peak else "VmRSS:"
     return 1024 * int(status.split(key)[1].split()[0])
 
 
 def flops_a_token(base: nn.Module, patch: Patch) -> int:
-    """Floating-point operations of the student's matrix products for a token that is trained on.
+    """Return floating-point operations of the student's matrix products for a token that is trained on.
 
     2 a base weight forward and 2 backward, as no gradient of a base weight is taken; 2 and 4 a sidecar weight. What
     attention takes over the context, the teacher and recomputation are not counted: a share of peak is a lower bound.
@@ -166,7 +167,7 @@ def load_same_base(config: BaseConfig, peers: Ranks) -> tuple[nn.Module, BaseWei
 
 
 def load_frozen_base(config: BaseConfig, device: torch.device) -> nn.Module:
-    """The frozen base on its device, in eval mode: dropout belongs neither in a teacher nor in a base.
+    """Return the frozen base on its device, in eval mode: dropout belongs neither in a teacher nor in a base.
 
     Raises:
         ConfigError: its weights are missing or broken, or its head is of a kind that is not supported.
@@ -202,7 +203,7 @@ def teacher_cache(config: TeacherConfig) -> TeacherCache | None:
 
 
 def facts(config: Config, base: nn.Module, patch: Patch, engine: Engine, peers: Ranks) -> dict[str, Any]:
-    """What the start-up table shows and the journal keeps; all ranks take part."""
+    """Return what the start-up table shows and the journal keeps; all ranks take part."""
     threads = sorted(peers.gather(torch.get_num_threads()))  # on CPUs the last bits depend on their number
     trainable = sum(p.numel() for p in patch.parameters())
     frozen = sum(p.numel() for p in base.parameters())
@@ -239,7 +240,7 @@ def peak_of(config: Config, device: torch.device) -> float | None:
 
 
 def gradient_bytes(patch: Patch, engine: Engine, accumulation: int) -> int:
-    """Bytes of gradient that a rank hands to the others in an optimizer step."""
+    """Return bytes of gradient that a rank hands to the others in an optimizer step."""
     reductions = accumulation if engine.zero_stage == 2 else 1  # ZeRO 2 reduces in every micro-batch
     return 4 * sum(p.numel() for p in patch.parameters()) * reductions if engine.world > 1 else 0
 
@@ -253,7 +254,7 @@ def show_table(table_of: dict[str, Any]) -> None:
 
 
 def identity(config: Config, base: nn.Module, weights: BaseWeights, tokenizer: str) -> dict[str, Any]:
-    """What an entry says of where it belongs; free of times, output paths and the number of ranks."""
+    """Return what an entry says of where it belongs; free of times, output paths and the number of ranks."""
     family: str = base.config.model_type  # type: ignore[assignment, union-attr]
     return {
         "base": {

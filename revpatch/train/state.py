@@ -68,7 +68,7 @@ class Phase:
 
     @classmethod
     def of(cls, index: int, config: PhaseConfig, batches: Batches, progress: PhaseProgress) -> Phase:
-        """A phase where a snapshot left it."""
+        """Return a phase where a snapshot left it."""
         epochs = batches.mixture.epochs(progress.step - 1) if progress.step else []
         return cls(
             index,
@@ -86,7 +86,7 @@ class Phase:
         )
 
     def progress(self) -> PhaseProgress:
-        """What a snapshot keeps of it."""
+        """Return what a snapshot keeps of it."""
         return PhaseProgress(
             self.done,
             self.start,
@@ -126,7 +126,7 @@ class Watch:
         self.first: dict[str, Measurement] = {}
 
     def measure(self) -> dict[str, Measurement]:
-        """Every set now, by name; the first call is what the base is like. All ranks take part."""
+        """Return every set now, by name; the first call is what the base is like. All ranks take part."""
         with doing("measuring the probe sets", log.info, self.peers.rank == 0) as far:
             if self.shared:
                 measured = put_together(self.peers.gather(self.prober.measure(far)), self.prober.counts)
@@ -136,11 +136,11 @@ class Watch:
         return measured
 
     def finite(self, measured: dict[str, Measurement]) -> bool:
-        """Whether every loss of every set, guarded or not, is a number."""
+        """Return whether every loss of every set, guarded or not, is a number."""
         return all(bool(np.isfinite(of.losses).all()) for of in measured.values())
 
     def compare(self, phase: Phase, measured: dict[str, Measurement]) -> list[Comparison]:
-        """The sets that this phase guards, against the last good state and the phase's start."""
+        """Return the sets that this phase guards, against the last good state and the phase's start."""
         if self.peers.rank != 0:
             return []
         guarded = [ProbeSet(s.name, s.tolerance) for s in self.config.probes.sets if self._guards(phase, s)]
@@ -152,7 +152,8 @@ class Watch:
         return compare_all(guarded, losses, good, start, rollback.max_drift, rollback.confidence)
 
     def sets(self, phase: Phase, measured: dict[str, Measurement], comparisons: list[Comparison]) -> Readings:
-        """Loss, reference (the last good state), rise, drift (since the phase's start), gates and patch norm of all."""
+        """Return loss, reference (the last good state), rise, drift (since the phase's start), gates and patch norm of
+        all."""
         compared = {comparison.name: comparison for comparison in comparisons}
         sets: Readings = {}
         for config in self.config.probes.sets if measured else []:
@@ -163,7 +164,7 @@ class Watch:
         return sets
 
     def spreads(self, measured: dict[str, Measurement], layers: list[int]) -> dict[str, dict[int, list[float]]]:
-        """How the gates are spread, by set and by the block that a sidecar follows."""
+        """Return how the gates are spread, by set and by the block that a sidecar follows."""
         return {name: dict(zip(layers, of.spreads, strict=True)) for name, of in measured.items() if of.spreads}
 
     def with_blocks(self, sets: Readings, measured: dict[str, Measurement]) -> Readings:
@@ -307,7 +308,7 @@ class RunState:
         self.record.time(step, {"snapshot": time.perf_counter() - began})
 
     def batches(self, index: int, first_step: int) -> Batches:
-        """The data of a phase, which begins after so many steps of the run."""
+        """Return the data of a phase, which begins after so many steps of the run."""
         batch = self.config.batch
         return Batches(
             self.plan.phases[index],
@@ -334,14 +335,15 @@ class RunState:
         self.replay.append(ShardSet(self.directory / "replay" / name))
 
     def invertibility(self, corpus: Corpus, noise: float = 0.0) -> Invertibility:
-        """How well the map in use can be undone on a block of the corpus, with weights moved by so much noise."""
+        """Return how well the map in use can be undone on a block of the corpus, with weights moved by so much
+        noise."""
         tokens = torch.from_numpy(self._some_blocks(corpus)).to(self.peers.device)
         with torch.compiler.set_stance("force_eager"):  # once or twice in a run
             return measure_invertibility(self.base, self.patch, tokens, noise)
 
     def _costs(self, peak: float | None) -> Callable[[float], dict[str, float]]:
-        """What a step costs besides time, by TensorBoard's tags, at so many tokens a second over all ranks; `peak`: of
-        a device, 10¹² operations a second, if it is known."""
+        """Return what a step costs besides time, by TensorBoard's tags, at so many tokens a second over all ranks;
+        `peak`: of a device, 10¹² operations a second, if it is known."""
         accumulation = self.config.batch.accumulation(self.peers.world)
         wire = startup.gradient_bytes(self.patch, self.engine, accumulation)
         flops = flops_a_token(self.base, self.patch)
@@ -377,8 +379,8 @@ class RunState:
             buffer.copy_(buffers[name])
 
     def _some_blocks(self, corpus: Corpus, rows: int = 1) -> NDArray[np.int64]:
-        """At most `rows` blocks evenly spread over the corpus, (rows, block_size); or, where broken shards are let
-        pass, over the first shard that is whole."""
+        """Return at most `rows` blocks evenly spread over the corpus, (rows, block_size); or, where broken shards are
+        let pass, over the first shard that is whole."""
         blocks = [shard.blocks for shards in corpus.sets for shard in shards.manifest.shards]
         ends = np.cumsum(blocks)
         for first, end in [(0, int(ends[-1])), *zip(ends - blocks, ends, strict=True)]:

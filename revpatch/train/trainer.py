@@ -37,7 +37,7 @@ class Trainer(RunState):
     """One rank's part of a run; made as `RunState` is."""
 
     def run(self) -> bool:
-        """All phases, from where the run stands; false if a signal ended it before the last."""
+        """Return all phases, from where the run stands; false if a signal ended it before the last."""
         first_step = 0
         for index, config in enumerate(self.config.phases):
             if self.resumed is None or index >= self.resumed.phase_index:
@@ -52,7 +52,7 @@ class Trainer(RunState):
         return True
 
     def _train(self, phase: Phase) -> bool:
-        """The loop; false if a signal ended it."""
+        """Return the loop; false if a signal ended it."""
         steps = phase.config.steps
         with closing(phase.batches.stream(steps, phase.done)) as stream:
             for ready in stream:
@@ -84,7 +84,7 @@ class Trainer(RunState):
         return True
 
     def _begin(self, index: int, config: PhaseConfig, first_step: int) -> Phase:
-        """The phase where a snapshot left it; or fresh optimizer state, the first probe and the start entry."""
+        """Return the phase where a snapshot left it; or fresh optimizer state, the first probe and the start entry."""
         batches = self.batches(index, first_step)
         if batches.replay is not None:
             self.teacher.expect(batches.replay.blocks)
