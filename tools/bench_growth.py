@@ -1,4 +1,4 @@
-"""How the cost of a step grows: with the length of a block, with the batch, and with what there is to rehearse.
+"""How the cost of a step grows: with the length of a block, with the batch, and with what there is to replay.
 
     python tools/bench_growth.py [--shape gpt2|demo] [--json FILE] [--plot docs/growth.png]
 
@@ -81,7 +81,7 @@ def memory_with(blocks: int, folder: Path) -> tuple[float, float]:
     """Peak bytes and the cache's hit rate with a replay set of so many blocks."""
     write_random_set(folder / f"{blocks}", blocks, REPLAY_BLOCK, 10_000, 4096)
     command = [sys.executable, __file__, "--replay-memory", str(folder / f"{blocks}")]
-    peak, rate = last_line(command, f"the memory of rehearsing from {blocks} blocks").split()
+    peak, rate = last_line(command, f"the memory of replaying from {blocks} blocks").split()
     return float(peak), float(rate)
 
 
@@ -100,7 +100,7 @@ def plot(times: dict[tuple[int, int], float | str], memory: dict[int, float], sh
     left.set_xticks(BATCHES, [str(batch) for batch in BATCHES])
     left.legend()
     right.plot(list(memory), [value / 2**20 for value in memory.values()], marker="o")
-    right.set(xscale="log", xlabel="blocks to rehearse", ylabel="peak memory, MiB", title="rehearsing, demo shape")
+    right.set(xscale="log", xlabel="blocks to replay", ylabel="peak memory, MiB", title="replaying, demo shape")
     right.set_ylim(bottom=0)
     figure.tight_layout()
     figure.savefig(file)
@@ -126,7 +126,7 @@ def main() -> None:
         if length * batch <= arguments.most_tokens
     ]
     steps = [f"{batch} new blocks of {length} tokens" for length, batch in sizes]
-    replays = [f"{blocks:,} blocks to rehearse" for blocks in REPLAYS]
+    replays = [f"{blocks:,} blocks to replay" for blocks in REPLAYS]
     progress, times, memory = Progress("bench_growth.py", steps + replays), {}, {}
     for (length, batch), words in zip(sizes, steps, strict=True):
         with progress.step(words):
@@ -137,8 +137,8 @@ def main() -> None:
             with progress.step(words):
                 memory[blocks] = memory_with(blocks, Path(folder))
     rows = [Figure.plain(f"step, {b} new blocks of {n} tokens", value, "s") for (n, b), value in times.items()]
-    rows += [Figure.plain(f"peak memory, {n} blocks to rehearse", m / 2**20, "MiB") for n, (m, _) in memory.items()]
-    rows += [Figure.plain(f"teacher's cache, {n} blocks to rehearse", rate, "found") for n, (_, rate) in memory.items()]
+    rows += [Figure.plain(f"peak memory, {n} blocks to replay", m / 2**20, "MiB") for n, (m, _) in memory.items()]
+    rows += [Figure.plain(f"teacher's cache, {n} blocks to replay", rate, "found") for n, (_, rate) in memory.items()]
     rows.append(replay_growth(memory[REPLAYS[-1]][0] / memory[REPLAYS[1]][0]))
     show(f"{arguments.shape} shape, frozen base in {name_of(dtype)}\n{machine()}", rows, arguments.json)
     if arguments.plot is not None:

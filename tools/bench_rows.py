@@ -171,7 +171,7 @@ def two_ranks(measured: float | None) -> Figure:
 
 def replay_growth(measured: float | None) -> Figure:
     """What tools/bench_growth.py weighs."""
-    return Figure.at_most("peak memory, 10⁵ blocks to rehearse / 10³", 1.1, measured, "times")
+    return Figure.at_most("peak memory, 10⁵ blocks to replay / 10³", 1.1, measured, "times")
 
 
 def merged(rows: list[Figure], files: Sequence[Path]) -> list[Figure]:

@@ -204,7 +204,7 @@ def show_methods(comparison: Comparison) -> None:
     from rich.table import Table
 
     columns, rows = overview(comparison.tier, grouped(comparison.results()))
-    title = "change of held-out losses from the bare base to the end, nats per token, at each method's best rate"
+    title = "change of held-out losses from the unpatched base to the end, nats per token, at each method's best rate"
     table = Table(title=title, title_justify="left")
     for column in columns:
         table.add_column(column)

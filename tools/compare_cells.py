@@ -59,14 +59,14 @@ class Cell:
         return self.knob("joint", "no") == "yes"
 
     @property
-    def rehearses(self) -> bool:
+    def replays(self) -> bool:
         """Whether old text is trained on."""
         return (self.family == "ours" or "+replay" in self.method) and self.knob("replay", "own") != "none"
 
     @property
     def distils(self) -> bool:
         """Whether the model as it was holds it to what it said."""
-        return self.rehearses and (self.family == "ours" or self.method.endswith("+kl"))
+        return self.replays and (self.family == "ours" or self.method.endswith("+kl"))
 
 
 def variant_of(text: str) -> tuple[str, tuple[tuple[str, str], ...]]:

@@ -1,10 +1,9 @@
 """Learning against forgetting: what a cell's measurements say of both, and forgetting at equal learning.
 
-A point is (learned, rise): by how much the loss of the corpora has fallen under the bare base's, the mean over those
-taught so far, and by how much that of an old set has risen over the bare base's; nats per token. A cell's curve is the
-line through its checkpoints of one phase. A method's is the lower envelope of its cells' curves and of the line through
-their ends, from rate to rate.
-"""
+A point is (learned, rise): by how much the loss of the corpora has fallen under the unpatched base's, the mean over
+those taught so far, and by how much that of an old set has risen over the unpatched base's; nats per token. A cell's
+curve is the line through its checkpoints of one phase. A method's is the lower envelope of its cells' curves and of the
+line through their ends, from rate to rate."""
 
 from __future__ import annotations
 

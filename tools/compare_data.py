@@ -48,7 +48,7 @@ def config_data(tier: Tier, cell: Cell, output: Path) -> dict[str, Any]:
         "optimizer": {"lr": cell.lr, "warmup_steps": tier.warmup},
         "batch": {
             "new_blocks": tier.new_blocks,
-            "replay_blocks": tier.replay_blocks if cell.rehearses else 0,
+            "replay_blocks": tier.replay_blocks if cell.replays else 0,
             "micro_blocks": tier.new_blocks + tier.replay_blocks,
         },
         "phases": taught,
@@ -68,7 +68,7 @@ def config_data(tier: Tier, cell: Cell, output: Path) -> dict[str, Any]:
         "engine": {"kind": "accelerate"},
         "monitoring": {"every": min(10, tier.steps // 2), "samples": {"max_new_tokens": 0}},
     }
-    if cell.rehearses:
+    if cell.replays:
         data["replay"] = {"base": place(str(replay)), "blocks_per_phase": 512}
         if not cell.distils:
             data["objective"] = {"distill_kl_weight": 0.0}
@@ -124,7 +124,7 @@ def key_of(tier: Tier, cell: Cell, facts: dict[str, Any]) -> dict[str, Any]:
     settings["phases"] = [[name, digests[train], tier.steps] for name, (train, _) in tier.corpora.items()]
     if cell.distils and len(tier.corpora) > 1:
         settings["base_teaches"] = "what it wrote"  # one corpus has no other teacher
-    if cell.rehearses:
+    if cell.replays:
         source = tier.own[0] if cell.knob("replay", "own") == "own" else str(tier.old_replay)
         settings["replay"] = [digests[source], config["replay"]["blocks_per_phase"]]
     return {
@@ -152,15 +152,15 @@ class Course:
     def __init__(self, config: Config, folder: Path) -> None:
         self.config, self.folder = config, folder
         self.plan = check(config, 1)
-        self.rehearsed = [] if self.plan.replay_base is None else [self.plan.replay_base]
+        self.replayed = [] if self.plan.replay_base is None else [self.plan.replay_base]
         self.first_step = 0
 
     def steps(self, index: int) -> Iterator[tuple[Tensor, Tensor | None, list[tuple[str, int]]]]:
-        """New blocks, rehearsed blocks and the keys of these, of each step of a phase: (n, block) int64 each. When a
-        phase is over, a sample of it is rehearsed by the later ones."""
+        """New blocks, replayed blocks and the keys of these, of each step of a phase: (n, block) int64 each. When a
+        phase is over, a sample of it is replayed by the later ones."""
         config, corpus, mixture = self.config, self.plan.phases[index], self.plan.mixtures[index]
         phase, batch = config.phases[index], config.batch
-        replay = ReplayMixture(self.rehearsed, batch.replay_blocks, config.seed) if self.rehearsed else None
+        replay = ReplayMixture(self.replayed, batch.replay_blocks, config.seed) if self.replayed else None
         seen: list[NDArray[np.int64]] = []
         for step in range(1, phase.steps + 1):
             ids = mixture.block_ids(step - 1)
@@ -175,7 +175,7 @@ class Course:
             name = f"{index:03d}_{phase.name}"
             kept = bottom_k(config.seed, np.concatenate(seen), config.replay.blocks_per_phase)
             write_replay(corpus, kept, self.folder, name)
-            self.rehearsed.append(ShardSet(self.folder / name))
+            self.replayed.append(ShardSet(self.folder / name))
         self.first_step += phase.steps
 
     def held_out(self, base: nn.Module) -> dict[str, NDArray[Any]]:

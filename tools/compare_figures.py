@@ -56,7 +56,7 @@ def _mean_loss(tier: Tier, result: Result) -> float:
 
 def overview(tier: Tier, by: By) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of the table of methods: at each one's best rate, what every held-out set's loss did, from the
-    bare base's to the end's."""
+    unpatched base's to the end's."""
     sets = list(tier.held_out)
     columns = ["method", "lr", "seeds", *sets, "s/step", "trained", "MB", "MFLOP/new token"]
     rows = []
@@ -151,7 +151,7 @@ def _against_the_rival(tier: Tier, by: By) -> list[Figure]:
                 others.append(ratio)
             elif ours:
                 falling.append(old)
-        name = f"the same, mean over unrehearsed old sets that rise under {RIVAL}, after {corpus}"
+        name = f"the same, mean over old sets that are not replayed and rise under {RIVAL}, after {corpus}"
         rows.append(Figure.at_most(name, 0.5, statistics.mean(others) if others else None, "times"))
         if falling:
             name = f"old sets that fall under {RIVAL}, not counted as forgotten, after {corpus}"
@@ -231,7 +231,7 @@ def _matrix(tier: Tier, by: By) -> list[Figure]:
             continue
         rows.append(Figure.plain(f"best rate, {variant}, of {len(results)} seeds", lr, ""))
         for after in range(-1, len(corpora)):
-            stage = "the bare base" if after < 0 else f"after {corpora[after]}"
+            stage = "the unpatched base" if after < 0 else f"after {corpora[after]}"
             for name in tier.held_out:
                 values = [_loss(result, after, name) for result in results]
                 rows.append(Figure.plain(f"loss of {name}, {variant}, {stage}", statistics.mean(values), "nats/token"))

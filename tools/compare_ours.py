@@ -121,7 +121,7 @@ def block_gates(model: nn.Module, blocks: NDArray[Any]) -> list[float]:
 
 
 def flops_of(model: nn.Module, config: Config) -> int:
-    """Counted operations of a step whose rehearsed blocks the teacher has been asked about before."""
+    """Counted operations of a step whose replayed blocks the teacher has been asked about before."""
     with tempfile.TemporaryDirectory() as folder:
         new, replay, keys = next(iter(Course(config, Path(folder)).steps(0)))
     patch = switchboard(model).attached.requires_grad_(True)

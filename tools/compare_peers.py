@@ -275,7 +275,7 @@ def run_peer(tier: Tier, cell: Cell) -> dict[str, Any]:
         for index, phase in enumerate(config.phases):
             teacher = None
             if untaught is not None:
-                teacher = Teacher(student, untaught, course.rehearsed[0].manifest.digest)
+                teacher = Teacher(student, untaught, course.replayed[0].manifest.digest)
             first, second = config.optimizer.betas
             optimizer = torch.optim.AdamW(student.learns, betas=(first, second), eps=EPS, weight_decay=0.0)
             for step, (new, replay, keys) in enumerate(course.steps(index), start=1):
@@ -312,7 +312,7 @@ def _flops(
     keys: Sequence[tuple[str, int]],
     kl_weight: float,
 ) -> int:
-    """Counted operations of a step whose rehearsed blocks the teacher has been asked about before."""
+    """Counted operations of a step whose replayed blocks the teacher has been asked about before."""
     with torch.no_grad():
         loss_of(student, teacher, new, replay, keys, kl_weight)
     with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:

@@ -64,7 +64,7 @@ class Shelf:
         return file
 
     def own(self, blocks: int) -> tuple[str, str]:
-        """What the base writes by itself: blocks to be rehearsed, and an eighth as many that are held out."""
+        """What the base writes by itself: blocks to be replayed, and an eighth as many that are held out."""
         from revpatch.distributed import Launch
         from revpatch.distributed.ranks import process_group
         from revpatch.train.own_text import build_own_text

@@ -22,11 +22,11 @@ class Tier:
     corpora: dict[str, tuple[str, str]]
     """By name, in the order in which they are taught: training shards and held-out shards."""
     own: tuple[str, str]
-    """What the base itself wrote: the part that is rehearsed and the held-out part."""
+    """What the base itself wrote: the part that is replayed and the held-out part."""
     old: dict[str, str]
-    """Held-out shards of what the base knew before, by name; none of them is rehearsed when its own text is."""
+    """Held-out shards of what the base knew before, by name; none of them is replayed when its own text is."""
     old_replay: str | None
-    """Real old text, to be rehearsed instead of the base's own."""
+    """Real old text, to be replayed instead of the base's own."""
     never: dict[str, str]
     """Held-out shards of what nobody teaches."""
     block: int = 128

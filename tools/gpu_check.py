@@ -1,7 +1,7 @@
 """All that a GPU is to be asked, in one command of a few minutes: speed, waiting, memory, text, tests, nccl, the demo.
 
     python tools/gpu_check.py [--json gpu.json] [--minutes 9] [--only PART ...]     # on a machine with an NVIDIA GPU
-    python tools/gpu_check.py --cpu [--only PART ...]                               # a rehearsal on a CPU
+    python tools/gpu_check.py --cpu [--only PART ...]                               # a dry run on a CPU
 
 Needs this checkout and the packages of its virtual environment (`source launch/setup.sh`; any other Python that has
 them does too). What is missing is listed first; a part that can't do without is "not run", with the package's name.
@@ -11,7 +11,7 @@ alone. The JSON file is written anew after each part, and while one runs the par
 measured before a time-out counts. {"head", "minutes", "packages", "parts": [{"name", "status", "seconds", "said"}],
 "figures": [{"name", "asked", "measured", "unit", "holds"}]}: what was asked comes first, measured or not.
 
-Exits with 0 if every part was done and every figure that something was asked of holds. A rehearsal runs every part on
+Exits with 0 if every part was done and every figure that something was asked of holds. A dry run runs every part on
 tiny shapes, holds nothing against what is asked and says nothing about a GPU.
 """
 
@@ -45,7 +45,7 @@ KEPT_LINES = 12
 WRITING = 3.0
 """Seconds at the end that no part gets."""
 SLOWER = 5
-"""A rehearsal shares its cores with other work, and a part that is late there shows nothing."""
+"""A dry run shares its cores with other work, and a part that is late there shows nothing."""
 EARLY = "the time was up"
 
 
@@ -59,7 +59,7 @@ class Part:
     """The longest that it may take."""
     command: tuple[str, ...]
     """A tool of this folder and its options; `--json FILE` and, of gpu_parts.py, the device are added."""
-    rehearsal: tuple[str, ...] = ()
+    dry_run: tuple[str, ...] = ()
     """The same on a CPU; the same command if there is none."""
     asked: tuple[tuple[str, str, str], ...] = ()
     """Name, what is asked and unit of its figures that count, as the tool names them."""
@@ -146,7 +146,7 @@ class Check:
         parts: in their order.
         file: of the JSON.
         minutes: for all of them.
-        cpu: whether this is the rehearsal.
+        cpu: whether this is the dry run.
     """
 
     def __init__(self, parts: Sequence[Part], file: Path, minutes: float, cpu: bool) -> None:
@@ -188,7 +188,7 @@ class Check:
         outcome, began = Outcome(part.name), time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
             figures = Path(folder) / "figures.json"
-            tool, *options = part.rehearsal if self.cpu and part.rehearsal else part.command
+            tool, *options = part.dry_run if self.cpu and part.dry_run else part.command
             command = [sys.executable, str(TOOLS / tool), *options, f"--json={figures}"]
             if tool == "gpu_parts.py":
                 command.append(f"--device={'cpu' if self.cpu else 'cuda'}")
@@ -250,7 +250,7 @@ class Check:
     def write(self) -> None:
         """Writes the file as a whole, or leaves the one that is there."""
         content = {
-            "head": "a rehearsal on a CPU: nothing here is a GPU's" if self.cpu else "on one GPU",
+            "head": "a dry run on a CPU: nothing here is a GPU's" if self.cpu else "on one GPU",
             "minutes": round(self.so_far / 60, 2),
             "packages": self.packages,
             "parts": [
@@ -344,7 +344,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("gpu.json"))
     parser.add_argument("--minutes", type=float, default=9.0, help="for all parts; what is left is not run")
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="PART", help=", ".join(names))
-    parser.add_argument("--cpu", action="store_true", help="a rehearsal on tiny shapes, on the CPU")
+    parser.add_argument("--cpu", action="store_true", help="a dry run on tiny shapes, on the CPU")
     arguments = parser.parse_args()
     if not arguments.json.resolve().parent.is_dir():
         parser.error(f"--json {arguments.json}: there is no folder {arguments.json.resolve().parent}")
@@ -355,7 +355,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # one that ends the whole leaves what there is
     check.run()
     table = [Figure.plain(f"part {o.name}", o.status, f"{o.seconds:.0f} s") for o in check.outcomes.values()]
-    title = "a rehearsal on a CPU: nothing here is a GPU's" if arguments.cpu else "asked of one GPU"
+    title = "a dry run on a CPU: nothing here is a GPU's" if arguments.cpu else "asked of one GPU"
     show(f"{title}; all figures are in {arguments.json}", check.asked() + table, None)
     sys.exit(0 if check.done and all(row.holds for row in check.asked()) else 1)
 

@@ -3,7 +3,7 @@
     python tools/gpu_parts.py PART --json FILE [--device cuda|cpu] [--compile]
 
 FILE is written anew after each figure, so that a part that is ended leaves what it had. On a CPU the shapes are tiny
-and the figures mean nothing: that is the rehearsal. Exits with 3, and a line, where a package is not there.
+and the figures mean nothing: that is the dry run. Exits with 3, and a line, where a package is not there.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
                                 [--store FILE.jsonl] [--folder FOLDER] [--json FILE]
 
 A trial is a short run of `python -m revpatch train` on the bundled base. Rollback and tolerance are the config's
-defaults, and what is guarded is held-out text that the base itself wrote. Most kinds that hurt rehearse nothing, as
-rehearsal alone would keep the harm within tolerance; clean kinds rehearse the base's own text, as runs do by default.
+defaults, and what is guarded is held-out text that the base itself wrote. Most kinds that hurt replay nothing, as
+replay alone would keep the harm within tolerance; clean kinds replay the base's own text, as runs do by default.
 Trials of a kind differ in the seed. Whether a kind really hurts is measured too: its control is the first seed's run
 with tolerances that nothing exceeds. Finished trials are kept in the store, so that a call that was killed goes on.
 
@@ -66,14 +66,14 @@ CAUGHT, DISTURBED, CONFIDENCE = 0.99, 0.01, 0.95
 class Kind:
     """What a trial's run is fed.
 
-    `hurts`: it is to be rolled back. `rehearses`: the base's own text. `rate`: times the default learning rates, of the
+    `hurts`: it is to be rolled back. `replays`: the base's own text. `rate`: times the default learning rates, of the
     gates too.
     """
 
     name: str
     shards: str
     hurts: bool
-    rehearses: bool = True
+    replays: bool = True
     rate: float = 1.0
 
 
@@ -93,7 +93,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Bench:
-    """What all trials share: the kinds, the base's own text (rehearsed and held-out part) and the folder it is in."""
+    """What all trials share: the kinds, the base's own text (replayed and held-out part) and the folder it is in."""
 
     kinds: tuple[Kind, ...]
     own: tuple[str, str]
@@ -104,15 +104,15 @@ class Bench:
         """Builds what is not there. Raises FileNotFoundError, ValueError for a file of documents that can't be used."""
         shelf, demo = Shelf(folder.absolute(), BASE, BLOCK, threads=1), ROOT / "shards/demo"
         kinds = [
-            Kind("scrambled", f"{demo}/scrambled", hurts=True, rehearses=False, rate=3.0),
-            Kind("scrambled-rehearsing", f"{demo}/scrambled", hurts=True, rate=3.0),
-            Kind("fast", f"{demo}/jargon", hurts=True, rehearses=False, rate=10.0),
+            Kind("scrambled", f"{demo}/scrambled", hurts=True, replays=False, rate=3.0),
+            Kind("scrambled-replaying", f"{demo}/scrambled", hurts=True, rate=3.0),
+            Kind("fast", f"{demo}/jargon", hurts=True, replays=False, rate=10.0),
             Kind("jargon", f"{demo}/jargon", hurts=False),
             Kind("devil", f"{demo}/devil", hurts=False),
             Kind("python", shelf.build("python", shelf.python())[0], hurts=False),
         ]
         if language is not None:
-            kinds.insert(3, Kind("language", shelf.build("language", language)[0], hurts=True, rehearses=False))
+            kinds.insert(3, Kind("language", shelf.build("language", language)[0], hurts=True, replays=False))
         return cls(tuple(kinds), shelf.own(OWN_BLOCKS), shelf.folder)
 
     def trials(self, times: int, only: str = "") -> list[Trial]:
@@ -135,7 +135,7 @@ class Bench:
             },
             "batch": {
                 "new_blocks": NEW_BLOCKS,
-                "replay_blocks": REPLAY_BLOCKS if kind.rehearses else 0,
+                "replay_blocks": REPLAY_BLOCKS if kind.replays else 0,
                 "micro_blocks": NEW_BLOCKS + REPLAY_BLOCKS,
             },
             "build": {"folder": str(self.folder)},
@@ -144,9 +144,9 @@ class Bench:
             "engine": {"kind": "accelerate"},
             "monitoring": {"every": PROBE_EVERY, "tensorboard": False, "samples": {"max_new_tokens": 0}},
         }
-        if kind.rehearses:
+        if kind.replays:
             data["replay"] = {"base": SELF if trial.guarded else self.own[0], "own_blocks": OWN_BLOCKS}
-        if not (kind.rehearses and trial.guarded):  # else the trainer adds this set itself
+        if not (kind.replays and trial.guarded):  # else the trainer adds this set itself
             data["probes"]["sets"] = [{"name": OWN_TEXT, "shards": self.own[1]}]
         if not trial.guarded:
             data["probes"]["sets"][0]["tolerance"] = UNGUARDED
@@ -162,8 +162,8 @@ class Bench:
         for probe in settings["probes"]["sets"]:
             del probe["shards"]
         read = {"new": trial.kind.shards, "held_out": self.own[1]}
-        if trial.kind.rehearses:
-            read["rehearsed"] = self.own[0]
+        if trial.kind.replays:
+            read["replayed"] = self.own[0]
         return {
             "kind": trial.kind.name,
             "seed": trial.seed,
