@@ -334,13 +334,13 @@ def _named_code(own: Any) -> str:
 def _adapter(path: Path, alone: bool) -> BaseError:
     """Return the refusal of a PEFT adapter, or of a base that has one beside it."""
     try:
-        of = f" of {json.loads(path.read_bytes())['base_model_name_or_path']}"
+        named = f" of {json.loads(path.read_bytes())['base_model_name_or_path']}"
     except (OSError, ValueError, KeyError, TypeError):
-        of = ""
+        named = ""
     if alone:
-        return BaseError(f"{path}: this is a PEFT adapter{of}, and no base: name its base, or merge the two first")
+        return BaseError(f"{path}: this is a PEFT adapter{named}, and no base: name its base, or merge the two first")
     return BaseError(
-        f"{path}: a PEFT adapter{of} lies beside the base: merge it (merge_and_unload, then save_pretrained), or name "
+        f"{path}: a PEFT adapter{named} lies beside the base: merge it (merge_and_unload, then save_pretrained), or name "
         "a folder of the base without it"
     )
 

@@ -54,7 +54,7 @@ def check_one_kind(first: PatchFile, *others: PatchFile) -> None:
     """Raises EntryError, naming both sides, unless all are patches of one base whose weights mean the same."""
     for other in others:
         pair = first, other
-        said = tuple({**of.metadata, "sidecar": of.sidecar.model_dump(mode="json")} for of in pair)
+        said = tuple({**patch.metadata, "sidecar": patch.sidecar.model_dump(mode="json")} for patch in pair)
         check_comparable((first.reference, other.reference), (said[0], said[1]), (first.tensors, other.tensors))
 
 

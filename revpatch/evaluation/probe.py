@@ -114,21 +114,21 @@ class Prober:
         self.blocks = {config.name: _read(shards, ids[config.name]) for config, shards in sets if len(ids[config.name])}
         """By set (blocks, block_size), in the shards' own type: as int64 they would take two or four times as much."""
 
-    def measure(self, far: Far = lambda done, of, unit: None) -> dict[str, Measurement]:
+    def measure(self, far: Far = lambda done, total, unit: None) -> dict[str, Measurement]:
         """Return a measurement of each set, by name; `far` is told how many blocks are done, of how many."""
-        of, done = sum(len(blocks) for blocks in self.blocks.values()), 0
+        total, done = sum(len(blocks) for blocks in self.blocks.values()), 0
         measured = {}
         for name, blocks in self.blocks.items():
-            measured[name] = self._measure(blocks, done, of, far)
+            measured[name] = self._measure(blocks, done, total, far)
             done += len(blocks)
         return measured
 
     @torch.no_grad()
-    def _measure(self, blocks: NDArray[Any], done: int, of: int, far: Far) -> Measurement:
+    def _measure(self, blocks: NDArray[Any], done: int, total: int, far: Far) -> Measurement:
         device, head = next(self.base.parameters()).device, head_of(self.base).weight
         losses, gates, changes, spreads = [], [], [], []
         for start in range(0, len(blocks), self.rows):
-            far(done + start, of, "blocks")
+            far(done + start, total, "blocks")
             tokens = torch.from_numpy(blocks[start : start + self.rows].astype(np.int64)).to(device)
             recorder = GateRecorder()
             with recording(self.base, recorder):
@@ -156,7 +156,7 @@ def put_together(parts: list[dict[str, Measurement]], counts: dict[str, int]) ->
     whole = {}
     for name, blocks in counts.items():
         losses = np.empty(blocks)
-        shares = [(rank, of[name]) for rank, of in enumerate(parts) if name in of]
+        shares = [(rank, part[name]) for rank, part in enumerate(parts) if name in part]
         for rank, share in shares:
             losses[rank :: len(parts)] = share.losses
         weights = [len(share.losses) / blocks for _, share in shares]

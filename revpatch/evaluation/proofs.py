@@ -241,7 +241,9 @@ def prove_removal(reference: str, base: str | None = None) -> RemovalReport:
             break
         with doing(f"hashing the base and its logits in {dtype}"):
             today = fingerprint_base(subject.model)
-        report.noted.extend(_held_against(event, of, today) for event, of in then.items() if of.dtype == dtype)
+        report.noted.extend(
+            _held_against(event, recorded, today) for event, recorded in then.items() if recorded.dtype == dtype
+        )
         with doing(f"comparing the base before, with and after the patch in {dtype}"):
             report.checks.append(_check(subject, entry, dtype))
     assert report is not None

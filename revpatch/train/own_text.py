@@ -80,16 +80,16 @@ def build_own_text(config: Config, base: nn.Module, weights: BaseWeights, peers:
     missing = [part for part in parts if part.split in _of_rank0(peers, partial(_missing, parts))]
     if not missing:
         return folder
-    first, done, of = peers.rank == 0, 0, sum(part.blocks for part in missing)
+    first, done, total = peers.rank == 0, 0, sum(part.blocks for part in missing)
     if first:
-        say(f"the base writes {of:,} blocks of text of its own into {folder}, on first use")
+        say(f"the base writes {total:,} blocks of text of its own into {folder}, on first use")
     writer = _Writer(base, tokenizer, info, config.base.block_size)
     with doing("the base writes its own text", say, first) as far:
         for part in missing:
             mine = {}
             for rows in _batches(part.blocks, config.base.block_size)[peers.rank :: peers.world]:
                 before, together = done + int(rows[0]), min(len(rows) * peers.world, part.blocks - int(rows[0]))
-                mine[int(rows[0])] = writer.write(part, rows, partial(_note, far, before, together, of))
+                mine[int(rows[0])] = writer.write(part, rows, partial(_note, far, before, together, total))
             written = {start: blocks for share in peers.gather(mine) for start, blocks in share.items()}
             blocks = np.concatenate([written[start] for start in sorted(written)])
             _of_rank0(peers, partial(_install, part, blocks, info, writer.last_id, config.base.model))
@@ -182,9 +182,9 @@ def _batches(blocks: int, block_size: int) -> list[Int64s]:
     return [np.arange(start, min(start + size, blocks)) for start in range(0, blocks, size)]
 
 
-def _note(far: Far, before: int, together: int, of: int, share: float) -> None:
+def _note(far: Far, before: int, together: int, total: int, share: float) -> None:
     """Return how far all ranks are, by what this one has done of its batch."""
-    far(before + int(share * together), of, "blocks")
+    far(before + int(share * together), total, "blocks")
 
 
 def _missing(parts: list[_Part]) -> list[str]:

@@ -368,7 +368,7 @@ def check_origin(origin: PatchFile, identity: dict[str, Any]) -> None:
         ConfigError: it is a patch of another family, base or tokenizer.
     """
     found, name = origin.metadata, f"ledger/{origin.path.name}"
-    families = [of["base"].get("family") for of in (found, identity)]
+    families = [side["base"].get("family") for side in (found, identity)]
     if all(families) and families[0] != families[1]:
         raise ConfigError(f"{name} is a patch of a {families[0]} model, and base.model is a {families[1]}")
     if (then := found["base"].get("sha256")) != (now := identity["base"]["sha256"]):

@@ -184,19 +184,22 @@ class _Tensors:
         return EngineState(master, moments, step)
 
     def put_measurements(self, name: str, measured: Measurements) -> dict[str, Any]:
-        for key, of in measured.items():
-            self.found[f"{name}/losses/{key}"] = torch.from_numpy(np.asarray(of.losses, dtype=np.float64))
-        return {key: {"gates": of.gates, "changes": of.changes, "spreads": of.spreads} for key, of in measured.items()}
+        for key, measurement in measured.items():
+            self.found[f"{name}/losses/{key}"] = torch.from_numpy(np.asarray(measurement.losses, dtype=np.float64))
+        return {
+            key: {"gates": measurement.gates, "changes": measurement.changes, "spreads": measurement.spreads}
+            for key, measurement in measured.items()
+        }
 
     def measurements(self, name: str, plain: dict[str, Any]) -> Measurements:
         return {
             key: Measurement(
                 self.found[f"{name}/losses/{key}"].numpy(),
-                _floats(of["gates"]),
-                _floats(of["changes"]),
-                [_floats(shares) for shares in of.get("spreads", [])],
+                _floats(kept["gates"]),
+                _floats(kept["changes"]),
+                [_floats(shares) for shares in kept.get("spreads", [])],
             )
-            for key, of in plain.items()
+            for key, kept in plain.items()
         }
 
     def put_good(self, name: str, good: GoodState) -> dict[str, Any]:

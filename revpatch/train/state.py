@@ -137,7 +137,7 @@ class Watch:
 
     def finite(self, measured: dict[str, Measurement]) -> bool:
         """Return whether every loss of every set, guarded or not, is a number."""
-        return all(bool(np.isfinite(of.losses).all()) for of in measured.values())
+        return all(bool(np.isfinite(measurement.losses).all()) for measurement in measured.values())
 
     def compare(self, phase: Phase, measured: dict[str, Measurement]) -> list[Comparison]:
         """Return the sets that this phase guards, against the last good state and the phase's start."""
@@ -145,8 +145,8 @@ class Watch:
             return []
         guarded = [ProbeSet(s.name, s.tolerance) for s in self.config.probes.sets if self._guards(phase, s)]
         losses, good, start = (
-            {name: m.losses for name, m in of.items()}
-            for of in (measured, phase.good.measurements, phase.start.measurements)
+            {name: m.losses for name, m in by_name.items()}
+            for by_name in (measured, phase.good.measurements, phase.start.measurements)
         )
         rollback = self.config.rollback
         return compare_all(guarded, losses, good, start, rollback.max_drift, rollback.confidence)
@@ -165,7 +165,11 @@ class Watch:
 
     def spreads(self, measured: dict[str, Measurement], layers: list[int]) -> dict[str, dict[int, list[float]]]:
         """Return how the gates are spread, by set and by the block that a sidecar follows."""
-        return {name: dict(zip(layers, of.spreads, strict=True)) for name, of in measured.items() if of.spreads}
+        return {
+            name: dict(zip(layers, measurement.spreads, strict=True))
+            for name, measurement in measured.items()
+            if measurement.spreads
+        }
 
     def with_blocks(self, sets: Readings, measured: dict[str, Measurement]) -> Readings:
         """The same, with the loss of every block: what intervals between any two commits are made of."""
@@ -427,5 +431,5 @@ class RunState:
         self.resumed = snapshot
         phase = snapshot.phase
         for measured in (self.committed,) if phase is None else (phase.start.measurements, phase.good.measurements):
-            for name, of in measured.items():
-                self.record.board.has_shown(name, [of.loss])
+            for name, measurement in measured.items():
+                self.record.board.has_shown(name, [measurement.loss])
