@@ -340,7 +340,7 @@ def _adapter(path: Path, alone: bool) -> BaseError:
     if alone:
         return BaseError(f"{path}: this is a PEFT adapter{named}, and no base: name its base, or merge the two first")
     return BaseError(
-        f"{path}: a PEFT adapter{named} lies beside the base: merge it (merge_and_unload, then save_pretrained), or name "
+        f"{path}: a PEFT adapter{named} is beside the base: merge it (merge_and_unload, then save_pretrained), or name "
         "a folder of the base without it"
     )
 
