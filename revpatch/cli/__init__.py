@@ -196,7 +196,7 @@ def main() -> None:
 
 
 def _only_progress(arguments: list[str]) -> bool:
-    """Whether what the command makes is in its folder, and its lines only say how far it is."""
+    """Return whether what the command makes is in its folder, and its lines only say how far it is."""
     named = [word for word in arguments if not word.startswith("-")]
     return named[:1] == ["train"] or named[:2] == ["shards", "build"]
 

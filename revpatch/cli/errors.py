@@ -60,7 +60,7 @@ def tell(error: BaseException) -> int:
 
 
 def explain(error: BaseException) -> tuple[str, int]:
-    """What to say of an error, and the exit code."""
+    """Return what to say of an error, and the exit code."""
     if isinstance(error, KeyboardInterrupt):
         return "stopped by Ctrl-C", EXIT_CTRL_C
     if _is_out_of_memory(error):
@@ -82,7 +82,7 @@ def explain(error: BaseException) -> tuple[str, int]:
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether a `raise` of this package has made the error, and not a library's, or a built-in function."""
+    """Return whether a `raise` of this package has made the error, and not a library's, or a built-in function."""
     trace = error.__traceback__
     if trace is None:
         return True
@@ -106,8 +106,8 @@ def _of_the_system(error: OSError) -> str:
 
 
 def _option_of(file: str) -> str:
-    """The option that names a file, a folder above it, or what is written beside it first (`.NAME.unfinished`), as it
-    stands before the file's name in a message; empty if none does."""
+    """Return the option that names a file, a folder above it, or what is written beside it first (`.NAME.unfinished`),
+    as it stands before the file's name in a message; empty if none does."""
     words = [part for word in sys.argv[1:] for part in (word.split("=", 1) if word[:2] == "--" else [word])]
     above = (Path(file).absolute(), *Path(file).absolute().parents)
     for option, value in pairwise(words):
@@ -128,7 +128,7 @@ def _remedy(error: OSError, before: str) -> str:
 
 
 def _cache_of(file: str) -> str | None:
-    """The variable that moves a library's cache, if the file lies in one."""
+    """Return the variable that moves a library's cache, if the file lies in one."""
     parts = Path(file).parts
     known = {"huggingface": "HF_HOME", "torch_extensions": "TORCH_EXTENSIONS_DIR", ".triton": "TRITON_CACHE_DIR"}
     return next((variable for name, variable in known.items() if name in parts), None)

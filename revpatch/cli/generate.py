@@ -77,7 +77,7 @@ def generate(
 
 
 def _lines(file: Path) -> list[tuple[str, str]]:
-    """The prompts of a file, and what a message calls each; ValueError if there are none."""
+    """Return the prompts of a file, and what a message calls each; ValueError if there are none."""
     from revpatch.corpus.documents import decoded
 
     text = decoded(file.read_bytes(), f"--prompt-file {file}").replace("\r\n", "\n").replace("\r", "\n")

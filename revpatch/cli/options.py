@@ -28,8 +28,8 @@ JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document inst
 
 
 def load_config_once(path: Path, overrides: list[str] | None = None) -> Config:
-    """The config of a command that a launcher may have started on many ranks. A wrong one is the same on every rank of
-    a machine: one of them raises what `load_config` does, the others exit with 2 and say nothing."""
+    """Return the config of a command that a launcher may have started on many ranks. A wrong one is the same on every
+    rank of a machine: one of them raises what `load_config` does, the others exit with 2 and say nothing."""
     from revpatch.config.file import load_config
 
     try:

@@ -247,7 +247,7 @@ class RunState:
         self.snapshots = SnapshotWriter(directory / "snapshot")
 
     def begin_from(self, status: RunStatus) -> None:
-        """Brings model, teacher, probes, replay and ledger to where the run stands, and puts down that it goes on."""
+        """Brings model, teacher, probes, replay and ledger to where the run stands, and records the resume."""
         if status.snapshot is None and status.origin is None:
             self._measure_channels()
         facts = startup.facts(self.config, self.base, self.patch, self.engine, self.peers)
