@@ -134,7 +134,7 @@ def test_the_printed_log(run: Path, width: int) -> None:
     for words in ("wiki step 50", " kB  ", newest.sha256[:12]):
         assert words in lines[commit]
     assert lines[commit + 1] == f"    {COMMIT}"
-    assert lines[commit + 2].startswith("    base 3.050 (-0.350 / 0.03)")
+    assert lines.count("    base 3.050 (-0.350 / 0.03)") == 1, "of the good entry and its commit"
     assert any("[red]imdb?[2J step 0  probe" in line for line in lines), "a journal can't steer the terminal"
     assert "     bad 3.500 (+0.100 / 0.03)" in lines and any("one?two?" in line for line in lines)
     assert lines[-2].startswith("8 entries kept") and lines[-2].endswith(f"newest {COMMIT}; newest commit {COMMIT}")
