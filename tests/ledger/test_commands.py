@@ -136,7 +136,7 @@ def test_the_printed_log(run: Path, width: int) -> None:
     assert lines[commit + 1] == f"    {COMMIT}"
     assert lines.count("    base 3.050 (-0.350 / 0.03)") == 1, "of the good entry and its commit"
     assert any("[red]imdb?[2J step 0  probe" in line for line in lines), "a journal can't steer the terminal"
-    assert "     bad 3.500 (+0.100 / 0.03)" in lines and any("one?two?" in line for line in lines)
+    assert "    bad 3.500 (+0.100 / 0.03)" in lines and any("one?two?" in line for line in lines)
     assert lines[-2].startswith("8 entries kept") and lines[-2].endswith(f"newest {COMMIT}; newest commit {COMMIT}")
     assert lines[-1] == f"head of the journal: {ledger.journal.head}"
 
