@@ -13,52 +13,16 @@ from toy import make_it_look_trained
 
 from revpatch.config import SidecarConfig
 from revpatch.ledger.ledger import Ledger
+from revpatch.ledger.patch_file import serialise
 from revpatch.patch.patched_model import Patch, patch_state
 
 SETS = {"base": reading(rise=0.02, low=0.01, high=0.03)}
-
-
-def a_patch(value: float = 1.0) -> dict[str, torch.Tensor]:
-    return {"layer_00.gate.weight": torch.full((4,), value)}
-
-
-@cache
-def files_of_a_run() -> dict[str, bytes]:
-    """Two phases; the first has four good entries and a rollback. Made once: every event waits for the disk."""
-    with tempfile.TemporaryDirectory() as directory:
-        ledger = Ledger(Path(directory))
-        add(ledger.journal, "run")
-        ledger.record("start", 0, "wikitext", 0, a_patch(0), {"phase": "wikitext"})
-        for step in (100, 200, 300, 400):
-            ledger.record("good", 0, "wikitext", step, a_patch(step), {"step": step}, sets=SETS)
-        ledger.record("rollback", 0, "wikitext", 500, a_patch(500), {"step": 500})
-        add(
-            ledger.journal,
-            "rollback",
-            phase="wikitext",
-            step=500,
-            to_file="000_wikitext_good_step000000400.safetensors",
-            reason="base rose by 0.1 nats",
-            window=[400, 500],
-            new_lr_factor=0.5,
-        )
-        ledger.record("commit", 0, "wikitext", 600, a_patch(600), {"phase": "wikitext"}, sets=SETS)
-        ledger.record("start", 1, "imdb", 0, a_patch(600), {"phase": "imdb"})
-        ledger.record("good", 1, "imdb", 100, a_patch(700), {"step": 100})
-        return {path.name: path.read_bytes() for path in Path(directory).iterdir()}
-
-
-def a_run(tmp_path: Path) -> tuple[Path, Ledger]:
-    run = tmp_path / "runs" / "demo"
-    (run / "ledger").mkdir(parents=True)
-    for name, data in files_of_a_run().items():
-        (run / "ledger" / name).write_bytes(data)
-    return run, Ledger(run / "ledger")
-
-
-# Patches of a base: what is looked at, compared and restored.
-
 SIDECAR = SidecarConfig(bottleneck=4)
+START, COMMIT = "000_wiki_start.safetensors", "000_wiki_commit.safetensors"
+
+
+def good(step: int) -> str:
+    return f"000_wiki_good_step{step:09d}.safetensors"
 
 
 def tensors(seed: int, sidecar: SidecarConfig = SIDECAR, width: int = 8, blocks: int = 2) -> dict[str, torch.Tensor]:
@@ -71,16 +35,47 @@ def metadata(kind: str, step: int, **changes: Any) -> dict[str, Any]:
     return known | changes
 
 
-def a_trained_run(run: Path) -> Ledger:
-    """One phase: a start, five good entries, a rollback to the second of them, a commit."""
-    ledger = Ledger(run / "ledger")
-    parent = None
-    for kind, step in [("start", 0), *(("good", step) for step in (10, 20, 30, 40, 50)), ("commit", 50)]:
-        values = tensors(step)
-        sets = {"base": reading(3.0 + step / 1000, gate=0.5 + step / 1000)}
-        _, parent = ledger.record(kind, 0, "wiki", step, values, metadata(kind, step, parent=parent), sets=sets)
-        if step == 20:
-            ledger.record("rollback", 0, "wiki", 25, tensors(25), metadata("rollback", 25, parent=parent))
-            to_file = "000_wiki_good_step000000020.safetensors"
-            add(ledger.journal, "rollback", step=25, to_file=to_file, window=[21, 25])
-    return ledger
+@cache
+def files_of_a_run() -> dict[str, bytes]:
+    """One phase: a start, five good entries, a rollback to the second of them, a commit; and the next one's start.
+    Made once: every event waits for the disk."""
+    with tempfile.TemporaryDirectory() as directory:
+        ledger = Ledger(Path(directory))
+        parent = None
+        for kind, step in [("start", 0), *(("good", step) for step in (10, 20, 30, 40, 50)), ("commit", 50)]:
+            sets = {"base": reading(3.0 + step / 1000, gate=0.5 + step / 1000)}
+            told = metadata(kind, step, parent=parent)
+            _, parent = ledger.record(kind, 0, "wiki", step, tensors(step), told, sets=sets)
+            if step == 20:
+                ledger.record("rollback", 0, "wiki", 25, tensors(25), metadata("rollback", 25, parent=parent))
+                add(ledger.journal, "rollback", step=25, to_file=good(20), window=[21, 25])
+        return {path.name: path.read_bytes() for path in Path(directory).iterdir()}
+
+
+def a_run(run: Path) -> Ledger:
+    """Write it into `run`: 8 entries, 9 events; the rollback is line 5."""
+    (run / "ledger").mkdir(parents=True)
+    for name, data in files_of_a_run().items():
+        (run / "ledger" / name).write_bytes(data)
+    return Ledger(run / "ledger")
+
+
+def a_snapshot(run: Path, **more: Any) -> Path:
+    """Write what a snapshot notes of the journal as it is now."""
+    (run / "snapshot").mkdir(exist_ok=True)
+    journal, path = Ledger(run / "ledger", readonly=True).journal, run / "snapshot/step000000000030.safetensors"
+    noted = {"events": len(journal.records()), "head": journal.head, **more}
+    path.write_bytes(serialise({"w": torch.zeros(1)}, noted))
+    return path
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """Return all files, without locks."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+def flip(path: Path) -> None:
+    """Change one bit in the middle of a file."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)

@@ -1,28 +1,18 @@
-"""Tiny random models of every family, built from configs, and sidecars that look trained. Nothing is downloaded."""
+"""Tiny random models of every family, built from configs. Nothing is downloaded."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from gated_families import GATED
-from torch import Tensor, nn
+from patching import knobs
 from toy import make_it_look_trained
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from revpatch.config import SidecarConfig
 from revpatch.patch.patched_model import attach
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-VOCAB, WIDTH, BLOCKS, POSITIONS = 61, 16, 3, 64
-
-Build = Callable[..., nn.Module]
-Randomize = Callable[..., nn.Module]
-Logits = Callable[..., Tensor]
 
 
 @pytest.fixture(autouse=True)
@@ -36,36 +26,20 @@ def _deterministic() -> Iterator[None]:
 
 
 @pytest.fixture
-def build() -> Build:
-    """build(family, tied=True, dtype=float32, width=16, blocks=3): a tiny random model in eval mode."""
+def build() -> Callable[..., Any]:
+    """build(family, tied=True, dtype=float32, width=16, blocks=3, seed=0): a tiny random model in eval mode."""
     return _build
 
 
 @pytest.fixture
-def randomize() -> Randomize:
-    """randomize(patch_or_sidecar, seed=1, strength=1.0): fills in place what is zero at the start, and returns it."""
-    return make_it_look_trained
+def patched() -> Callable[..., Any]:
+    """patched(family, dtype=float32, strength=1.0, **sidecar): a model whose patch looks trained."""
 
-
-@pytest.fixture
-def logits() -> Logits:
-    """logits(model, ids, mask=None, **kwargs): without a cache, positions counted over real tokens only."""
-    return _logits
-
-
-@pytest.fixture
-def sidecar_config() -> Callable[..., SidecarConfig]:
-    """A SidecarConfig with a small bottleneck."""
-    return lambda **knobs: SidecarConfig(**{"bottleneck": 4, **knobs})
-
-
-@pytest.fixture
-def patched(sidecar_config: Callable[..., SidecarConfig]) -> Callable[..., Any]:
-    """patched(family, dtype=float32, strength=1.0, **knobs): a model with a patch that looks trained."""
-
-    def _patched(family: str = "gpt2", dtype: torch.dtype = torch.float32, strength: float = 1.0, **knobs: Any) -> Any:
+    def _patched(
+        family: str = "gpt2", dtype: torch.dtype = torch.float32, strength: float = 1.0, **sidecar: Any
+    ) -> Any:
         model = _build(family, dtype=dtype)
-        make_it_look_trained(attach(model, sidecar_config(**knobs)), 1, strength).to(dtype)
+        make_it_look_trained(attach(model, knobs(**sidecar)), 1, strength).to(dtype)
         return model
 
     return _patched
@@ -75,52 +49,30 @@ def _build(
     family: str = "gpt2",
     tied: bool = True,
     dtype: torch.dtype = torch.float32,
-    width: int = WIDTH,
-    blocks: int = BLOCKS,
+    width: int = 16,
+    blocks: int = 3,
     seed: int = 0,
-) -> nn.Module:
+) -> Any:
     torch.manual_seed(seed)
-    model: nn.Module
+    shared: dict[str, Any] = {
+        "vocab_size": 61,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "tie_word_embeddings": tied,
+        "initializer_range": 0.2,
+    }
     if family == "gpt2":
-        model = GPT2LMHeadModel(
-            GPT2Config(
-                vocab_size=VOCAB,
-                n_positions=POSITIONS,
-                n_embd=width,
-                n_layer=blocks,
-                n_head=1 if width % 2 else 2,
-                bos_token_id=1,
-                eos_token_id=2,
-                pad_token_id=0,
-                tie_word_embeddings=tied,
-                initializer_range=0.2,
-            )
-        )
-    else:
-        config, kind = GATED[family]
-        model = kind(
-            config(
-                vocab_size=VOCAB,
-                max_position_embeddings=POSITIONS,
-                hidden_size=width,
-                intermediate_size=2 * width,
-                num_hidden_layers=blocks,
-                num_attention_heads=2,
-                num_key_value_heads=1,
-                head_dim=width // 2,
-                bos_token_id=1,
-                eos_token_id=2,
-                pad_token_id=0,
-                tie_word_embeddings=tied,
-                initializer_range=0.2,
-            )
-        )
-    return model.to(dtype).eval()
-
-
-def _logits(model: nn.Module, ids: Tensor, mask: Tensor | None = None, **kwargs: object) -> Tensor:
-    if mask is not None:
-        kwargs.setdefault("position_ids", (mask.long().cumsum(1) - 1).clamp(min=0))
-    with torch.no_grad():
-        out: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False, **kwargs).logits
-    return out
+        sizes = {"n_positions": 64, "n_embd": width, "n_layer": blocks, "n_head": 1 if width % 2 else 2}
+        return GPT2LMHeadModel(GPT2Config(**shared, **sizes)).to(dtype).eval()
+    config, kind = GATED[family]
+    sizes = {
+        "max_position_embeddings": 64,
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": blocks,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": width // 2,
+    }
+    return kind(config(**shared, **sizes)).to(dtype).eval()

@@ -1,17 +1,19 @@
-"""The gates against plain loops: means over real tokens of the prefix, of the sequence, or none."""
+"""Gates and coupling against plain formulas: means over real tokens, and the additive coupling."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from patching import every_gate
+from torch import Tensor, nn
 
-from revpatch.patch.decoding import CachedHistory, RunningSums
-from revpatch.patch.gates import GATES, Gate, PrefixGate, SeqGate, TokenGate
+from revpatch.patch.coupling import ACTIVATIONS, AdditiveCoupling
+from revpatch.patch.gates import GATES, Gate
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -24,30 +26,31 @@ def _gate(kind: str, width: int = 5) -> Gate:
     return gate
 
 
-def _oracle(gate: Gate, x: Tensor, mask: Tensor | None) -> Tensor:
+def _plain(kind: str, gate: Gate, x: Tensor, mask: Tensor | None) -> Tensor:
     """The definition, token by token."""
-    out = torch.zeros(*x.shape[:2], 1, dtype=x.dtype)
-    for row in range(x.shape[0]):
-        for t in range(x.shape[1]):
-            seen = {SeqGate: range(x.shape[1]), PrefixGate: range(t + 1), TokenGate: range(t, t + 1)}[type(gate)]
-            real = [i for i in seen if mask is None or isinstance(gate, TokenGate) or mask[row, i]]
+    rows, time = x.shape[:2]
+    out = torch.zeros(rows, time, 1, dtype=x.dtype)
+    for row in range(rows):
+        for t in range(time):
+            seen = {"seq": range(time), "prefix": range(t + 1), "token": range(t, t + 1)}[kind]
+            real = [i for i in seen if mask is None or kind == "token" or mask[row, i]]
             scores = [(x[row, i] @ gate.weight).item() for i in real]
             mean = math.fsum(scores) / len(scores) if scores else 0.0
             out[row, t, 0] = 1 / (1 + math.exp(-mean - gate.bias.item()))
     return out
 
 
+@every_gate
 @given(
-    kind=st.sampled_from(sorted(GATES)),
     time=st.integers(1, 12),
     pads=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=3),
     masked=st.booleans(),
     seed=st.integers(0, 999),
 )
-@settings(max_examples=60, deadline=None)
-def test_equals_a_plain_loop(kind: str, time: int, pads: list[tuple[int, int]], masked: bool, seed: int) -> None:
+@settings(max_examples=25)
+def test_a_gate_equals_a_plain_loop(gate: str, time: int, pads: list[tuple[int, int]], masked: bool, seed: int) -> None:
     torch.manual_seed(seed)
-    gate = _gate(kind)
+    module = _gate(gate)
     x = 3 * torch.randn(len(pads), time, 5, dtype=torch.float64)
     mask = None
     if masked:
@@ -55,91 +58,36 @@ def test_equals_a_plain_loop(kind: str, time: int, pads: list[tuple[int, int]], 
         for row, (left, right) in enumerate(pads):
             mask[row, : min(left, time)] = 0
             mask[row, max(time - right, 0) :] = 0
-    value = gate(x, mask)
+    value = module(x, mask)
     assert value.shape == (len(pads), time, 1)
     # A mean of at most 12 scores of at most 30, each with a few roundings; the sigmoid's slope is at most 1/4.
-    assert (value - _oracle(gate, x, mask)).abs().max() <= 12 * 30 * EPS
+    assert (value - _plain(gate, module, x, mask)).abs().max() <= 12 * 30 * EPS
 
 
-@given(time=st.integers(1, 40), left=st.integers(0, 6), seed=st.integers(0, 99))
-@settings(max_examples=25, deadline=None)
-def test_prefix_equals_sequence_at_the_last_position(time: int, left: int, seed: int) -> None:
-    torch.manual_seed(seed)
-    prefix, seq = _gate("prefix"), SeqGate(5).double()
-    seq.load_state_dict(prefix.state_dict())
-    x = torch.randn(2, left + time, 5, dtype=torch.float64)
-    mask = torch.ones(2, left + time)
-    mask[0, :left] = 0
-    assert (prefix(x, mask)[:, -1] - seq(x, mask)[:, -1]).abs().max() <= 40 * 10 * EPS
-    assert (prefix(x)[:, -1] - seq(x)[:, -1]).abs().max() <= 40 * 10 * EPS
-
-
-@pytest.mark.parametrize("kind", sorted(GATES))
-@pytest.mark.parametrize("junk", [1e30, float("inf"), float("nan")])
-@pytest.mark.parametrize("dtype", [torch.long, torch.bool, torch.float32])
-def test_padding_never_enters(kind: str, junk: float, dtype: torch.dtype) -> None:
-    """Whatever stands there, and whatever the mask's type: not the gate, not its gradient."""
-    gate = _gate(kind)
-    x = torch.randn(2, 7, 5, dtype=torch.float64)
+@every_gate
+@pytest.mark.parametrize("junk", [1e30, float("nan")])
+def test_padding_never_enters(gate: str, junk: float) -> None:
+    """Neither a gate nor its gradient sees what stands in padding, whatever the mask's type."""
+    module, x = _gate(gate), torch.randn(2, 7, 5, dtype=torch.float64)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0]])
     real = mask.bool()
-    clean = gate(x, mask)[real]
     dirty = x.masked_fill(~real[..., None], junk)
-    value = gate(dirty, mask.to(dtype))[real]
-    assert torch.equal(value, clean)
-    if kind == "token":
-        return
-    value.sum().backward()
-    assert gate.bias.grad is not None
-    assert torch.isfinite(gate.bias.grad).all()
+    for dtype in (torch.long, torch.bool, torch.float32):
+        value = module(dirty, mask.to(dtype))[real]
+        assert torch.equal(value, module(x, mask)[real])
+        if gate != "token":
+            value.sum().backward()
+            assert module.bias.grad is not None and torch.isfinite(module.bias.grad).all()
 
 
-@pytest.mark.parametrize("kind", sorted(GATES))
-def test_all_ones_is_no_mask(kind: str) -> None:
-    gate, x = _gate(kind), torch.randn(3, 9, 5, dtype=torch.float64)
-    assert (gate(x) - gate(x, torch.ones(3, 9))).abs().max() <= 8 * EPS
-
-
-@pytest.mark.parametrize("kind", sorted(GATES))
-def test_starts_half_open_and_learns_both(kind: str) -> None:
-    gate = GATES[kind](5)
-    value = gate(torch.randn(2, 3, 5))
+@every_gate
+def test_a_gate_starts_half_open_and_learns_both(gate: str) -> None:
+    module = GATES[gate](5)
+    value = module(torch.randn(2, 3, 5))
     assert torch.equal(value, torch.full((2, 3, 1), 0.5))
     value.sum().backward()
-    assert gate.weight.grad is not None
-    assert gate.bias.grad is not None
-    assert gate.weight.grad.abs().max() > 0
-    assert gate.bias.grad.abs().max() > 0
-
-
-@pytest.mark.parametrize("kind", sorted(GATES))
-def test_causal_says_whether_it_is(kind: str) -> None:
-    gate = _gate(kind)
-    x = torch.randn(2, 8, 5, dtype=torch.float64)
-    later = x.clone()
-    later[:, 5:] += 3
-    same = torch.equal(gate(x)[:, :5], gate(later)[:, :5])
-    assert same is gate.causal is (kind != "seq")
-
-
-@given(cuts=st.lists(st.integers(1, 4), min_size=1, max_size=6), left=st.integers(0, 6), seed=st.integers(0, 99))
-@settings(max_examples=25, deadline=None)
-def test_prefix_gate_in_chunks(cuts: list[int], left: int, seed: int) -> None:
-    torch.manual_seed(seed)
-    gate, time, sums = _gate("prefix"), sum(cuts), RunningSums()
-    x = torch.randn(2, time, 5, dtype=torch.float64)
-    mask = torch.ones(2, time)
-    mask[1, :left] = 0
-    parts = []
-    for a, m in zip(x.split(cuts, 1), mask.split(cuts, 1), strict=True):
-        sums.begin(1, m, a)
-        parts.append(gate(a, m, CachedHistory(sums, 0)))
-    assert (torch.cat(parts, 1) - gate(x, mask)).abs().max() <= 24 * 10 * EPS
-
-
-def test_sequence_gate_refuses_a_history() -> None:
-    with pytest.raises(ValueError, match=r"whole sequence.*use_cache=False"):
-        _gate("seq")(torch.randn(1, 2, 5, dtype=torch.float64), None, CachedHistory(RunningSums(), 0))
+    for parameter in module.parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0
 
 
 def test_counting_tokens_does_not_stop_where_bfloat16_does() -> None:
@@ -151,3 +99,59 @@ def test_counting_tokens_does_not_stop_where_bfloat16_does() -> None:
     x[:, 500:] = -1
     for mask in (None, torch.ones(1, 1000)):
         assert abs(float(gate(x, mask).detach()[0, -1]) - 0.5) <= 2**-8
+
+
+def _filled(coupling: AdditiveCoupling, strength: float = 1.0) -> AdditiveCoupling:
+    with torch.no_grad():
+        for parameter in coupling.parameters():
+            parameter.copy_(torch.randn_like(parameter) * strength / parameter.shape[-1] ** 0.5)
+        coupling.log_scale.fill_(0.3)
+    return coupling
+
+
+@pytest.mark.parametrize("normalize", ["rms", "none"])
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+def test_the_coupling_is_the_formula(normalize: str, activation: str) -> None:
+    c = _filled(AdditiveCoupling(10, 3, activation, normalize=normalize)).double()
+    u = torch.randn(2, 4, 10, dtype=torch.float64) * 5
+
+    def n(x: Tensor) -> Tensor:
+        return x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() if normalize == "rms" else x
+
+    def mlp(m: Any, x: Tensor) -> Tensor:
+        inner = {"gelu": nn.functional.gelu, "relu": torch.relu, "silu": nn.functional.silu, "tanh": torch.tanh}
+        return inner[activation](x @ m.down.weight.T + m.down.bias) @ m.up.weight.T + m.up.bias
+
+    s = torch.exp(c.log_scale)
+    a = u[..., :5] + s * mlp(c.f, n(u[..., 5:]))
+    b = u[..., 5:] + s * mlp(c.g, n(a))
+    torch.testing.assert_close(c(u), torch.cat([a, b], -1), rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(c.shift(u), torch.cat([a, b], -1) - u, rtol=1e-12, atol=1e-12)
+
+
+def test_the_coupling_starts_as_the_identity_and_able_to_learn() -> None:
+    """At any scale. The last projections are zero and nothing else: their gradients are not."""
+    u = torch.randn(2, 3, 8)
+    for scale in (0.01, 1.0, 30.0):
+        c = AdditiveCoupling(8, 4, init_scale=scale)
+        assert torch.equal(c(u), u) and torch.equal(c.inverse(u), u)
+        assert c.log_scale.shape == (1,)
+        torch.testing.assert_close(c.scale, torch.tensor([scale]))
+        (c(u) * torch.randn(2, 3, 8)).sum().backward()
+        for mlp in (c.f, c.g):
+            assert mlp.up.weight.grad is not None and mlp.up.weight.grad.abs().max() > 0
+            assert mlp.down.weight.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"width": 7}, r"7 is odd.*even width"),
+        ({"activation": "swish"}, r"'swish'.*gelu"),
+        ({"normalize": "layer"}, r"'layer'.*'rms' or 'none'"),
+        ({"init_scale": float("nan")}, r"init_scale.*> 0.*nan"),
+    ],
+)
+def test_the_coupling_refuses(arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        AdditiveCoupling(**{"width": 8, "bottleneck": 2, **arguments})
