@@ -1,27 +1,48 @@
-"""Runs that are killed or stopped: real processes, which end as one that ran through does."""
+"""Runs that are killed or stopped: they end as one that ran through does, on as many ranks or others."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import signal
-import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from kill_moments import MOMENTS, QUICK
-from ranks import BIN, Runs, descendants, environment, free_port, rank_pid, torchrun
+from ranks import Runs, RunServer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from toy import Toy
 from waiting import until
 
-from revpatch.ledger.ledger import Ledger
 from revpatch.ledger.maintenance import verify
-from revpatch.train.resume import RunStatus
+
+STEP = "revpatch.step.engine:AccelerateEngine.train_step"
+RESTORE, REPLAY = "revpatch.train.trainer:restore_state", "revpatch.train.trainer:write_replay"
+ENTRY, SNAPSHOT = "revpatch.ledger.patch_file:write_atomically", "revpatch.train.snapshot:write_atomically"
+MOMENTS: dict[str, tuple[str, int, str]] = {
+    "a rank, in a step": (STEP, 8, "before"),
+    "a snapshot, half": (SNAPSHOT, 2, "half"),
+    "an entry without its line": ("revpatch.ledger.ledger:write_entry", 4, "after"),
+    "a rollback, before its event": (RESTORE, 2, "after"),
+    "all ranks, in a step": (STEP, 11, "after"),
+    "before the first snapshot": ("revpatch.train.trainer:Trainer._log", 1, "before"),
+    "a ledger's entry, half": (ENTRY, 4, "half"),
+    "a journal's line, half": ("revpatch.ledger.journal:Journal._write", 14, "half"),
+    "a probe": ("revpatch.train.state:Watch.measure", 5, "before"),
+    "a commit, before its entry": ("revpatch.train.trainer:Trainer._commit", 1, "before"),
+    "a commit, before its event": (REPLAY, 1, "after"),
+    "a commit, before its snapshot": ("revpatch.train.trainer:Trainer.take_snapshot", 3, "before"),
+    "between phases": ("revpatch.train.trainer:Trainer._begin", 2, "before"),
+    "before its end is recorded": ("revpatch.monitoring.record:Record.end", 1, "before"),
+}
+"""The call at which a rank is killed: the target, its n-th call, and when of it."""
+
+
+def kill_at(moment: str) -> dict[str, Any]:
+    rank = {"a rank, in a step": 1, "all ranks, in a step": "all"}.get(moment, 0)
+    return {"rank": rank, **dict(zip(("target", "call", "when"), MOMENTS[moment], strict=True))}
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +55,11 @@ def through(make_runs: Callable[..., Runs]) -> Runs:
 
 
 @pytest.mark.parametrize(
-    "moment", [pytest.param(key, marks=[] if key in QUICK else [pytest.mark.slow]) for key in MOMENTS]
+    "moment", [pytest.param(key, marks=[] if n < 4 else [pytest.mark.slow]) for n, key in enumerate(MOMENTS)]
 )
 def test_a_run_that_was_killed_ends_with_the_same_commits(through: Runs, moment: str) -> None:
     name = moment.replace(" ", "_").replace(",", "")
-    kill = {"rank": 1 if moment == "a rank, in a step" else 0, **MOMENTS[moment]}
-    codes = through.run(name, kill=kill)
+    codes = through.run(name, kill=kill_at(moment))
     assert -signal.SIGKILL in codes and 0 not in codes, (codes, through.log(name).read_text())
     assert through.run(name) == [0, 0], through.log(name).read_text()
     assert "going on with the run in" in through.log(name).read_text()
@@ -50,120 +70,73 @@ def test_a_run_that_was_killed_ends_with_the_same_commits(through: Runs, moment:
     assert (through.path(name) / replay).read_bytes() == (through.path("through") / replay).read_bytes()
 
 
-def test_what_is_written_anew_begins_after_the_snapshot_or_at_the_start(toy: Toy, tmp_path: Path) -> None:
-    new = RunStatus(tmp_path, toy.config(tmp_path))
-    assert new.again is None
-    assert replace(new, begun=True).again == 0, "killed before its first snapshot, it left curves"
-    assert replace(new, begun=True, snapshot=SimpleNamespace(step=5)).again == 6  # type: ignore[arg-type]
-
-
-def test_a_third_resume_is_as_good_as_the_first(through: Runs) -> None:
-    step = "revpatch.step.engine:AccelerateEngine.train_step"
-    for call in (8, 9, 12):
-        assert 0 not in through.run("thrice", kill={"rank": 0, "target": step, "call": call, "when": "before"})
-    assert through.run("thrice") == [0, 0]
-    assert through.commits("thrice") == through.commits("through")
-    records = Ledger(through.path("thrice/ledger"), readonly=True).journal.records()
-    resumed = [event["snapshot"] for event in records if event["event"] == "resume"]
-    assert len(resumed) == 3 and resumed == sorted(resumed) and resumed[0] < resumed[2], "each got further"
-
-
-def test_the_lower_rate_after_a_rollback_is_gone_on_with(through: Runs) -> None:
-    log = {"target": "revpatch.train.trainer:Trainer._log", "call": 6, "when": "before"}
-    assert 0 not in through.run("slower", kill={"rank": 0, **log})
-    assert through.run("slower") == [0, 0]
-    assert through.events("slower", "resume")[0]["snapshot"] == "step000000000010.safetensors", (
-        "after the rollback at step 6"
-    )
-    assert through.commits("slower") == through.commits("through")
-
-
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_killed_in_the_resume_itself(through: Runs, when: str) -> None:
+def test_killed_in_the_resume_itself_again_and_again(through: Runs) -> None:
     """Between the journal's line and the renaming, and after both."""
-    name = f"resumed_{when}"
-    step = {"target": "revpatch.step.engine:AccelerateEngine.train_step", "call": 11, "when": "before"}
-    assert 0 not in through.run(name, kill={"rank": 0, **step})
-    target = "revpatch.ledger.ledger:_aside" if when == "before" else "revpatch.train.state:go_back"
-    assert 0 not in through.run(name, kill={"rank": 0, "target": target, "call": 1, "when": when})
-    assert through.run(name) == [0, 0], through.log(name).read_text()
-    assert through.commits(name) == through.commits("through")
-    assert verify(through.path(name)).ok
+    for target, call, when in (
+        (STEP, 5, "before"),  # an entry of step 4 is newer than the snapshot
+        ("revpatch.ledger.ledger:_aside", 1, "before"),
+        ("revpatch.train.state:go_back", 1, "after"),
+        (STEP, 4, "before"),
+    ):
+        kill = {"rank": 0, "target": target, "call": call, "when": when}
+        assert -signal.SIGKILL in through.run("again", kill=kill), through.log("again").read_text()
+    assert through.run("again") == [0, 0], through.log("again").read_text()
+    assert through.commits("again") == through.commits("through")
+    assert verify(through.path("again")).ok
+    resumed = [event["snapshot"] for event in through.events("again", "resume")]
+    assert resumed == sorted(resumed) and resumed[0] < resumed[-1], "it got further"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 2])
-def test_under_deepspeed_too(through: Runs, stage: int) -> None:
-    zero = through.folder / f"zero{stage}.json"
-    zero.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+def test_under_deepspeed_too(through: Runs) -> None:
+    zero = through.folder / "zero2.json"
+    zero.write_text(json.dumps({"zero_optimization": {"stage": 2}}))
     engine = ["--set", "engine.kind=deepspeed", "--set", f"engine.deepspeed={zero}"]
-    assert through.run(f"whole{stage}", *engine) == [0, 0]
-    step = {"rank": 1, "target": "revpatch.step.engine:DeepSpeedEngine.train_step", "call": 9, "when": "after"}
-    assert 0 not in through.run(f"killed{stage}", *engine, kill=step)
-    assert through.run(f"killed{stage}", *engine) == [0, 0]
-    assert through.commits(f"killed{stage}") == through.commits(f"whole{stage}")
+    assert through.run("whole", *engine) == [0, 0]
+    step = {"rank": 1, "target": "revpatch.step.engine:DeepSpeedEngine.train_step", "call": 8, "when": "after"}
+    assert 0 not in through.run("killed", *engine, kill=step)
+    assert through.run("killed", *engine) == [0, 0]
+    assert through.commits("killed") == through.commits("whole")
 
 
 @pytest.mark.parametrize(
-    ("sent", "rank"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 1), (signal.SIGINT, 1), (signal.SIGHUP, 0)]
+    ("sent", "rank", "where", "phase"),
+    [
+        (signal.SIGTERM, 0, "revpatch.evaluation.probe:Prober.measure", "first"),
+        (signal.SIGUSR1, 1, "revpatch.evaluation.probe:Prober.measure", "first"),
+        (signal.SIGTERM, 1, REPLAY, "second"),  # in a commit: before the next phase's first step
+    ],
 )
 def test_a_signal_to_any_rank_ends_the_step_and_writes_a_snapshot(
-    through: Runs, sent: signal.Signals, rank: int
+    through: Runs, sent: signal.Signals, rank: int, where: str, phase: str
 ) -> None:
-    name = f"stopped_by_{sent.name}"
-    pids = through.start(name, "--set", "snapshot.every=1000")
-    until(lambda: "first 4/12" in through.log(name).read_text())
-    os.kill(pids[rank], sent)
-    assert through.server.wait() == [75, 75], through.log(name).read_text()
-    stopped = through.events(name, "interrupted")
-    assert len(stopped) == 1 and 4 <= stopped[0]["step"] < 12
-    snapshots = [path.name for path in (through.path(name) / "snapshot").iterdir()]
-    assert snapshots == [f"step{stopped[0]['step']:012d}.safetensors"]
-    assert through.run(name) == [0, 0]
-    assert through.commits(name) == through.commits("through")
-
-
-def test_a_signal_during_a_commit_ends_the_next_phase_before_its_first_step(through: Runs) -> None:
-    name, waiting = "in_a_commit", through.folder / "in_a_commit.log.waiting"
-    commit = {"target": "revpatch.train.trainer:write_replay", "call": 1}
-    pids = through.start(name, wait_at=commit)
+    name = f"{sent.name}_{phase}"
+    waiting = through.folder / f"{name}.log.waiting"
+    call = 2 if phase == "first" else 1
+    pids = through.start(name, "--set", "snapshot.every=1000", wait_at={"target": where, "call": call})
     until(waiting.exists)
-    os.kill(pids[1], signal.SIGTERM)
+    os.kill(pids[rank], sent)
     waiting.unlink()
     assert through.server.wait() == [75, 75], through.log(name).read_text()
-    assert [event["phase"] for event in through.events(name, "interrupted")] == ["second"]
-    step = through.events(name, "interrupted")[0]["step"]
-    suffix = "" if step else "_start"
+    (stopped,) = through.events(name, "interrupted")
+    assert stopped["phase"] == phase and stopped["step"] < 8
     newest = max(path.name for path in (through.path(name) / "snapshot").iterdir())
-    assert newest == f"step{12 + step:012d}{suffix}.safetensors"
+    step = stopped["step"] + (8 if phase == "second" else 0)
+    assert newest == f"step{step:012d}{'' if stopped['step'] else '_start'}.safetensors"
     assert through.run(name) == [0, 0]
     assert through.commits(name) == through.commits("through")
-
-
-def test_a_second_sigterm_exits_at_once(through: Runs) -> None:
-    probe = "revpatch.train.state:Watch.measure"
-    pids = through.start("twice", world=1, wait_at={"target": probe, "call": 2})
-    until(lambda: (through.folder / "twice.log.waiting").exists())
-    os.kill(pids[0], signal.SIGTERM)
-    time.sleep(0.05)
-    os.kill(pids[0], signal.SIGTERM)  # a launcher passing on what its ranks got as well
-    time.sleep(0.5)
-    os.kill(pids[0], signal.SIGTERM)
-    assert through.server.wait(timeout=5) == [128 + signal.SIGTERM]
-    assert through.run("twice", world=1) == [0]
 
 
 def test_a_second_sigterm_ends_a_rank_that_waits_for_another(through: Runs) -> None:
-    """Python's own handlers would not run there."""
+    """Python's own handlers would not run there. Signals within half a second are one."""
     pids = through.start("waiting", wait_at={"target": "revpatch.evaluation.probe:Prober.measure", "call": 2})
     until(lambda: (through.folder / "waiting.log.waiting").exists())
-    time.sleep(0.5)
-    for _ in range(2):
+    for _ in range(3):
         os.kill(pids[1], signal.SIGTERM)
-        time.sleep(0.5)
-    until(lambda: Path(f"/proc/{pids[1]}/stat").read_text().split(") ")[1][0] == "Z", timeout=3)
+        time.sleep(0.6)
+    until(lambda: Path(f"/proc/{pids[1]}/stat").read_text().split(") ")[1][0] == "Z")
     os.kill(pids[0], signal.SIGKILL)
-    assert through.server.wait(timeout=10) == [-signal.SIGKILL, 128 + signal.SIGTERM]
+    assert through.server.wait() == [-signal.SIGKILL, 128 + signal.SIGTERM]
 
 
 def test_a_full_disk_stops_the_run_in_words_and_loses_nothing(through: Runs) -> None:
@@ -173,49 +146,60 @@ def test_a_full_disk_stops_the_run_in_words_and_loses_nothing(through: Runs) -> 
     assert largest < snapshot
     assert 0 not in through.run("full", limit=(largest + snapshot) // 2)
     words = through.log("full").read_text()
-    assert "could not write" in words and "snapshot/step000000000005.safetensors" in words
+    assert "could not write" in words and "snapshot/step000000000003.safetensors" in words
     assert "another rank has ended" in words
     assert through.run("full") == [0, 0], through.log("full").read_text()
     assert through.commits("full") == through.commits("through")
 
 
-@pytest.mark.slow
-def test_torchrun_that_is_told_to_stop_leaves_a_snapshot(through: Runs) -> None:
-    options = ["train", str(through.config), "--set", f"output_dir={through.path('told')}"]
-    options += ["--set", "snapshot.every=1000", "--set", "phases.0.steps=2000"]
-    with through.log("told").open("w") as log:
-        process = subprocess.Popen(
-            [*torchrun(2), "-m", "revpatch", *options], env=environment(), stdout=log, stderr=log
-        )
-        try:
-            until(lambda: "first 4/2000" in through.log("told").read_text(), timeout=120)
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(60) != 0
-        finally:
-            process.kill()
-    assert through.events("told", "interrupted"), through.log("told").read_text()
-    assert len(list((through.path("told") / "snapshot").iterdir())) == 1
+def losses(run: Path) -> dict[int, float]:
+    """loss by step of the run, from TensorBoard's files, as they count after a purge."""
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    return {scalar.step: scalar.value for scalar in events.Scalars("loss/loss")}
 
 
-@pytest.mark.slow
-def test_deepspeed_passes_the_exit_code_on(through: Runs) -> None:
-    """A signal to the ranks themselves, found as the docs say: not to the launchers, which would end them."""
-    root = Path(__file__).parents[2]
-    docs = [" ".join((root / name).read_text("utf-8").split()) for name in ("docs/OPERATIONS.md",)]
-    (pattern,) = {found for doc in docs for found in re.findall(r"pkill -TERM -f '([^']+)'", doc)}
-    assert all(pattern in doc for doc in docs)
-    command = [str(BIN / "deepspeed"), "--num_accelerators=2", f"--master_port={free_port()}", "--module", "revpatch"]
-    options = ["train", str(through.config), "--set", f"output_dir={through.path('passed')}"]
-    options += ["--set", "phases.0.steps=2000"]
-    with through.log("passed").open("w") as log:
-        process = subprocess.Popen([*command, *options], env=environment(), stdout=log, stderr=log)
-        try:
-            until(lambda: "first 4/2000" in through.log("passed").read_text(), timeout=120)
-            matched = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True).stdout.split()
-            ranks = {int(pid) for pid in matched} & set(descendants(process.pid))
-            assert ranks == {rank_pid(process.pid, rank) for rank in (0, 1)}
-            for pid in ranks:
-                os.kill(pid, signal.SIGTERM)
-            assert process.wait(60) == 75, through.log("passed").read_text()
-        finally:
-            process.kill()
+@pytest.fixture(scope="module")
+def plain(toy: Toy, server: RunServer, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """ "through" is a run of 16 steps on two ranks."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    config = toy.config_file(
+        folder,
+        phases=[{"name": "first", "shards": str(toy.shards("first")), "steps": 16}],
+        optimizer={"lr": 3.0e-3},
+        monitoring={"every": 1, "tensorboard": True},
+        probes={"every": 16, "sets": []},
+        snapshot={"every": 2},
+    )
+    runs = Runs(server, config, folder)
+    assert runs.run("through") == [0, 0], runs.log("through").read_text()
+    return runs
+
+
+@pytest.mark.parametrize(
+    "legs",
+    [
+        [(1, None), (4, None), (2, None)],
+        pytest.param([(2, 2), (4, 1), (1, 0), (2, None)], marks=pytest.mark.slow),
+    ],
+    ids=["ranks", "ranks, engines and ZeRO stages"],
+)
+def test_a_resume_on_other_ranks_or_engines_has_the_same_losses(
+    plain: Runs, legs: list[tuple[int, int | None]]
+) -> None:
+    """Each leg is killed after its fourth step, but the last."""
+    name = f"moved{len(legs)}"
+    for number, (world, stage) in enumerate(legs):
+        options = ["--set", "engine.kind=accelerate", "--set", "engine.deepspeed=null"]
+        if stage is not None:
+            zero = plain.folder / f"zero{stage}.json"
+            zero.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+            options = ["--set", "engine.kind=deepspeed", "--set", f"engine.deepspeed={zero}"]
+        last = number == len(legs) - 1
+        log = {"rank": 0, "target": "revpatch.train.trainer:Trainer._log", "call": 4, "when": "after"}
+        codes = plain.run(name, *options, world=world, **({} if last else {"kill": log}))
+        assert codes == [0] * world if last else 0 not in codes, plain.log(name).read_text()
+    resumed = [event["snapshot"] for event in plain.events(name, "resume")]
+    assert len(set(resumed)) == len(legs) - 1, "each leg made steps of its own"
+    expected, found = losses(plain.path("through")), losses(plain.path(name))
+    assert sorted(found) == sorted(expected) == list(range(1, 17))
+    assert [found[step] for step in range(1, 17)] == pytest.approx([expected[step] for step in range(1, 17)], rel=1e-4)

@@ -160,11 +160,12 @@ def test_every_launcher_runs_the_same_command_to_the_same_commit(toy: Toy, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("launcher", "sent"),
-    [("torchrun", "kill rank 1"), ("torchrun", "stop the launcher"), ("deepspeed", "stop the ranks")],
-    ids=lambda value: value.replace(" ", "_"),
+    ("launcher", "told"),
+    [("torchrun", "the launcher"), ("deepspeed", "the ranks")],
 )
-def test_a_launched_run_that_is_ended_leaves_what_is_whole(toy: Toy, tmp_path: Path, launcher: str, sent: str) -> None:
+def test_a_launched_run_that_is_told_to_stop_leaves_a_snapshot(
+    toy: Toy, tmp_path: Path, launcher: str, told: str
+) -> None:
     """A signal to the ranks is sent as the docs say: to them alone, or the launchers would end them."""
     endless = [{"name": "first", "shards": str(toy.shards("first")), "steps": 100_000}]
     sets = [{"name": "probe", "shards": str(toy.shards("base_probe")), "tolerance": 9.0, "max_blocks": 4}]
@@ -175,9 +176,7 @@ def test_a_launched_run_that_is_ended_leaves_what_is_whole(toy: Toy, tmp_path: P
         process = subprocess.Popen(command(launcher, config, out), env=environment(), stdout=log, stderr=log)
     try:
         until(lambda: "first 4/" in output.read_text(), output.read_text, timeout=120)
-        if sent == "kill rank 1":
-            os.kill(rank_pid(process.pid, rank=1), signal.SIGKILL)
-        elif sent == "stop the launcher":
+        if told == "the launcher":
             process.send_signal(signal.SIGTERM)
         else:
             docs = (Path(__file__).parents[2] / "docs/OPERATIONS.md").read_text("utf-8")
@@ -190,9 +189,5 @@ def test_a_launched_run_that_is_ended_leaves_what_is_whole(toy: Toy, tmp_path: P
         code = process.wait(60)
     finally:
         process.kill()
-    assert code == 75 if sent == "stop the ranks" else code != 0, output.read_text()
-    if sent == "kill rank 1":
-        assert all("orphan" in p.what or "half-written" in p.what for p in verify(out).problems)
-        assert Ledger(out / "ledger").newest("good") is not None
-    else:
-        assert len(events(out, "interrupted")) == len(list((out / "snapshot").iterdir())) == 1
+    assert code == 75 if told == "the ranks" else code != 0, output.read_text()
+    assert len(events(out, "interrupted")) == len(list((out / "snapshot").iterdir())) == 1
