@@ -1,4 +1,4 @@
-"""Starts real ranks for tests: torchrun around rank_checks.py, or any launcher around the command line."""
+"""Start real ranks for tests: any launcher around the command line, or a server that forks them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 from revpatch.durable import to_plain
 from revpatch.ledger.ledger import Ledger, effective
 
-CHECKS = Path(__file__).parent / "training/rank_checks.py"
+SERVER = Path(__file__).parent / "train/run_server.py"
 BIN = Path(sys.executable).parent
 
 
@@ -51,15 +51,6 @@ def run(command: list[str], timeout: float = 180) -> subprocess.CompletedProcess
     return subprocess.CompletedProcess(command, process.returncode, output)
 
 
-def rank_check(name: str, config: Path, *overrides: str, ranks: int = 2) -> dict[str, Any]:
-    """What a check of rank_checks.py found."""
-    out = config.with_name(f"{name}.json")
-    done = run([*torchrun(ranks), str(CHECKS), name, str(config), str(out), *overrides])
-    assert done.returncode == 0, done.stdout
-    found: dict[str, Any] = json.loads(out.read_text())
-    return found
-
-
 def descendants(process: int) -> list[int]:
     """All that a process has started, and what these have."""
     children = [int(pid) for pid in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
@@ -84,7 +75,7 @@ class RunServer:
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, str(CHECKS.with_name("run_server.py"))],
+            [sys.executable, str(SERVER)],
             env=environment(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -110,6 +101,14 @@ class RunServer:
         """Starts ranks and waits for their end."""
         self.start(*args, output=output, world=world, **request)
         return self.wait(timeout)
+
+    def check(self, name: str, config: Path, *overrides: str, ranks: int = 2, **request: Any) -> dict[str, Any]:
+        """What a check of rank_checks.py found on so many ranks."""
+        out, log = config.with_name(f"{name}.json"), config.with_name(f"{name}.log")
+        codes = self.run(config, out, *overrides, output=log, world=ranks, check=name, **request)
+        assert codes == [0] * ranks, log.read_text()
+        found: dict[str, Any] = json.loads(out.read_text())
+        return found
 
     def close(self) -> None:
         """Ends it, and whatever it started."""

@@ -9,7 +9,8 @@ has written half of what it was to write. `wait_at` names a call before which it
 until that is removed. `harm` names probes, by phase and step, that find every loss worse by 1 nat. `swap` has one rank
 find another folder, `also` gives one more options. `limit` is the most bytes that a file may get, as on a disk that is
 full. `cwd` is where they run. `environ` are further variables of theirs, `environs` those of each rank; null takes one
-away, and FREE_PORT in one is a port that is free. `closed` are descriptors that are closed.
+away, and FREE_PORT in one is a port that is free. `closed` are descriptors that are closed. `check` names what of
+rank_checks.py is run in place of the command line.
 """
 
 from __future__ import annotations
@@ -140,7 +141,12 @@ def child(rank: int, port: int, request: dict[str, Any]) -> None:
     also = request.get("also", {"rank": None})
     sys.argv = ["revpatch", *request["args"], *(also["options"] if also["rank"] == rank else [])]
     try:
-        cli.main()
+        if (check := request.get("check")) is not None:
+            import rank_checks
+
+            rank_checks.main(check, *request["args"])
+        else:
+            cli.main()
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)

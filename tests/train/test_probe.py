@@ -9,13 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ranks import Runs, RunServer
 from torch import Tensor, nn
 from toy import Toy, make_base, make_it_look_trained
 
 from revpatch.config import ProbeSetConfig, SidecarConfig
 from revpatch.evaluation.probe import Prober
-from revpatch.ledger.ledger import read_patch
 from revpatch.patch.patched_model import Patch, attach, patch_disabled, recording, switchboard
 from revpatch.patch.sidecar import SidecarOutput
 from revpatch.shards.format import Manifest, ShardWriter
@@ -189,22 +187,3 @@ def test_a_training_step_goes_on_from_where_a_probe_interrupted_it(world: World)
     world.prober(first=10).measure()
     loss.backward()
     assert all(parameter.grad is not None for parameter in world.patch.parameters())
-
-
-def test_ranks_that_share_the_probes_find_what_rank_0_alone_finds(toy: Toy, server: RunServer, tmp_path: Path) -> None:
-    sets = [
-        {"name": "base", "shards": str(toy.shards("base_probe")), "tolerance": 0.5, "max_blocks": 7},
-        {"name": "few", "shards": str(toy.shards("first_probe")), "tolerance": 1.0, "max_blocks": 3},
-    ]
-    phases = [{"name": "first", "shards": str(toy.shards("first")), "steps": 6}]
-    runs = Runs(server, toy.config_file(tmp_path, probes={"every": 3, "sets": sets}, phases=phases), tmp_path)
-    for placement in ("rank0", "all"):
-        assert runs.run(placement, "--set", f"probes.placement={placement}") == [0, 0]
-    alone, shared = (runs.events(name, "probe") for name in ("rank0", "all"))
-    assert len(alone) == len(shared) == 2
-    for one, other in zip(alone, shared, strict=True):
-        for name in ("base", "few"):
-            for key in ("loss", "rise", "gate", "patch_norm", "sparsity"):
-                assert other["sets"][name][key] == pytest.approx(one["sets"][name][key], rel=1e-5, abs=1e-6), key
-    one, other = (read_patch(runs.path(name)).tensors for name in ("rank0", "all"))
-    assert all(torch.equal(one[name], other[name]) for name in one), "the patch doesn't depend on who measures it"

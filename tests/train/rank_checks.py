@@ -1,6 +1,6 @@
-"""What the multi-rank tests run on every rank, under a real launcher:  rank_checks.py CHECK CONFIG OUT.json
+"""Work of several ranks, which run_server.py runs on each of them: the real trainer on real shards, driven by hand.
 
-Each check builds the real trainer on real shards, does its work, and rank 0 writes what it found as JSON.
+Rank 0 writes what a check found as JSON.
 """
 
 from __future__ import annotations
@@ -44,9 +44,10 @@ def run_steps(trainer: Trainer, batches: Iterable[list[MicroBatch]], rate: float
 
 
 def whole_engine(trainer: Trainer) -> dict[str, Any]:
-    """Losses, the bytes on the wire and exact rollback, in one launch."""
+    """Losses, the bytes on the wire, exact rollback, and an engine that sees other ranks."""
     trainer._enter = lambda *_: ("", None)  # type: ignore[method-assign]
-    return {**losses(trainer), **one_step(trainer), **exact_rollback(trainer)}
+    found = {**losses(trainer), **one_step(trainer), **exact_rollback(trainer)}
+    return {**found, "another_world": another_world(trainer)}
 
 
 def exact_rollback(trainer: Trainer) -> dict[str, Any]:
@@ -170,17 +171,17 @@ def nonfinite(trainer: Trainer) -> dict[str, Any]:
     return {"finite": all(bool(torch.isfinite(t).all()) for t in patch_state(trainer.patch).values())}
 
 
-def another_world(trainer: Trainer) -> dict[str, Any]:
-    """An engine that does not see the ranks which the launcher started."""
-    trainer.peers.world = 2
+def another_world(trainer: Trainer) -> str:
+    """The words of an engine that does not see the ranks which the launcher started."""
+    world, trainer.peers.world = trainer.peers.world, 2 * trainer.peers.world
     objective = PatchObjective(trainer.base, trainer.patch, trainer.teacher, trainer.config.objective)
     try:
         make_engine(trainer.config, objective, trainer.peers)
     except RuntimeError as error:
-        return {"error": str(error)}
+        return str(error)
     finally:
-        trainer.peers.world = 1
-    return {"error": ""}
+        trainer.peers.world = world
+    return ""
 
 
 def poisoned_last_step(trainer: Trainer) -> dict[str, Any]:
@@ -243,13 +244,11 @@ def patch_sum(trainer: Trainer) -> float:
 
 
 CHECKS: dict[str, Callable[[Trainer], dict[str, Any]]] = {
-    check.__name__: check
-    for check in (whole_engine, another_world, disagreement, nonfinite, poisoned_last_step, guarded)
+    check.__name__: check for check in (whole_engine, disagreement, nonfinite, poisoned_last_step, guarded)
 }
 
 
-def main() -> None:
-    name, config_file, out, *overrides = sys.argv[1:]
+def main(name: str, config_file: str, out: str, *overrides: str) -> None:
     config = load_config(config_file, overrides)
     launch = Launch.from_environment()
     plan = check(config, launch.world)
@@ -264,7 +263,3 @@ def main() -> None:
         record.close()
         if peers.rank == 0:
             Path(out).write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main()
