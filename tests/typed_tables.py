@@ -73,7 +73,7 @@ ELSEWHERE = {
     ),
     "docs/OPERATIONS.md: revpatch doctor": (
         "measures for a minute",
-        "tests/doctor/test_command.py::test_alone_it_starts_two_ranks_to_measure",
+        "tests/doctor/test_doctor.py::test_ranks_of_this_machine",
     ),
     "docs/OPERATIONS.md: torchrun --nproc_per_node 2 -m revpatch train configs/gpt2_smoke_files.yaml": (
         "a minute",
