@@ -77,7 +77,7 @@ ELSEWHERE = {
     ),
     "docs/OPERATIONS.md: torchrun --nproc_per_node 2 -m revpatch train configs/gpt2_smoke_files.yaml": (
         "a minute",
-        "tests/test_configs.py::test_those_that_need_no_hub_train",
+        "tests/test_config.py::test_one_that_needs_no_hub_trains",
     ),
     "docs/OPERATIONS.md: accelerate launch --config_file launch/accelerate.yaml --num_processes 8 --module revpatch "
     "train CONFIG": ("GPUs", "tests/launch/test_one_host.py::test_accelerate_starts_the_ranks"),
