@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from browser import Browser, Page
 from ranks import environment, free_port
-from typed import ROOT
 
 from revpatch.monitoring.tensorboard import Layout
 
+ROOT = Path(__file__).resolve().parent.parent
 CHARTS = """(() => {
   const all = (node, name, found) => {
     if (node.localName === name) found.push(node);

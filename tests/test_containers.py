@@ -63,16 +63,6 @@ def test_compose_waits_for_the_snapshot_and_keeps_what_is_written(compose: dict[
     assert (COMPOSE.parent / trainer["build"]["context"] / dockerfile).is_file()
 
 
-@pytest.mark.parametrize(
-    ("right", "wrong"), [("stop_grace_period: 2m", "stop_grace_period: soon"), ("shm_size", "shm")]
-)
-def test_the_check_of_compose_sees_mistakes(right: str, wrong: str) -> None:
-    text = COMPOSE.read_text().replace("on-failure:3", "on-failure")
-    assert right in text
-    with pytest.raises(ValueError, match=wrong.split()[-1]):
-        compose_spec.PyCompose.from_yaml(text.replace(right, wrong))
-
-
 def test_kubernetes_takes_its_file_and_the_pods_find_each_other() -> None:
     service, job = yaml.safe_load_all(KUBERNETES.read_text())
     for resource in (service, job):

@@ -1,15 +1,21 @@
-"""The docs: links resolve, named files exist, and every `revpatch ...` is a command with options that there are."""
+"""The docs: links resolve, named files exist, every `revpatch ...` is a command with options that there are, and what
+README.md shows to be typed is typed here and ends well."""
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
+from command import Call
+from toy import CORPORA, Toy, make_text
 
+from revpatch import is_patched
 from revpatch.cli import app
 from revpatch.config.file import load_config
 
@@ -32,19 +38,16 @@ def anchors(path: Path) -> set[str]:
 
 
 @every_doc
-def test_links_resolve(path: Path) -> None:
-    for link in LINK.findall(path.read_text(encoding="utf-8")):
+def test_links_resolve_and_named_files_exist(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    for link in LINK.findall(text):
         if re.match(r"[a-z]+:", link):
             continue
         name, _, anchor = link.partition("#")
         target = (path.parent / name).resolve() if name else path
         assert target.exists(), f"{path.name}: ({link}) leads nowhere"
         assert not anchor or anchor in anchors(target), f"{path.name}: ({link}): no such heading in {target.name}"
-
-
-@every_doc
-def test_named_files_exist(path: Path) -> None:
-    for name in PLACE.findall(path.read_text(encoding="utf-8")):
+    for name in PLACE.findall(text):
         assert (ROOT / name).exists() or (path.parent / name).exists(), f"{path.name}: there is no {name}"
 
 
@@ -91,18 +94,17 @@ def mistake_of(arguments: list[str]) -> str | None:
 
 
 @every_doc
-def test_every_command_in_the_docs_is_one(path: Path) -> None:
-    wrong = {" ".join(call): mistake_of(call) for call in calls(path.read_text(encoding="utf-8"))}
-    assert not {call: why for call, why in wrong.items() if why}
-
-
-@every_doc
-def test_every_key_that_the_docs_set_is_one(path: Path) -> None:
-    """Those for the demo's config, whose phases and sets are the names; a stand-in such as FOLDER is a value too."""
+def test_every_command_and_every_key_that_it_sets_is_one(path: Path) -> None:
+    """Keys are those for the demo's config, whose phases and sets are the names; FOLDER and its like are values."""
     text = path.read_text(encoding="utf-8")
+    wrong = {" ".join(call): mistake_of(call) for call in calls(text)}
+    assert not {call: why for call, why in wrong.items() if why}
     for option in re.findall(r"--set ([\w.]+=[^\s`'\")]+)", text):
         if "=..." not in option and option != "a=b":
             load_config(ROOT / "configs/demo.yaml", [option])
+    if path == DOCS[0]:
+        assert len(wrong) >= 10, "calls are found"
+        assert mistake_of(["train", "C", "--frsh"]) and mistake_of(["ledger", "lgo", "RUN"]) and mistake_of(["trian"])
 
 
 @pytest.mark.parametrize("path", HEADS, ids=lambda path: path.name)
@@ -113,21 +115,43 @@ def test_every_launcher_says_in_its_head_how_it_is_used(path: Path) -> None:
     assert path.name in uses[0]
 
 
-def test_calls_are_found() -> None:
-    text = (
-        "Say `revpatch ledger log RUN` or:\n\n    HF_HUB_OFFLINE=1 revpatch train C --set a=b   # begins\n"
-        "    torchrun -m revpatch train C --fresh\n    revpatch shards build SOURCE... --out F\n"
-        "                                    [--workers N]\n\n```\npython -m revpatch doctor --json\n```\n"
-    )
-    assert [" ".join(call) for call in calls(text)] == [
-        *("train C --set a=b", "train C --fresh", "shards build SOURCE... --out F --workers N", "doctor --json"),
-        "ledger log RUN",
-    ]
+SHORT = "--set base.model=base_model --set base.dtype=float32 --set base.block_size=16 --set sidecar.bottleneck=8"
+SHORT += " --set phases.0.steps=4 --set optimizer.warmup_steps=1 --set probes.every=2 --set batch.new_blocks=4"
+SHORT += " --set batch.replay_blocks=4 --set batch.micro_blocks=4 --set monitoring.samples.max_new_tokens=2"
+SHORT += " --set probes.sets.0.tolerance=1 --set rollback.max_drift=2 --set replay.own_blocks=32"
+TYPED = {
+    "shards build": ["data/mine: "],
+    "train": ["commit 000_mine_commit.safetensors"],
+    "generate": ["learned"],
+    "report": ["plasticity"],
+    "ledger log": ["000_mine_commit.safetensors"],
+    "ledger verify": ["journal", "can be removed"],
+}
+"""Commands of README.md's example, and words of what each call of them prints."""
 
 
-@pytest.mark.parametrize(
-    "call", ["trian C", "train C --frsh", "train A B", "ledger lgo RUN", "train C --set", "shards build A --oot F"]
-)
-def test_a_wrong_command_is_seen(call: str) -> None:
-    assert mistake_of(call.split()) is not None
-    assert mistake_of(["train", "C", "--set", "a=b"]) is None
+def test_the_readmes_example_ends_well(
+    toy: Toy, tmp_path: Path, revpatch: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its commands, its lines of Python and its tree of files, on the toy's base for GPT-2 and for few steps."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    example = readme[readme.index("## Your own text with GPT-2") : readme.index("A run can be stopped")]
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    (tmp_path / "base_model").symlink_to(toy.base)
+    lines = [json.dumps({"text": make_text(i, CORPORA["first"])}) for i in range(150)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(lines) + "\n")
+    monkeypatch.chdir(tmp_path)
+    more = {"train": SHORT.split(), "generate": ["--max-new-tokens", "2"]}
+    instead = {"gpt2": "base_model", "1024": "16"}
+    expected = {name: list(words) for name, words in TYPED.items()}
+    for call in calls("\n".join(line for line in example.splitlines() if line.startswith("    "))):
+        (name,) = (each for each in TYPED if " ".join(call).startswith(each))
+        done = revpatch(*(instead.get(word, word) for word in call), *more.get(name, []))
+        assert done.code == 0 and expected[name].pop(0) in done.out, done
+    assert not any(expected.values()), "a command that README.md no longer shows"
+    names: dict[str, Any] = {}
+    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    exec(compile(code, "README.md", "exec"), names)
+    assert not is_patched(names["model"])
+    tree = re.findall(r"^      ([\w./]+) ", readme[readme.index("    runs/NAME/") :], re.MULTILINE)
+    assert len(tree) == 7 and not [each for each in tree if not (tmp_path / "runs/gpt2_own_text" / each).exists()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import errno
 import fcntl
 import json
@@ -10,8 +9,6 @@ import logging
 import os
 import pwd
 import select
-import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Callable
@@ -19,15 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import Call, one_line
+from command import Call
 from full_disk import full_disk
 from ranks import Runs, RunServer
 from toy import Toy
 from waiting import until
 
-from revpatch import doctor as examine
-from revpatch.config import ConfigError
-from revpatch.config.file import load_config
+from revpatch import doctor
 from revpatch.distributed import cores, quota_of
 from revpatch.durable import lock_file, sync_directory, write_atomically
 from revpatch.monitoring.tensorboard import Board
@@ -41,14 +36,14 @@ from revpatch.shards.format import Shard
 def runs(toy: Toy, server: RunServer, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Runs of one short config; that in "whole" was seen to its end."""
     folder = tmp_path_factory.mktemp("lost")
-    phases = [{"name": name, "shards": str(toy.shards(name)), "steps": 4} for name in ("first", "second")]
-    config = toy.config_file(folder, phases=phases, probes={"every": 2}, monitoring={"every": 1})
+    phases = [{"name": "first", "shards": str(toy.shards("first")), "steps": 4}]
+    config = toy.config_file(folder, phases=phases, probes={"every": 2, "sets": []}, monitoring={"every": 1})
     runs = Runs(server, config, folder)
     assert runs.run("whole", world=1) == [0], runs.log("whole").read_text()
     return runs
 
 
-def a_pipe(runs: Runs, start: Callable[[str], None]) -> None:
+def a_pipe(runs: Runs, start: Callable[[str], object]) -> None:
     """Whose reader ends after the first bytes."""
     path = runs.folder / "pipe"
     os.mkfifo(path)
@@ -58,50 +53,17 @@ def a_pipe(runs: Runs, start: Callable[[str], None]) -> None:
     os.close(reader)
 
 
-def a_terminal(runs: Runs, start: Callable[[str], None]) -> None:
-    """That is closed after the first bytes."""
-    master, terminal = os.openpty()
-    start(os.ttyname(terminal))
-    assert os.read(master, 10)
-    os.close(terminal)
-    os.close(master)
-
-
-GONE: dict[str, Callable[[Runs, Callable[[str], None]], None]] = {
-    "a pipe": a_pipe,
-    "a terminal": a_terminal,
-    "a full device": lambda runs, start: start("/dev/full"),
-    "closed": lambda runs, start: start("/dev/null"),
-}
-
-
-@pytest.mark.parametrize("where", GONE)
+@pytest.mark.parametrize("where", ["a pipe", "a full device"])
 def test_training_does_not_depend_on_what_is_printed(runs: Runs, where: str) -> None:
     name = where.replace(" ", "_")
     options = ["train", runs.config, "--set", f"output_dir={runs.path(name)}"]
-    closed = [0, 1, 2] if where == "closed" else []
-
-    def start(output: str) -> None:
-        runs.server.start(*options, output=Path(output), closed=closed)
-
-    GONE[where](runs, start)
+    if where == "a pipe":
+        a_pipe(runs, lambda output: [runs.server.start(*options, output=Path(output))])
+    else:
+        runs.server.start(*options, output=Path("/dev/full"))
     assert runs.server.wait() == [0]
     assert runs.commits(name) == runs.commits("whole")
-    assert "second committed" in (runs.path(name) / "train.log").read_text(encoding="utf-8")
-
-
-def test_a_reader_that_has_stopped_is_waited_for_once() -> None:
-    reader, writer = os.pipe()
-    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
-    code = (
-        "import sys; from revpatch import terminal as streams; streams.PATIENCE_SECONDS = 0.2; streams.make_steady();"
-        "streams.never_wait(); [print('x' * 80, flush=True) for _ in range(5000)];"
-        "sys.stderr.write(f'{streams.unwritten()} {streams.reader_has_gone()}')"
-    )
-    done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True, timeout=30)
-    os.close(writer)
-    os.close(reader)
-    assert (done.returncode, done.stderr) == (0, "None False")
+    assert "first committed" in (runs.path(name) / "train.log").read_text(encoding="utf-8")
 
 
 def test_event_files_on_a_full_disk_are_left_out(
@@ -119,51 +81,32 @@ def test_event_files_on_a_full_disk_are_left_out(
 
 # --- what ends a command ----------------------------------------------------------------------------------------------
 
-ENDS: dict[str, tuple[BaseException, int, list[str]]] = {
-    "Ctrl-C": (KeyboardInterrupt(), 130, ["stopped by Ctrl-C"]),
-    "memory": (MemoryError(), 1, ["this machine has no memory left", "batch.micro_blocks"]),
-    "torch's memory": (
-        RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes"),
-        1,
-        ["no memory left", "you tried to allocate 8 bytes", "base.activation_checkpointing"],
-    ),
-    "a GPU's memory": (
+ENDS: list[tuple[BaseException, int, list[str]]] = [
+    (KeyboardInterrupt(), 130, ["stopped by Ctrl-C"]),
+    (MemoryError(), 1, ["this machine has no memory left", "batch.micro_blocks"]),
+    (
         type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has ..."),
         1,
         ["the GPU has no memory left", "Tried to allocate 2 GiB", "batch.micro_blocks"],
     ),
-    "too deep": (RecursionError("maximum recursion depth exceeded"), 2, ["nested too deeply"]),
-    "no package": (ModuleNotFoundError("No module named 'x'", name="x.y"), 1, ["package x", "pip install x"]),
-    "a package without its library": (ImportError("libx.so: not there", name="x"), 1, ["x is installed", "libx.so"]),
-    "no right": (PermissionError(errno.EACCES, "Permission denied", "/x/y"), 2, ["/x/y: Permission denied", "right"]),
-    "no right in a cache": (
-        PermissionError(errno.EACCES, "Permission denied", "/home/.cache/huggingface/hub"),
-        2,
-        ["HF_HOME names another folder"],
-    ),
-    "a folder for a file": (IsADirectoryError(errno.EISDIR, "Is a directory", "/x"), 2, ["/x: Is a", "name a file"]),
-    "no such file": (FileNotFoundError(errno.ENOENT, "No such file", "x"), 2, ["x: No such file", "spelling"]),
-    "a file for a folder": (
-        NotADirectoryError(errno.ENOTDIR, "Not a directory", "/x/y"),
-        2,
-        ["/x/y: Not", "is a file"],
-    ),
-    "a server of files": (OSError(errno.ETIMEDOUT, "Timed out", "/x"), 2, ["/x: Timed out", "system's log"]),
-    "a full disk": (OSError(errno.ENOSPC, "No space left on device", "/x"), 2, ["/x: No space left", "make room"]),
-    "a library's ValueError": (ValueError("Expecting\n value"), 2, ["Expecting value", "not foreseen"]),
-    "a pipe of its own": (BrokenPipeError(errno.EPIPE, "Broken pipe"), 1, ["Broken pipe"]),
-}
+    (RecursionError("maximum recursion depth exceeded"), 2, ["nested too deeply"]),
+    (ModuleNotFoundError("No module named 'x'", name="x.y"), 1, ["package x", "pip install x"]),
+    (PermissionError(errno.EACCES, "Permission denied", "/.cache/huggingface/hub"), 2, ["HF_HOME names another"]),
+    (FileNotFoundError(errno.ENOENT, "No such file", "x"), 2, ["x: No such file", "spelling"]),
+    (OSError(errno.ENOSPC, "No space left on device", "/x"), 2, ["/x: No space left", "make room"]),
+    (ValueError("Expecting\n value"), 2, ["Expecting value", "not foreseen"]),
+]
 """What a command raises from a library; the exit code, and words of the one line."""
 
 
-@pytest.mark.parametrize("name", ENDS)
-def test_what_ends_a_command_is_one_line(revpatch: Call, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    error, code, words = ENDS[name]
-
+@pytest.mark.parametrize(("error", "code", "words"), ENDS)
+def test_what_ends_a_command_is_one_line(
+    revpatch: Call, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, words: list[str]
+) -> None:
     def fail(places: Any) -> None:
         (lambda: (_ for _ in ()).throw(error))().__next__()  # no `raise` of revpatch's
 
-    monkeypatch.setattr(examine, "examine", fail)
+    monkeypatch.setattr(doctor, "examine", fail)
     result = revpatch("doctor")
     assert (result.code, result.out) == (code, ""), result
     assert result.err.startswith("revpatch: ") and result.err.count("\n") == 1, result.err
@@ -172,7 +115,7 @@ def test_what_ends_a_command_is_one_line(revpatch: Call, monkeypatch: pytest.Mon
 
 def test_a_fault_of_ours_is_called_one_and_shows_where(revpatch: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     nothing: dict[str, int] = {}
-    monkeypatch.setattr(examine, "examine", lambda places: nothing["x"])
+    monkeypatch.setattr(doctor, "examine", lambda places: nothing["x"])
     result = revpatch("doctor")
     first, second, *_ = result.err.splitlines()
     assert result.code == 1 and second.startswith("Traceback")
@@ -192,7 +135,6 @@ def test_a_slow_command_says_what_it_does(
         "checking base, tokenizer and shards (",
         f"loading the base {toy.base} (",
         "hashing the base, reading the probe sets (",
-        "measuring the probe sets",
         "first 1/4",
     ]
     found = [shown.find(stage) for stage in stages]
@@ -206,44 +148,24 @@ def test_a_slow_command_says_what_it_does(
 
 # --- CPUs, locks, folders, homes, marks -------------------------------------------------------------------------------
 
-QUOTAS: dict[str, tuple[dict[str, str], float | None]] = {
-    "none": ({}, None),
-    "version 2": ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "150000 100000\n"}, 1.5),
-    "version 2, no limit": ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "max 100000\n"}, None),
-    "a group around it": (
-        {
-            "proc/self/cgroup": "0::/a/b\n",
-            "sys/fs/cgroup/a/b/cpu.max": "max 100000",
-            "sys/fs/cgroup/a/cpu.max": "50000 100000",
-        },
-        0.5,
-    ),
-    "a path of the machine": ({"proc/self/cgroup": "0::/docker/1f\n", "sys/fs/cgroup/cpu.max": "100000 100000"}, 1.0),
-    "version 1": (
-        {
-            "proc/self/cgroup": "4:memory:/x\n3:cpu,cpuacct:/x\n0::/\n",
-            "sys/fs/cgroup/cpu,cpuacct/x/cpu.cfs_quota_us": "200000\n",
-            "sys/fs/cgroup/cpu,cpuacct/x/cpu.cfs_period_us": "100000\n",
-        },
-        2.0,
-    ),
-    "version 1, no limit": (
-        {
-            "proc/self/cgroup": "3:cpu:/\n",
-            "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n",
-            "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
-        },
-        None,
-    ),
-    "nonsense": ({"proc/self/cgroup": "??\n0::/\n", "sys/fs/cgroup/cpu.max": "x y z"}, None),
-}
+V1 = {"proc/self/cgroup": "4:memory:/x\n3:cpu,cpuacct:/x\n0::/\n"}
+V1 |= {f"sys/fs/cgroup/cpu,cpuacct/x/cpu.cfs_{name}_us": n for name, n in (("quota", "200000"), ("period", "100000"))}
 
 
-@pytest.mark.parametrize("name", QUOTAS)
+@pytest.mark.parametrize(
+    ("files", "quota"),
+    [
+        ({}, None),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "150000 100000\n"}, 1.5),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "max 100000\n"}, None),
+        ({"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/cpu.max": "50000 100000"}, 0.5),
+        (V1, 2.0),
+        ({"proc/self/cgroup": "??\n0::/\n", "sys/fs/cgroup/cpu.max": "x y z"}, None),
+    ],
+)
 def test_no_more_cpus_are_used_than_there_is_time_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], quota: float | None
 ) -> None:
-    files, quota = QUOTAS[name]
     for file, text in files.items():
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text(text)
@@ -265,7 +187,7 @@ def without_locks(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     monkeypatch.setattr(fcntl, "flock", refuse)
 
 
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
 def test_where_no_file_can_be_locked_this_machine_is_kept_out_and_others_are_named(
     toy: Toy,
     tmp_path: Path,
@@ -290,10 +212,7 @@ def test_where_no_file_can_be_locked_this_machine_is_kept_out_and_others_are_nam
         ShardCache(tmp_path / "cache", 1000).get(PlacedShard("pipe:true", 0, 1, Shard("a", 1, 10, "0" * 64), 0, ""))
 
 
-@pytest.mark.parametrize(
-    ("number", "tolerated"),
-    [(errno.EINVAL, True), (errno.ENOTSUP, True), (errno.EBADF, True), (errno.ENOSYS, True), (errno.EIO, False)],
-)
+@pytest.mark.parametrize(("number", "tolerated"), [(errno.EINVAL, True), (errno.EIO, False)])
 def test_folders_that_cannot_be_synced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, tolerated: bool
 ) -> None:
@@ -314,9 +233,8 @@ def test_folders_that_cannot_be_synced(
         assert caught.value.filename == str(tmp_path)
 
 
-@pytest.mark.parametrize("home", [None, "", "here"])
 def test_caches_go_to_a_private_folder_where_there_is_no_home(
-    tmp_path: Path, revpatch: Call, monkeypatch: pytest.MonkeyPatch, home: str | None
+    tmp_path: Path, revpatch: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def unknown(user: int) -> Any:
         raise KeyError(user)
@@ -324,9 +242,7 @@ def test_caches_go_to_a_private_folder_where_there_is_no_home(
     monkeypatch.setattr(pwd, "getpwuid", unknown)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("USER", "")
-    monkeypatch.setenv("HOME", home or "")
-    if home is None:
-        monkeypatch.delenv("HOME")
+    monkeypatch.setenv("HOME", "")
     result = revpatch("ledger", "log", tmp_path / "none")
     folder = tmp_path / f"revpatch-home-{os.geteuid()}"
     first, second = result.err.splitlines()
@@ -335,34 +251,9 @@ def test_caches_go_to_a_private_folder_where_there_is_no_home(
     assert os.environ["HOME"] == str(folder) and folder.stat().st_mode & 0o777 == 0o700
 
 
-MARKS: dict[str, tuple[Callable[[str], bytes], str | None]] = {
-    "UTF-8 with a mark": (lambda text: codecs.BOM_UTF8 + text.encode(), None),
-    "UTF-16": (lambda text: text.encode("utf-16"), None),
-    "Latin-1": (lambda text: text.encode() + b"\n# caf\xe9", "is not UTF-8: save the file as UTF-8"),
-    "half of UTF-16": (lambda text: text.encode("utf-16")[:-1], "is not UTF-16"),
-    "nested": (lambda text: b"[" * 5_000, "nested too deeply"),
-}
-
-
-@pytest.mark.parametrize("suffix", ["yaml", "json"])
-@pytest.mark.parametrize("mark", MARKS)
-def test_a_config_as_editors_write_it(toy: Toy, tmp_path: Path, revpatch: Call, mark: str, suffix: str) -> None:
-    encode, refusal = MARKS[mark]
-    settings = toy.settings(tmp_path)
-    path = tmp_path / f"config.{suffix}"
-    path.write_bytes(encode(json.dumps(settings)))
-    if refusal is None:
-        assert load_config(path) == toy.config(tmp_path)
-    else:
-        one_line(revpatch("train", path), path, refusal)
-        with pytest.raises(ConfigError):
-            load_config(path)
-
-
-@pytest.mark.parametrize("place", ["/proc/run", "/dev/null/run", "file/run"])
-def test_a_run_where_no_folder_can_be_made(toy: Toy, tmp_path: Path, revpatch: Call, place: str) -> None:
+def test_a_run_where_no_folder_can_be_made(toy: Toy, tmp_path: Path, revpatch: Call) -> None:
     (tmp_path / "file").write_text("")
-    result = revpatch("train", toy.config_file(tmp_path), "--set", f"output_dir={tmp_path / place}")
+    result = revpatch("train", toy.config_file(tmp_path), "--set", f"output_dir={tmp_path / 'file/run'}")
     assert result.code == 2 and "Traceback" not in result.err
-    words = f"output_dir = {tmp_path / place}: the folder can't be made"
+    words = f"output_dir = {tmp_path / 'file/run'}: the folder can't be made"
     assert words in result.err and "--set output_dir" in result.err, result.err

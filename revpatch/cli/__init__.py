@@ -66,7 +66,7 @@ def doctor(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Look at versions, GPUs and links, all-reduce, shared memory, disks, caches, locks, limits; exits with 1 if
+    """Look at versions, GPUs and their peer access, all-reduce, shared memory, disks and caches; exits with 1 if
     anything is red. Under a launcher, all machines are looked at together."""
     from revpatch.doctor import Places, examine, print_findings
     from revpatch.doctor.checks import worst

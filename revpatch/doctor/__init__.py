@@ -1,15 +1,13 @@
-"""What is looked at before a run: this machine, its packages, its ranks; under a launcher on all machines together."""
+"""`revpatch doctor`: looks at this machine, its packages and its ranks; under a launcher, at all machines together."""
 
 from __future__ import annotations
 
 import os
 import socket
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from huggingface_hub import constants
 from rich.console import Console
 from rich.table import Table
@@ -18,8 +16,8 @@ from rich.text import Text
 from revpatch.config import Config
 from revpatch.distributed import Launch, rank_and_local_rank
 from revpatch.distributed.ranks import bfloat16_is_slow, process_group
-from revpatch.doctor import bandwidth, checks
-from revpatch.doctor.checks import Finding, launcher, under_launcher, versions
+from revpatch.doctor import checks, ranks
+from revpatch.doctor.checks import Finding
 from revpatch.train.first_use import needs_building
 
 
@@ -35,7 +33,7 @@ class Places:
 
     @classmethod
     def of(cls, config: Config) -> Places:
-        """Those that a config names."""
+        """Return those that a config names."""
         cache = config.stream.shard_cache
         return cls(
             Path(config.output_dir),
@@ -51,70 +49,62 @@ class Examined:
 
     hosts: dict[str, list[Finding]]
     told: bool = True
-    """Whether this rank is to say them: rank 0 if the ranks met; if not, the first of each machine, and whichever has
+    """This rank is to say them: rank 0 if the ranks met; if not, the first of each machine, and whichever has
     met what keeps it from joining."""
 
 
 def examine(places: Places) -> Examined:
-    """Looks at everything; under a launcher every rank calls this."""
-    variables = launcher(os.environ)
-    findings = [variables]
-    if not under_launcher(os.environ):
-        ranks = torch.cuda.device_count() if torch.cuda.is_available() else 2
-        command = [sys.executable, "-m", "revpatch.doctor.bandwidth"]
+    """Look at everything; under a launcher every rank calls this."""
+    host, findings = socket.gethostname(), [ranks.launcher(os.environ)]
+    if not ranks.under_launcher(os.environ):
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 2
         findings += this_machine(places)
-        if ranks > 1:
-            findings.append(bandwidth.between_local_ranks(ranks, command))
-        return Examined({socket.gethostname(): findings})
+        if count > 1:
+            findings.append(ranks.between_local_ranks(count))
+        return Examined({host: findings})
     if rank_and_local_rank()[1] == 0:
         findings += this_machine(places)
-    if variables.colour == "red":
-        return Examined({socket.gethostname(): findings})
+    if findings[0].colour == "red":
+        return Examined({host: findings})
     launch = Launch.from_environment()
     try:
         device = launch.device()
     except ValueError as error:
         advice = "start as many ranks on this machine as it has GPUs, or fewer"
-        return Examined({socket.gethostname(): [*findings, Finding("ranks", "red", str(error), advice)]})
+        return Examined({host: [*findings, Finding("ranks", "red", str(error), advice)]})
     try:
         return Examined(_with_the_others(launch, device, findings), told=launch.rank == 0)
     except (RuntimeError, ConnectionError, ValueError) as error:
-        findings.append(bandwidth.failed(str(error).strip().splitlines()[0][:300]))
-        return Examined({socket.gethostname(): findings}, told=launch.local_rank == 0)
+        return Examined({host: [*findings, ranks.failed(error)]}, told=launch.local_rank == 0)
 
 
 def this_machine(places: Places) -> list[Finding]:
-    """What needs no other rank."""
-    from torch.utils.cpp_extension import get_default_build_root  # imports setuptools
-
-    extensions = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
+    """Return what needs no other rank."""
     on_gpu = torch.cuda.is_available()
+    usable = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     slow = not torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else bfloat16_is_slow()
     findings = [
-        versions(),
-        *checks.gpus_and_links(checks.nvidia_smi, checks.usable_gpus()),
+        checks.versions(),
+        checks.gpus(usable),
+        checks.peer_access(len(usable)),
         checks.bfloat16(slow, on_gpu),
         checks.shared_memory(),
         checks.disk("output", places.output, 10.0),
+        checks.hub_cache(Path(constants.HF_HUB_CACHE), constants.HF_HUB_OFFLINE),
     ]
     if places.cache is not None:
         findings.append(checks.disk("shard cache", places.cache.expanduser(), places.cache_gb))
     if places.built is not None:
         findings.append(checks.disk("built shards", places.built, 10.0))
-    findings += [
-        checks.hub_cache(Path(constants.HF_HUB_CACHE), constants.HF_HUB_OFFLINE),
-        checks.extension_locks(Path(extensions).expanduser()),
-        checks.open_files(),
-    ]
     return findings
 
 
 def _with_the_others(launch: Launch, device: torch.device, findings: list[Finding]) -> dict[str, list[Finding]]:
     with process_group(launch, device, timeout_minutes=2) as peers:
-        measured = bandwidth.measure(device) if launch.world > 1 else None
-        if measured is not None and launch.rank == 0:
-            findings = [*findings, bandwidth.judge_bandwidth(measured, dist.get_backend(), launch.world)]
-        gathered = peers.gather((socket.gethostname(), launch.local_rank, findings))
+        measured = [ranks.measure(device)] if launch.world > 1 else []
+        gathered = peers.gather(
+            (socket.gethostname(), launch.local_rank, findings + (measured if launch.rank == 0 else []))
+        )
     found: dict[str, list[Finding]] = {}
     for host, local_rank, theirs in gathered:
         # The variables of ranks beside the first are told where they are not in order.
@@ -127,7 +117,7 @@ _ORDER = ("red", "yellow", "green")
 
 
 def print_findings(hosts: dict[str, list[Finding]], console: Console) -> None:
-    """One table a host."""
+    """Print one table a host."""
     for host, findings in hosts.items():
         table = Table(title=Text(host), title_justify="left")
         for column in ("", "check", "found", "what to do"):

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from command import Call, Result, in_a_process, one_line
+from command import Call, in_a_process, one_line
 from toy import POSITIONS, Toy
 from trained_run import PROMPT, Run
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -58,56 +56,18 @@ def test_gate_off_is_the_bases_own_text(toy: Toy, text: Callable[..., str]) -> N
     assert text("--gate", "off", "--greedy") == controlled
 
 
-def test_the_patch_speaks_when_it_is_on(text: Callable[..., str]) -> None:
-    learned, held_open, off = (text("--greedy", "--gate", gate) for gate in ("learned", "on", "off"))
-    assert len({learned, held_open, off}) > 1
-    assert learned != off
-    assert text("--greedy") == learned, "learned is the default"
-    assert all(written.startswith(PROMPT) for written in (learned, held_open, off))
-
-
 def test_the_seed_decides_what_is_drawn(text: Callable[..., str]) -> None:
     drawn = [text("--seed", seed, "--temperature", "2") for seed in ("1", "1", "2")]
-    assert drawn[0] == drawn[1]
-    assert drawn[0] != drawn[2]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert text("--top-k", "1", "--temperature", "3") == text("--greedy"), "the one most probable is the greedy one"
 
 
-def test_the_other_name_of_the_option_and_a_file_alone_give_the_same(
-    run: Run, text: Callable[..., str], revpatch: Call, tmp_path: Path
-) -> None:
-    entry = run.entry("001_second_commit.safetensors")
-    exported = tmp_path / "patch.safetensors"
-    exported.write_bytes(entry.read_bytes())
-    for path in (entry, exported):
-        result = revpatch("generate", "--patch-ckpt", path, "--prompt", PROMPT, "--max-new-tokens", "16", "--greedy")
-        assert (result.code, result.out) == (0, text("--greedy")), result
-
-
-def test_generating_in_a_process_of_its_own_prints_the_text_alone(run: Run, text: Callable[..., str]) -> None:
-    result = in_a_process(
-        *("generate", "--patch", str(run.entry("001_second_commit.safetensors")), "--prompt", PROMPT),
-        "--max-new-tokens",
-        "16",
-    )
-    assert result == Result(0, text(), "")
-
-
-def test_text_is_printed_to_the_letter(run: Run, revpatch: Call) -> None:
-    prompt = ":bug: [bold]x[/bold]\ta\\b"
-    result = revpatch(
-        *(
-            "generate",
-            "--patch",
-            run.entry("001_second_commit.safetensors"),
-            "--prompt",
-            prompt,
-            "--max-new-tokens",
-            "1",
-        ),
-        "--greedy",
-    )
-    assert result.code == 0
-    assert result.out.startswith(prompt)
+def test_a_process_of_its_own_prints_the_text_alone_and_to_the_letter(run: Run, tmp_path: Path) -> None:
+    """Of a patch file by itself, by the other name of the option."""
+    alone, prompt = tmp_path / "patch.safetensors", ":bug: [bold]x[/bold]\ta\\b"
+    alone.write_bytes(run.entry("001_second_commit.safetensors").read_bytes())
+    done = in_a_process("generate", "--patch-ckpt", str(alone), "--prompt", prompt, "--max-new-tokens", "2")
+    assert (done.code, done.err) == (0, "") and done.out.startswith(prompt), done
 
 
 def test_no_more_is_written_than_the_model_has_room_for(run: Run, toy: Toy, revpatch: Call) -> None:
@@ -169,11 +129,6 @@ def test_several_prompts_and_samples(run: Run, text: Callable[..., str], revpatc
     assert shown == "".join(f"{head}\n{t['text']}\n" for head, t in zip(heads, told["texts"], strict=True))
 
 
-def test_top_k_of_one_is_greedy(text: Callable[..., str]) -> None:
-    assert text("--top-k", "1", "--temperature", "3") == text("--greedy")
-    assert text("--top-k", "300", "--seed", "3") == text("--seed", "3")
-
-
 def test_off_and_learned_side_by_side(text: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     shown = text("--compare", "--greedy")
     assert re.search(r"off\s+. learned", shown)
@@ -211,19 +166,3 @@ def test_a_text_is_shown_while_it_is_written(run: Run, monkeypatch: pytest.Monke
     seen.clear()
     assert json.loads(revpatch(*command, "--json").out)["texts"][0]["text"] + "\n" == result.out
     assert not seen
-
-
-def test_a_page_shows_what_each_commit_writes(run: Run, text: Callable[..., str], tmp_path: Path) -> None:
-    plain = ["--repetition-penalty", "1.15", "--no-repeat-ngram", "4", "--greedy"]
-    tool, page = Path(__file__).resolve().parents[2] / "tools/sample_outputs.py", tmp_path / "page.md"
-    command = [sys.executable, str(tool), str(run.directory), "--prompt", PROMPT, "--max-new-tokens", "16"]
-    subprocess.run([*command, "--out", str(page)], check=True, capture_output=True)
-    told = page.read_text(encoding="utf-8")
-    parts = re.split(r"\*\*(.+)\*\*\n\n", told)
-    assert parts[1::2] == ["the base, without a patch", "000_first_commit", "001_second_commit"]
-    shown = ["".join(part.split()) for part in parts[2::2]]
-    assert shown[0] == "".join(text(*plain, "--gate", "off").split())
-    assert shown[2] == "".join(text(*plain).split())
-    assert f"## {PROMPT}" in told
-    done = subprocess.run([*command[:2], str(tmp_path)], capture_output=True, text=True)
-    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1

@@ -22,23 +22,9 @@ def test_help_lists_the_commands() -> None:
         (["train", "--help"], ["--set", "config"]),
         (
             ["generate", "--help"],
-            [
-                "--patch",
-                "--patch-ckpt",
-                "--prompt",
-                "--prompt-file",
-                "--gate",
-                "--compare",
-                "--json",
-                "--greedy",
-                "--top-k",
-                "--num-samples",
-                "--seed",
-                "--base",
-            ],
+            ["--patch", "--prompt-file", "--gate", "--compare", "--json", "--num-samples", "--base"],
         ),
         (["shards", "build", "--help"], ["--tokenizer", "--block-size", "--out", "--holdout"]),
-        (["ledger", "log", "--help"], ["run"]),
         (["ledger", "verify", "--help"], ["run"]),
     ],
 )
@@ -47,17 +33,12 @@ def test_each_command_explains_itself(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "160")
     result = revpatch(*arguments)
-    assert result.code == 0
     plain = re.sub(r"\x1b\[[0-9;]*m", "", result.out)
-    assert [word for word in words if word not in plain] == []
+    assert result.code == 0 and not [word for word in words if word not in plain]
     assert "local" + "_rank" not in plain
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [["frobnicate"], ["train"], ["generate", "--prompt", "x"], ["generate", "--patch", "x"], ["ledger", "log"]],
-)
+@pytest.mark.parametrize("arguments", [["frobnicate"], ["train"], ["generate", "--prompt", "x"]])
 def test_an_incomplete_command_ends_with_2_and_its_usage(revpatch: Call, arguments: list[str]) -> None:
     result = revpatch(*arguments)
-    assert result.code == 2
-    assert "Usage" in result.err
+    assert result.code == 2 and "Usage" in result.err

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from command import Call, one_line
+from command import Call
 from trained_run import STEPS, Run, copy_of
 
 from revpatch.config import ConfigError
@@ -67,8 +67,3 @@ def test_training_on_does_not_set_a_made_patch_aside(run: Run, revpatch: Call, t
     ):
         run_status(loaded.model_copy(update={"phases": [*loaded.phases, third]}), fresh=False, overwrite=False)
     assert Journal(copied / "ledger/journal.jsonl", readonly=True).head == before
-
-
-def test_a_folder_that_is_no_run(revpatch: Call, tmp_path: Path) -> None:
-    one_line(revpatch("ledger", "log", tmp_path), tmp_path, "not there")
-    assert revpatch("ledger", "verify", tmp_path).code == 1

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from command import Call, Result, in_a_process, one_line
+from command import Call, Result, one_line
 from toy import Toy
 from trained_run import Run
 
 from revpatch.cli import main
 from revpatch.config.file import load_config
 from revpatch.ledger.patch_file import read_entry
-from revpatch.terminal import log_to
-from revpatch.train import startup
 
 NOISE = re.compile(r"warn|deprecat|traceback|it/s\]|\[W\d|\[rank\d|/site-packages/", re.IGNORECASE)
 """What libraries say of themselves; a run's own words have none of it."""
@@ -36,12 +33,8 @@ def test_a_run_ends_well_and_says_nothing_but_its_own_words(run: Run) -> None:
     assert "second committed" in run.result.out
 
 
-def test_the_resolved_config_is_kept_with_the_run(run: Run) -> None:
+def test_the_run_keeps_its_config_and_what_the_terminal_showed(run: Run) -> None:
     assert load_config(run.directory / "config.yaml") == load_config(run.config, run.overrides)
-    assert load_config(run.directory / "config.yaml").optimizer.lr == 2e-2
-
-
-def test_the_log_file_has_what_the_terminal_showed(run: Run) -> None:
     written = [line.split(" ", 2)[2] for line in (run.directory / "train.log").read_text("utf-8").splitlines()]
     shown = run.result.out.splitlines()
     assert len(written) > 10
@@ -57,14 +50,13 @@ def test_commits_learned_their_corpora(run: Run) -> None:
     assert losses["001_second_commit.safetensors"]["second"] < losses["000_first_start.safetensors"]["second"] - 0.1
 
 
-def test_a_folder_that_holds_something_is_refused_and_left_as_it_is(toy: Toy, tmp_path: Path) -> None:
+def test_a_folder_that_holds_something_is_refused_and_left_as_it_is(toy: Toy, tmp_path: Path, revpatch: Call) -> None:
     taken = tmp_path / "run"
     taken.mkdir()
     (taken / "thesis.txt").write_text("ten years of work", encoding="utf-8")
-    result = in_a_process("train", str(toy.config_file(tmp_path)))
-    one_line(result, "output_dir", taken, "neither an empty folder nor a run", "another folder")
-    assert [path.name for path in taken.iterdir()] == ["thesis.txt"]
-    assert (taken / "thesis.txt").read_text(encoding="utf-8") == "ten years of work"
+    words = "output_dir", taken, "neither an empty folder nor a run", "another folder"
+    one_line(revpatch("train", toy.config_file(tmp_path)), *words)
+    assert [path.read_text(encoding="utf-8") for path in taken.iterdir()] == ["ten years of work"]
 
 
 def test_mistakes_in_a_config_are_told_in_words(toy: Toy, tmp_path: Path, revpatch: Call) -> None:
@@ -113,13 +105,6 @@ def test_a_developer_can_have_the_traceback(tmp_path: Path, monkeypatch: pytest.
         main()
 
 
-def test_the_start_up_table_shows_paths_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
-    startup.show_table({"base": "/models/[bold]x[/bold] :bug:", "trainable parameters": 1234567})
-    shown = capsys.readouterr().out
-    assert "/models/[bold]x[/bold] :bug:" in shown
-    assert "1,234,567" in shown
-
-
 def test_warnings_of_libraries_are_kept_from_the_person_and_errors_are_not() -> None:
     code = (
         "from revpatch.terminal import quiet_libraries; quiet_libraries(); import logging, warnings;"
@@ -131,19 +116,3 @@ def test_warnings_of_libraries_are_kept_from_the_person_and_errors_are_not() -> 
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "noise" not in done.stderr + done.stdout
     assert done.stderr.count("trouble") == 4
-
-
-def test_log_lines_are_shown_and_written_as_they_are(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    log = logging.getLogger("revpatch")
-    monkeypatch.setattr(log, "handlers", [])
-    monkeypatch.setattr(log, "propagate", True)
-    monkeypatch.setattr(log, "level", log.level)
-    log_to(tmp_path / "train.log")
-    words = "rolled back to [b]x[/b] :bug: " + "long " * 60
-    log.info(words)
-    assert capsys.readouterr().out == words + "\n"
-    assert (tmp_path / "train.log").read_text(encoding="utf-8").endswith(f" {words}\n")
-    for handler in log.handlers:
-        handler.close()
