@@ -85,7 +85,7 @@ class Record:
         directory: the run's folder, made by `prepare_run`.
         enabled: whether this is rank 0.
         tensorboard: whether to write event files.
-        purge_step: of a run that goes on, the first step that TensorBoard is told anew.
+        purge_step: of a run that resumes, the first step that TensorBoard gets anew.
         trackers: names of the services that get the same numbers.
     """
 
@@ -258,7 +258,7 @@ class Record:
         self.board.scalars(global_step, {tag: value})
 
     def happened(self, global_step: int, kind: str, words: str) -> None:
-        """A line in the log, a text in TensorBoard and, for what `layout.MARKS` names, a mark on the probes' charts."""
+        """A line in the log, a text in TensorBoard and, for what `MARKS` names, a mark on the probes' charts."""
         if self.enabled:
             log.info(words)
             self.board.text(global_step, f"event/{kind}", words)

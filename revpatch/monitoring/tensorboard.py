@@ -178,24 +178,6 @@ def without_tensorflow() -> None:
     sys.modules.setdefault("tensorboard.compat.notf", ModuleType("tensorboard.compat.notf"))
 
 
-def tags_from(directory: Path, step: int, prefix: str) -> list[str]:
-    """The tags with this prefix that have a point at `step` or later in the event files of `directory`, not of the
-    folders in it; a file whose end is torn is read up to there."""
-    without_tensorflow()
-    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
-    from tensorboard.compat.proto.event_pb2 import Event
-
-    found = set()
-    for file in sorted(directory.glob("events.out.tfevents.*")):
-        for record in RawEventFileLoader(str(file)).Load():
-            if prefix.encode() not in record:  # most aren't, and parsing is what takes time
-                continue
-            event = Event.FromString(record)
-            if event.step >= step:
-                found |= {value.tag for value in event.summary.value if value.tag.startswith(prefix)}
-    return sorted(found)
-
-
 log = logging.getLogger("revpatch")
 
 _FLUSH_SECONDS = 10
@@ -208,11 +190,10 @@ class Board:
     also goes to the `trackers`, if there are any. Limits and marks are in folders of `directory`, each of which
     TensorBoard takes for a run of its own, with a name and a colour.
 
-    `purge_step`: after a resume, the first step that will be written again; TensorBoard then hides what an earlier
-    process wrote from there on: numbers when their tags are written again; marks and texts of events, which may not
-    happen again, at once, with a text that says so. A disk that fails is named in the log, and the event files are left
-    out from then on. Raises ImportError if tensorboard is not installed. Numbers are floats or what `float()` takes
-    (one synchronisation each, for a tensor on a GPU); NaN is kept.
+    `purge_step`: after a resume, the first step that is written again, where a text says so; TensorBoard then hides
+    what an earlier process wrote of a tag from there on, once it is written again. A disk that fails is named in the
+    log, and the event files are left out from then on. Raises ImportError if tensorboard is not installed. Numbers are
+    floats or what `float()` takes (one synchronisation each, for a tensor on a GPU); NaN is kept.
     """
 
     def __init__(
@@ -226,8 +207,12 @@ class Board:
         self._heat: dict[str, HeatMap] = {}
         self._ranges: dict[str, tuple[float, float]] = {}
         self._texts: dict[str, tuple[int, list[str]]] = {}
-        if enabled and purge_step is not None:
-            self._hide_from(purge_step)
+        if purge_step is not None:
+            self.text(
+                purge_step,
+                "event/resume",
+                "resumed from here; what is shown of later steps was undone, unless it was written again",
+            )
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """One point on the chart of each tag."""
@@ -307,9 +292,9 @@ class Board:
             self._writer.add_text(tag, "\n\n".join(texts), step)
 
     def mark(self, step: int, kind: str) -> None:
-        """A line, as good as vertical, in the chart of every probe that has been measured; `kind` is one of
-        `layout.MARKS`. TensorBoard keeps one point a step, so it takes the last three; none is later, or a run that
-        goes on from here would have it purged."""
+        """Draw a line, as good as vertical, in the chart of every probe that has been measured; `kind` is one of
+        `MARKS`. TensorBoard keeps one point a step, so it takes the last three; none is later, or a run that resumes
+        here would have it purged."""
         for name, (low, high) in self._ranges.items():
             if self._writer is not None:
                 low, high = (low, high) if low < high else (low - _PADDING, high + _PADDING)
@@ -341,19 +326,6 @@ class Board:
                 writer.close()
         if self._trackers is not None:
             self._trackers.close()
-
-    def _hide_from(self, step: int) -> None:
-        """Hides the lost steps of what an earlier process has written beside, and of events. The loader that
-        TensorBoard prefers knows no purge: there a point hides those of its tag at its step and later ones that were
-        written before it."""
-        for line in DRAWN_BESIDE:
-            if (self._directory / line).is_dir():
-                writer = self._line(line)  # opened now, which says what is purged
-                # At the end of a mark that is kept there is a NaN already; one that begins before is cut.
-                for tag in tags_from(self._directory / line, step, "mark/"):
-                    writer.add_scalar(tag, np.nan, step - 1)
-        for tag in tags_from(self._directory, step, "event/"):
-            self.text(step, tag.removesuffix("/text_summary"), "went on from here; what came later was undone")
 
     def _line(self, name: str) -> _Writer:
         """The writer of what ends with this name in its tag."""

@@ -1,30 +1,22 @@
 """The board: what TensorBoard reads back is what was written, and nothing else shows."""
 
 import io
-import json
 import math
 import os
 import re
 import subprocess
 import sys
-import time
-import urllib.parse
-import urllib.request
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from pages import tensorboard, tensorboard_as_told
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
-from waiting import until
 
 from revpatch.config.file import load_config
 from revpatch.monitoring.tensorboard import (
-    MARKS,
     MAX_COLUMNS,
     TITLE_HEIGHT,
     Board,
@@ -42,23 +34,29 @@ def read_back(directory):
 
 
 def points(accumulator, tag):
-    return [(point.step, point.value) for point in accumulator.Scalars(tag)]
-
-
-def test_scalars_are_read_back_at_their_steps(tmp_path):
-    with Board(tmp_path / "run" / "tensorboard") as board:
-        for step in (0, 20, 40):
-            board.scalars(step, {"objective/total": 4.0 - step / 100, "optimizer/lr": step * 1e-4})
-    read = read_back(tmp_path / "run" / "tensorboard")
-    assert points(read, "objective/total") == [
-        (0, pytest.approx(4.0)),
-        (20, pytest.approx(3.8)),
-        (40, pytest.approx(3.6)),
-    ]
-    assert [value for _, value in points(read, "optimizer/lr")] == pytest.approx([0.0, 2e-3, 4e-3])
+    return [(point.step, pytest.approx(point.value, nan_ok=True)) for point in accumulator.Scalars(tag)]
 
 
 PROBED = {"loss": 3.42, "reference": 3.40, "before": 3.41, "tolerance": 0.03, "gate": 0.1, "patch_norm": 2.0}
+
+
+def test_numbers_and_texts_are_read_back_at_their_steps(tmp_path):
+    with Board(tmp_path / "run/tensorboard") as board:
+        for step in (0, 20, 40):
+            board.scalars(step, {"loss/lm": 4.0 - step / 100, "optimizer/lr": step * 1e-4})
+        board.scalars(40, {"loss/loss": math.nan, "loss/replay": math.inf})
+        board.text(40, "event/quarantine", "one")
+        board.text(40, "event/quarantine", "two")
+        board.gates(30, "new", {3: [0.75, 0.0, 0.0, 0.25]})
+    read = read_back(tmp_path / "run/tensorboard")
+    assert points(read, "loss/lm") == [(0, 4.0), (20, 3.8), (40, 3.6)]
+    assert points(read, "optimizer/lr") == [(0, 0.0), (20, 2e-3), (40, 4e-3)]
+    assert points(read, "loss/loss") == [(40, math.nan)] and points(read, "loss/replay") == [(40, math.inf)]
+    event = read.Tensors("event/quarantine/text_summary")[-1]
+    assert (event.step, event.tensor_proto.string_val[0]) == (40, b"one\n\ntwo"), "TensorBoard keeps the last"
+    (event,) = read.Histograms("gates_on_new/layer_03")
+    assert (event.step, event.histogram_value.bucket) == (30, [0.75, 0.0, 0.0, 0.25])
+    assert event.histogram_value.bucket_limit == [0.25, 0.5, 0.75, 1.0]
 
 
 def test_a_probe_is_shown_against_its_reference_its_phase_and_its_limits(tmp_path):
@@ -79,7 +77,7 @@ def test_a_probe_is_shown_against_its_reference_its_phase_and_its_limits(tmp_pat
     for folder, values in {".": tags, **beside}.items():
         read = read_back(tmp_path / folder)
         assert sorted(read.Tags()["scalars"]) == sorted(values)
-        assert all(points(read, tag) == [(500, pytest.approx(value))] for tag, value in values.items())
+        assert all(points(read, tag) == [(500, value)] for tag, value in values.items())
 
 
 def test_a_mark_is_a_line_over_what_the_chart_shows_with_one_point_a_step(tmp_path):
@@ -87,49 +85,31 @@ def test_a_mark_is_a_line_over_what_the_chart_shows_with_one_point_a_step(tmp_pa
         board.mark(10, "commit")
         board.probe(20, "new", {**PROBED, "loss": 5.0, "guarded": False})
         board.probe(40, "new", {**PROBED, "loss": 3.0, "guarded": False})
+        board.has_shown("old", [4.0])  # by an earlier process
+        board.has_shown("broken", [math.nan])
         board.mark(40, "rollback")
-    assert not (tmp_path / "commit").exists()
+    assert not (tmp_path / "commit").exists(), "there was no chart yet"
     read = read_back(tmp_path / "rollback")
-    assert [tag for tag in read.Tags()["scalars"] if tag.startswith("mark/")] == ["mark/new/rollback"]
-    low, high, end = points(read, "mark/new/rollback")
-    assert (low, high) == ((38, 3.0), (39, 5.0))
-    assert (end[0], math.isnan(end[1])) == (40, True)
+    marks = [tag for tag in read.Tags()["scalars"] if tag.startswith("mark/")]
+    assert marks == ["mark/new/rollback", "mark/old/rollback"]
+    assert points(read, "mark/new/rollback") == [(38, 3.0), (39, 5.0), (40, math.nan)]
+    assert points(read, "mark/old/rollback") == [(38, 3.95), (39, 4.05), (40, math.nan)]
 
 
-def test_a_mark_is_seen_in_a_chart_that_this_process_has_not_drawn_yet(tmp_path):
-    with Board(tmp_path) as board:
-        board.has_shown("new", [3.0])
-        board.has_shown("old", [math.nan])
-        board.mark(40, "quarantine")
-    read = read_back(tmp_path / "quarantine")
-    assert [tag for tag in read.Tags()["scalars"] if tag.startswith("mark/")] == ["mark/new/quarantine"]
-    low, high, _ = points(read, "mark/new/quarantine")
-    assert low[1] < 3.0 < high[1]
-
-
-def test_gates_are_histograms_whose_buckets_hold_the_shares(tmp_path):
-    with Board(tmp_path) as board:
-        board.gates(30, "new", {3: [0.75, 0.0, 0.0, 0.25]})
-    (event,) = read_back(tmp_path).Histograms("gates_on_new/layer_03")
-    assert (event.step, event.histogram_value.bucket) == (30, [0.75, 0.0, 0.0, 0.25])
-    assert event.histogram_value.bucket_limit == [0.25, 0.5, 0.75, 1.0]
-
-
-def test_layers_are_drawn_over_steps(tmp_path):
+def test_layers_have_charts_and_a_picture_over_steps(tmp_path):
     with Board(tmp_path) as board:
         for step in (10, 20, 30):
-            board.layers(step, {"gate": {0: 0.0, 1: step / 30}})
+            board.layers(step, {"gate": {0: 0.0, 11: step / 30}})
         board.heat_maps(30)
     read = read_back(tmp_path)
+    assert sorted(read.Tags()["scalars"]) == ["gate/layer_00", "gate/layer_11", "gate/mean"]
+    assert points(read, "gate/mean") == [(10, 1 / 6), (20, 1 / 3), (30, 1 / 2)]
     (image,) = read.Images("gate/layer_by_step")
     pixels = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)))[TITLE_HEIGHT:]
     row, column = pixels.shape[0] // 2, pixels.shape[1] // 3
     assert (pixels[:row] == colours(np.array(0.0))).all(), "the first layer, above"
     for number, step in enumerate((10, 20, 30)):
         assert (pixels[row:, number * column : (number + 1) * column] == colours(np.array(step / 30))).all()
-
-
-def test_a_long_run_has_a_picture_of_bounded_width():
     heat = HeatMap()
     for step in range(10 * MAX_COLUMNS):
         heat.add(step, [0.0, step])
@@ -142,8 +122,7 @@ def test_the_page_of_charts_and_the_hyperparameters_are_kept(tmp_path, toy):
     with Board(tmp_path / "board") as board:
         board.introduce(layout_of(config, 1.0), hyperparameters(config, {"ranks": 2, "device": "cpu"}), ["loss/lm"])
         board.finished()
-    read = read_back(tmp_path / "board")
-    (event,) = read.Tensors("custom_scalars__config__")
+    (event,) = read_back(tmp_path / "board").Tensors("custom_scalars__config__")
     page = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
     charts = {chart.title: list(chart.multiline.tag) for category in page.category for chart in category.chart}
     assert [category.title[:2] for category in page.category] == ["1.", "2.", "3.", "4."]
@@ -160,135 +139,43 @@ def test_the_page_of_charts_and_the_hyperparameters_are_kept(tmp_path, toy):
     assert found["_hparams_/session_end_info"].session_end_info.status == api_pb2.STATUS_SUCCESS
 
 
-def test_every_layer_has_its_own_chart(tmp_path):
-    with Board(tmp_path) as board:
-        board.layers(7, {"gate": {layer: 0.1 * layer for layer in range(11)}, "patch_norm": {7: 2.5}})
-    read = read_back(tmp_path)
-    tags = [f"gate/layer_{layer:02d}" for layer in range(11)]
-    assert sorted(read.Tags()["scalars"]) == [*tags, "gate/mean", "patch_norm/layer_07", "patch_norm/mean"]
-    assert points(read, "gate/mean") == [(7, pytest.approx(0.5))]
-    assert [points(read, tag) for tag in tags] == [[(7, pytest.approx(0.1 * layer))] for layer in range(11)]
-
-
-def test_text_and_numbers_that_are_not_finite(tmp_path):
-    with Board(tmp_path) as board:
-        board.text(1000, "event/rollback", "**base** rose by 0.1 nats")
-        board.text(1001, "event/quarantine", "one")
-        board.text(1001, "event/quarantine", "two")
-        board.scalars(1000, {"objective/total": math.nan, "objective/replay": math.inf})
-    read = read_back(tmp_path)
-    (event,) = read.Tensors("event/rollback/text_summary")
-    assert (event.step, event.tensor_proto.string_val[0]) == (1000, b"**base** rose by 0.1 nats")
-    event = read.Tensors("event/quarantine/text_summary")[-1]
-    assert (event.step, event.tensor_proto.string_val[0]) == (1001, b"one\n\ntwo"), "TensorBoard keeps the last"
-    assert math.isnan(points(read, "objective/total")[0][1])
-    assert points(read, "objective/replay") == [(1000, math.inf)]
-
-
-def test_after_a_resume_the_lost_steps_are_hidden(tmp_path):
+def test_after_a_resume_the_lost_steps_are_hidden_and_a_text_says_so(tmp_path):
     with Board(tmp_path) as board:
         for step in (10, 20, 30):
             board.scalars(step, {"loss": 1.0, "probe/base/limit": 3.0})
-    time.sleep(1.1)  # the files are read in the order of their names, which have the second
+    for file in tmp_path.rglob("events.out.*"):
+        file.rename(file.with_name("events.out.tfevents.0000000001"))  # the files are read in the order of their names
     with Board(tmp_path, purge_step=20) as board:
-        board.scalars(20, {"loss": 2.0})
-    assert points(read_back(tmp_path), "loss") == [(10, 1.0), (20, 2.0)]
-    assert points(read_back(tmp_path / "limit"), "probe/base/limit") == [(10, 3.0)]
+        board.scalars(20, {"loss": 2.0, "probe/base/limit": 4.0})
+    read = read_back(tmp_path)
+    assert points(read, "loss") == [(10, 1.0), (20, 2.0)]
+    assert points(read_back(tmp_path / "limit"), "probe/base/limit") == [(10, 3.0), (20, 4.0)]
+    (event,) = read.Tensors("event/resume/text_summary")
+    assert event.step == 20 and b"undone" in event.tensor_proto.string_val[0]
 
 
-@contextmanager
-def asked(folder, logs):
-    """What a TensorBoard that was started answers, once it has read the folder: by plugin, run and tag."""
-    with tensorboard(tensorboard_as_told(folder), logs) as address:
-
-        def data(path):
-            try:
-                with urllib.request.urlopen(f"{address}data/{path}", timeout=10) as answer:
-                    return json.load(answer)
-            except OSError:
-                return None
-
-        until(lambda: data("runs"), (logs / "tensorboard.log").read_text)
-        yield lambda plugin, run, tag: data(f"plugin/{plugin}?run={run}&tag={urllib.parse.quote(tag)}")
-
-
-def test_after_a_resume_tensorboard_shows_no_event_that_was_undone(tmp_path):
-    run = tmp_path / "runs/one"
-    with Board(tmp_path / "runs/long") as board:
-        for step in range(120):
-            board.text(step, "event/quarantine", "a shard")
-    with Board(run) as board:
-        board.probe(20, "base", {**PROBED, "guarded": True})
-        for step, kind in ((20, "commit"), (30, "commit"), (23, "rollback"), (20, "quarantine"), (25, "interrupted")):
-            board.text(step, f"event/{kind}", f"{kind} at {step}")
-            if kind in MARKS:
-                board.mark(step, kind)
-    with next(run.glob("events*")).open("ab") as file:
-        file.write(b"\x30\0\0")  # as of a process that was killed
-    time.sleep(1.1)
-    with Board(run, purge_step=21) as board:
-        board.text(21, "event/interrupted", "again")
-    with asked(tmp_path / "runs", tmp_path) as answer:
-
-        def mark(kind):
-            found = answer("scalars/scalars", f"one/{kind}", f"mark/base/{kind}")
-            return [(step, value if value == "NaN" else round(value, 2)) for _, step, value in found]
-
-        def texts(kind):
-            found = answer("text/text", "one", f"event/{kind}/text_summary")
-            return [(each["step"], re.sub("<.*?>|\n", " ", each["text"]).split()) for each in found]
-
-        undone = ["went", "on", "from", "here;", "what", "came", "later", "was", "undone"]
-        kept = [(18, 3.4), (19, 3.44), (20, "NaN")]
-        assert mark("commit") == kept
-        assert mark("quarantine") == kept
-        assert mark("rollback") == [(20, "NaN")], "it was the first one, and cut off where it began"
-        assert texts("commit") == [(20, ["commit", "at", "20"]), (21, undone)]
-        assert texts("rollback") == [(21, undone)]
-        assert texts("quarantine") == [(20, ["quarantine", "at", "20"])], "nothing of it was undone"
-        assert texts("interrupted") == [(21, [*undone, "again"])], "it has happened again"
-        assert len(answer("text/text", "long", "event/quarantine/text_summary")) == 120, "none is thinned out"
-    again = tmp_path / "again"
-    with Board(again) as board:
-        board.text(3, "event/rollback", "one")
-    with Board(again, purge_step=9):
-        pass
-    assert len(read_back(again).Tensors("event/rollback/text_summary")) == 1
-
-
-def test_a_disabled_board_does_nothing(tmp_path):
-    with Board(tmp_path / "tensorboard", enabled=False) as board:
-        board.scalars(0, {"loss": 1.0})
-        board.probe(0, "base", {**PROBED, "guarded": True})
-        board.gates(0, "base", {0: [1.0]})
-        board.mark(0, "commit")
-        board.heat_maps(0)
-        board.introduce({}, {}, [])
-        board.finished()
-        board.layers(0, {"gate": {0: 1.0}})
-        board.text(0, "event/commit", "done")
-        board.close()
-    assert not (tmp_path / "tensorboard").exists()
-
-
-def test_importing_is_lazy_and_nothing_is_heard_of_tensorflow(tmp_path):
+def test_a_disabled_board_does_nothing_and_importing_is_lazy(tmp_path):
+    """Nor is anything heard of a TensorFlow that is installed."""
     noisy = tmp_path / "site" / "tensorflow"
     noisy.mkdir(parents=True)
     (noisy / "__init__.py").write_text("import sys; print('oneDNN custom operations are on', file=sys.stderr)")
     code = (
         "import sys; from pathlib import Path; from revpatch.monitoring.tensorboard import Board\n"
+        "off, on = (Path(place) for place in sys.argv[1:])\n"
+        "with Board(off, enabled=False, purge_step=3) as board:\n"
+        f"    board.scalars(0, {{'loss': 1.0}}); board.probe(0, 'base', { ({**PROBED, 'guarded': True})!r})\n"
+        "    board.gates(0, 'base', {0: [1.0]}); board.layers(0, {'gate': {0: 1.0}}); board.heat_maps(0)\n"
+        "    board.mark(0, 'commit'); board.text(0, 'a', 'b'); board.introduce({}, {}, []); board.finished()\n"
+        "assert not off.exists()\n"
         "assert not any(name.split('.')[0] == 'tensorboard' for name in sys.modules)\n"
-        "board = Board(Path(sys.argv[1])); board.scalars(0, {'loss': 1.0}); board.text(0, 'a', 'b'); board.close()\n"
+        "with Board(on) as board: board.scalars(0, {'loss': 1.0}); board.text(0, 'a', 'b')\n"
         "assert 'tensorflow' not in sys.modules"
     )
-    process = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "board")],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
-    )
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path / 'site'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    folders = [str(tmp_path / name) for name in ("off", "on")]
+    process = subprocess.run([sys.executable, "-c", code, *folders], capture_output=True, text=True, env=env)
     assert (process.returncode, process.stdout, process.stderr) == (0, "", "")
-    assert points(read_back(tmp_path / "board"), "loss") == [(0, 1.0)]
+    assert points(read_back(tmp_path / "on"), "loss") == [(0, 1.0)]
 
 
 def test_every_chart_of_the_page_has_its_numbers(tmp_path, toy, server):

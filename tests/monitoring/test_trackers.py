@@ -1,4 +1,4 @@
-"""Trackers: what a service's client is told through accelerate, by a client that only writes it down."""
+"""Trackers: what a service's client gets through accelerate, from clients that only write it down."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import Runs, RunServer
 from toy import Toy
 
 from revpatch.config import ConfigError
-from revpatch.config.file import load_config
 from revpatch.ledger.journal import Journal
 from revpatch.monitoring.tensorboard import Board
 from revpatch.monitoring.trackers import Trackers, check_trackers
@@ -23,16 +21,16 @@ WANDB = """
 import json, pathlib
 __version__ = "0.30.0"
 class Config:
-    def update(self, values, **options): tell("config", values)
+    def update(self, values, **options): record("config", values)
 class Run:
-    def log(self, values, step=None, **options): tell("log", {"step": step, **values})
-    def finish(self): tell("finish", {})
+    def log(self, values, step=None, **options): record("log", {"step": step, **values})
+    def finish(self): record("finish", {})
 config = Config()
-def tell(what, values):
-    with open(pathlib.Path(__file__).with_name("told.jsonl"), "a") as file:
+def record(what, values):
+    with open(pathlib.Path(__file__).with_name("recorded.jsonl"), "a") as file:
         file.write(json.dumps([what, values]) + "\\n")
 def init(**options):
-    tell("init", options)
+    record("init", options)
     return Run()
 """
 
@@ -40,90 +38,71 @@ MLFLOW = """
 import json, pathlib, types
 limits = types.SimpleNamespace(MAX_PARAM_VAL_LENGTH=6000, MAX_PARAMS_TAGS_PER_BATCH=100)
 utils = types.SimpleNamespace(validation=limits)
-def tell(what, values):
-    with open(pathlib.Path(__file__).with_name("told.jsonl"), "a") as file:
+def record(what, values):
+    with open(pathlib.Path(__file__).with_name("recorded.jsonl"), "a") as file:
         file.write(json.dumps([what, values]) + "\\n")
 def search_experiments(filter_string): return []
 def create_experiment(name, **_): return name
 def start_run(experiment_id, run_name, run_id, **_):
-    tell("start", {"experiment": experiment_id, "name": run_name, "run_id": run_id})
+    record("start", {"experiment": experiment_id, "name": run_name, "run_id": run_id})
     return types.SimpleNamespace(info=types.SimpleNamespace(run_id=run_id or "chosen by MLflow"))
-def log_params(values): tell("config", values)
-def log_metrics(values, step): tell("log", {"step": step, **values})
-def end_run(): tell("finish", {})
+def log_params(values): record("config", values)
+def log_metrics(values, step): record("log", {"step": step, **values})
+def end_run(): record("finish", {})
 """
 
 
 @pytest.fixture
-def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Clients that write down what they are told; gives what they have been told."""
+def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return, when called, what two clients that only write it down were given."""
     site = tmp_path / "site"
     site.mkdir()
-    clients = {"wandb": WANDB, "mlflow": MLFLOW}
-    for name, source in clients.items():
+    for name, source in (("wandb", WANDB), ("mlflow", MLFLOW)):
         (site / f"{name}.py").write_text(source)
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.syspath_prepend(str(site))
-    yield lambda: [json.loads(line) for line in (site / "told.jsonl").read_text().splitlines()]
-    for name in clients:
+    yield lambda: [json.loads(line) for line in (site / "recorded.jsonl").read_text().splitlines()]
+    for name in ("wandb", "mlflow"):
         sys.modules.pop(name, None)
 
 
 @pytest.mark.parametrize(
-    ("service", "begins"),
+    ("service", "begin", "id_key", "known"),
     [
-        ("wandb", ["init", {"project": "revpatch", "name": "mine"}]),
-        ("mlflow", ["start", {"experiment": "revpatch", "name": "mine", "run_id": None}]),
+        ("wandb", "init", "id", {"project": "revpatch", "name": "mine", "resume": "allow"}),
+        ("mlflow", "start", "run_id", {"experiment": "revpatch", "name": "mine"}),
     ],
 )
-def test_a_tracker_is_told_what_the_board_is_told_a_step_at_a_time(
-    service: str, begins: list[Any], told: Any, tmp_path: Path
+def test_a_tracker_gets_what_the_board_gets_and_a_resumed_run_is_the_same_run_to_it(
+    service: str, begin: str, id_key: str, known: dict[str, Any], recorded: Any, tmp_path: Path
 ) -> None:
     check_trackers([service])
-    run = tmp_path / "mine"
-    with Board(tmp_path, enabled=False, trackers=Trackers([service], run)) as board:
-        board.introduce({}, {"optimizer.lr": 0.1}, [])
-        board.scalars(10, {"loss/lm": 2.0})
-        board.layers(10, {"gate": {0: 0.5, 3: 0.7}})
-        board.scalars(20, {"loss/lm": 1.0})
-    first, *others = told()
-    where = {key: first[1].pop(key, None) for key in ("dir", "id", "resume")}
-    assert first == begins
-    assert where["dir"] in (None, str(run))
-    assert others == [
-        ["config", {"optimizer.lr": 0.1}],
-        ["log", {"step": 10, "loss/lm": 2.0, "gate/layer_00": 0.5, "gate/layer_03": 0.7, "gate/mean": 0.6}],
-        ["log", {"step": 20, "loss/lm": 1.0}],
-        ["finish", {}],
-    ]
-
-
-@pytest.mark.parametrize(("service", "begins", "name"), [("wandb", "init", "id"), ("mlflow", "start", "run_id")])
-def test_a_run_that_goes_on_is_the_same_run_to_its_trackers(
-    service: str, begins: str, name: str, told: Any, tmp_path: Path
-) -> None:
-    for step in (10, 20):
+    for ranks in (1, 2):
         with Board(tmp_path, enabled=False, trackers=Trackers([service], tmp_path / "mine")) as board:
-            board.introduce({}, {"ranks": step}, [])
-            board.scalars(step, {"loss/lm": 2.0})
+            board.introduce({}, {"ranks": ranks}, [])
+            board.scalars(10, {"loss/lm": 2.0})
+            board.layers(10, {"gate": {0: 0.5, 3: 0.7}})
+            board.scalars(20, {"loss/lm": 1.0})
     Trackers([service], tmp_path / "other").close()
-    first, again, other = (values for what, values in told() if what == begins)
+    first, again, other = (values for kind, values in recorded() if kind == begin)
     kept = json.loads((tmp_path / "mine/trackers.json").read_text())[service]
-    assert again[name] == kept != other[name]
-    assert {"wandb": [kept] * 2, "mlflow": [None, kept]}[service] == [first[name], again[name]]
-    # MLflow refuses another value of what it was told once.
-    ranks = [values["ranks"] for what, values in told() if what == "config"]
-    assert ranks == {"wandb": [10, 20], "mlflow": [10]}[service]
-    assert [again.get("resume")] == {"wandb": ["allow"], "mlflow": [None]}[service]
+    assert {key: first[key] for key in known} == known and first.get("dir") in (None, str(tmp_path / "mine"))
+    assert first[id_key] == (kept if service == "wandb" else None)  # MLflow chooses its own
+    assert again[id_key] == kept != other[id_key]
+    logged = [
+        {"step": 10, "loss/lm": 2.0, "gate/layer_00": 0.5, "gate/layer_03": 0.7, "gate/mean": 0.6},
+        {"step": 20, "loss/lm": 1.0},
+    ]
+    assert [values for kind, values in recorded() if kind == "log"] == 2 * logged, "a step at a time"
+    assert [values for kind, values in recorded() if kind == "finish"] == 3 * [{}]
+    # MLflow refuses another value of what it has.
+    ranks_seen = [values["ranks"] for kind, values in recorded() if kind == "config"]
+    assert ranks_seen == {"wandb": [1, 2], "mlflow": [1]}[service]
 
 
-def test_a_file_of_ids_that_is_none_is_refused(told: Any, tmp_path: Path) -> None:
-    (tmp_path / "trackers.json").write_text("[1")
-    with pytest.raises(ValueError, match=r"trackers.json: expected the trackers' ids .* remove it"):
-        Trackers(["wandb"], tmp_path)
-
-
-def test_a_service_that_fails_does_not_stop_the_run(told: Any, caplog: Any, monkeypatch: Any, tmp_path: Path) -> None:
+def test_a_service_that_fails_does_not_stop_the_run(
+    recorded: Any, caplog: Any, monkeypatch: Any, tmp_path: Path
+) -> None:
     trackers = Trackers(["wandb"], tmp_path)
     monkeypatch.setattr(sys.modules["wandb"].Run, "log", lambda *_, **__: 1 / 0)
     ours = logging.getLogger("revpatch")
@@ -137,47 +116,41 @@ def test_a_service_that_fails_does_not_stop_the_run(told: Any, caplog: Any, monk
     assert [r.getMessage() for r in caplog.records] == [
         "tracker wandb failed and is left out from here on: division by zero"
     ]
+    (tmp_path / "trackers.json").write_text("[1")
+    with pytest.raises(ValueError, match=r"trackers.json: expected the trackers' ids .* remove it"):
+        Trackers(["wandb"], tmp_path)
 
 
 def test_a_run_without_its_tracker_is_refused_before_anything_starts(
-    toy: Toy, tmp_path: Path, server: RunServer
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ConfigError, match="names mlflow, and that package is not installed: pip install mlflow"):
-        check_trackers(["mlflow"])
-    runs = Runs(server, toy.config_file(tmp_path, monitoring={"trackers": ["mlflow"]}), tmp_path)
-    assert runs.run("refused", world=1) == [2]
-    assert "pip install mlflow" in runs.log("refused").read_text()
-    assert not runs.path("refused").exists()
-
-
-def test_a_folder_of_the_name_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "wandb/run-1").mkdir(parents=True)
+    (tmp_path / "mlflow/run-1").mkdir(parents=True)  # a folder of the name is no package
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    with pytest.raises(ConfigError, match="that package is not installed: pip install wandb"):
-        check_trackers(["wandb"])
+    monkeypatch.delitem(sys.modules, "mlflow", raising=False)
+    with pytest.raises(ConfigError, match="names mlflow, and that package is not installed: pip install mlflow"):
+        train_run(toy.config(tmp_path, monitoring={"trackers": ["mlflow"]}))
+    assert not (tmp_path / "run").exists()
 
 
-def test_a_run_tells_its_tracker_the_probes_of_its_journal(
-    told: Any, toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_run_sends_its_tracker_the_probes_of_its_journal(
+    recorded: Any, toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("revpatch.train.startup.peak_of", lambda *_: 2.0)  # as of a GPU that is known
-    config = toy.config_file(
+    config = toy.config(
         tmp_path,
         monitoring={"trackers": ["wandb"], "samples": {"max_new_tokens": 5}},
         phases=[{"name": "first", "shards": str(toy.shards("first")), "steps": 6}],
         probes={"sets": [{"name": "base", "shards": str(toy.shards("base_probe")), "max_blocks": 4}]},
     )
-    assert not train_run(load_config(config)).interrupted
+    assert not train_run(config).interrupted
     events = Journal(tmp_path / "run/ledger/journal.jsonl", readonly=True).records()
     (probe,) = (event for event in events if event["event"] == "probe")
-    logged = {values["step"]: values for what, values in told() if what == "log"}
+    logged = {values["step"]: values for kind, values in recorded() if kind == "log"}
     assert logged[6]["probe/base/loss"] == pytest.approx(probe["sets"]["base"]["loss"])
     assert logged[6]["loss/lm"] == pytest.approx(probe["training"]["lm"])
     assert 0 < logged[6]["speed/share_of_peak"] < 1
     assert 1e7 < logged[6]["memory/peak_gb"] * 1e9 < 1e11
-    assert logged[6]["wire/bytes_a_step"] == 0, "one rank has nobody to tell"
+    assert logged[6]["wire/bytes_a_step"] == 0, "one rank reduces with nobody"
     samples = [event for event in events if event["event"] == "samples"]
     assert [event["phase"] for event in samples] == ["base", "first"]
-    assert len(samples[0]["texts"]) == 1
     assert samples[0]["texts"][0]["prompt"] == samples[1]["texts"][0]["prompt"] != ""
