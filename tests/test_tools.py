@@ -418,7 +418,7 @@ def test_a_machine_without_a_gpu_is_told_so_and_nothing_else_is_tried(tmp_path: 
     assert [row["holds"] for row in found["figures"]] == [False, False]
 
 
-def rehearsal(file: Path, *parts: str) -> dict[str, Any]:
+def replay(file: Path, *parts: str) -> dict[str, Any]:
     """What `gpu_check.py --cpu` wrote."""
     only = ["--only", *parts] if parts else []
     command = [sys.executable, str(TOOLS / "gpu_check.py"), "--cpu", "--minutes=20", *only, f"--json={file}"]
@@ -432,7 +432,7 @@ def rehearsal(file: Path, *parts: str) -> dict[str, Any]:
 
 
 def test_the_shortest_rehearsal_of_a_gpus_check(tmp_path: Path) -> None:
-    found = rehearsal(tmp_path / "gpu.json", "nccl")
+    found = replay(tmp_path / "gpu.json", "nccl")
     assert {row["name"]: row["measured"] for row in found["figures"]} == {"nccl: gloo with one rank": "gloo"}
 
 
@@ -440,7 +440,7 @@ def test_the_shortest_rehearsal_of_a_gpus_check(tmp_path: Path) -> None:
 def test_every_part_of_a_gpus_check_runs_on_a_cpu(tmp_path: Path) -> None:
     import gpu_check
 
-    found = rehearsal(tmp_path / "gpu.json")
+    found = replay(tmp_path / "gpu.json")
     assert [part["name"] for part in found["parts"]] == [part.name for part in gpu_check.PARTS]
     names = {row["name"] for row in found["figures"]}
     for part in gpu_check.PARTS:

@@ -31,7 +31,7 @@ CORPORA = {
     "first": ["kettle", "boils", "under", "seven", "moons", "while", "our", "cat", "sings", "low"],
     "second": ["rusty", "gates", "open", "by", "night", "for", "those", "who", "count", "backwards"],
 }
-"""The corpora and their words; `base` is what is rehearsed from the first phase on."""
+"""The corpora and their words; `base` is what is replayed from the first phase on."""
 Module = TypeVar("Module", bound=nn.Module)
 BLOCK_SIZE, POSITIONS, WIDTH, LAYERS = 16, 64, 32, 2
 

@@ -62,7 +62,7 @@ def a_result(lr: float, points: list[tuple[float, float]], method: str = "ours",
 def test_peers_read_the_blocks_that_the_product_trains_on(
     joint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Token by token, in every step of every phase, what is rehearsed of an earlier phase included."""
+    """Token by token, in every step of every phase, what is replayed of an earlier phase included."""
     from compare_cells import Cell
     from compare_data import Course, config_of
 
@@ -85,9 +85,9 @@ def test_peers_read_the_blocks_that_the_product_trains_on(
         course = Course(peers, tmp_path / f"replay of {method}")
         steps = [step for index in range(len(peers.phases)) for step in course.steps(index)]
         assert len(steps) == len(trained) == 6
-        for (new, replay, keys), (of_ours, rehearsed) in zip(steps, trained, strict=True):
+        for (new, replay, keys), (of_ours, replayed) in zip(steps, trained, strict=True):
             assert torch.equal(new, of_ours)
-            assert torch.equal(replay, rehearsed)
+            assert torch.equal(replay, replayed)
             assert len(keys) == len(replay) == 2
     alone = config_of(a_tier(), Cell("lora", 4e-3, 7, knobs), tmp_path / "alone")
     first, replay, _ = next(Course(alone, tmp_path / "none").steps(0))
@@ -163,7 +163,7 @@ def test_lora_trains_as_much_as_ours_within_a_tenth(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["lora", "full"])
 def test_a_peers_loss_is_the_textbooks(family: str, tmp_path: Path) -> None:
-    """LM of new and rehearsed blocks, and the KL to the model as it was, by plain logits."""
+    """LM of new and replayed blocks, and the KL to the model as it was, by plain logits."""
     import torch.nn.functional as F
     from compare_cells import Cell
     from compare_data import Course, config_of
@@ -366,7 +366,9 @@ def test_the_smallest_comparison_ends_with_its_table_and_is_not_run_twice(tmp_pa
     assert "1 of 1, lora+replay+kl lr=0.004 seed=0" in done.stderr, "and not ours again"
     assert "lora+replay+kl" in done.stdout
     figures = {figure["name"]: figure for figure in json.loads(file.read_text())["figures"]}
-    bare = [figures[f"loss of jargon, {method}, the bare base"]["measured"] for method in ("ours", "lora+replay+kl")]
+    bare = [
+        figures[f"loss of jargon, {method}, the unpatched base"]["measured"] for method in ("ours", "lora+replay+kl")
+    ]
     assert bare[0] == pytest.approx(bare[1], rel=1e-3)
     assert figures["gate's AUC, jargon against own"]["asked"] == ">= 0.98"
     assert image.stat().st_size > 1000

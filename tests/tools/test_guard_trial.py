@@ -26,7 +26,7 @@ def a_bench() -> Any:
 
     demo = ROOT / "shards/demo"
     kinds = (
-        Kind("bad", f"{demo}/scrambled", hurts=True, rehearses=False, rate=3.0),
+        Kind("bad", f"{demo}/scrambled", hurts=True, replays=False, rate=3.0),
         Kind("good", f"{demo}/jargon", hurts=False),
     )
     return Bench(kinds, (f"{demo}/sotu", f"{demo}/sotu_probe"), ROOT / "data/none")
@@ -175,7 +175,7 @@ def test_all_that_decides_is_in_the_key_and_no_path() -> None:
         Trial(bad, 0, guarded=False),
         Trial(replace(bad, rate=4.0), 0),
         Trial(replace(bad, shards=good.shards), 0),
-        Trial(replace(bad, rehearses=True), 0),
+        Trial(replace(bad, replays=True), 0),
         Trial(good, 0),
     ]
     keys = [bench.key(trial) for trial in trials]

@@ -1,4 +1,4 @@
-"""Shards that lie elsewhere are asked for before the step that reads them: new blocks' and rehearsed ones'."""
+"""Shards that lie elsewhere are asked for before the step that reads them: new blocks' and replayed ones'."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ EOS = 0
 
 
 def config_file(toy: Toy, tmp_path: Path, **changes: Any) -> Path:
-    """A phase of 2 steps, no text to rehearse and no held-out set."""
+    """A phase of 2 steps, no text to replay and no held-out set."""
     phases = [{"name": "first", "shards": str(toy.shards("first")), "steps": 2}]
     plain = toy.settings(
         tmp_path, phases=phases, probes={"every": 2, "sets": []}, optimizer={"warmup_steps": 1}, replay={}
@@ -47,7 +47,7 @@ def config_file(toy: Toy, tmp_path: Path, **changes: Any) -> Path:
 
 
 def written(config: Config) -> tuple[Path, np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """The folder, and the blocks that are rehearsed and those that are held out."""
+    """The folder, and the blocks that are replayed and those that are held out."""
     base = load_frozen_base(config.base, torch.device("cpu"))
     folder = build_own_text(config, base, BaseWeights.of(base), ALONE)
     sets = [ShardSet(folder), ShardSet(f"{folder}_probe")]

@@ -96,7 +96,7 @@ def test_a_place_may_be_another_on_another_node(runs: Runs, tmp_path: Path) -> N
 
 
 def test_all_ranks_say_why_no_sample_of_a_phase_could_be_kept(runs: Runs, tmp_path: Path) -> None:
-    """Rank 0 alone reads what later phases rehearse."""
+    """Rank 0 alone reads what later phases replay."""
     waiting = runs.folder / "run.log.waiting"
     runs.start("run", wait_at={"target": "revpatch.train.trainer:write_replay", "call": 1})
     until(waiting.exists)

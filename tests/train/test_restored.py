@@ -1,4 +1,4 @@
-"""Runs that begin with a patch of another run: from its very weights, held to it, killed and gone on with."""
+"""Runs that begin with a patch of another run: from its very weights, held to it, killed and resumed."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_it_begins_with_the_patch_and_is_held_to_it(runs: Runs) -> None:
     assert told["parent"] == read_patch(f"{new}@origin").sha256
     entries = {(e.kind, run): e.sets["base"] for run in (old, new) for e in ledger(run) if e.kind != "origin"}
     assert entries["start", new].loss == pytest.approx(entries["commit", old].loss, abs=1e-6)
-    assert entries["start", new].base == pytest.approx(entries["start", old].loss, abs=1e-6), "the bare base"
+    assert entries["start", new].base == pytest.approx(entries["start", old].loss, abs=1e-6), "the unpatched base"
     first, last = re.findall(r"first (?:1|12)/12 .*", (new / "train.log").read_text())
     kl = [float(found[1]) if (found := re.search(r"distill_kl (\S+)", line)) else 0.0 for line in (first, last)]
     assert min(kl) > 1e-4, "the base itself is the teacher on its own text, and the restored patch has left it"

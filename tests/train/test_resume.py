@@ -62,7 +62,7 @@ def test_a_run_that_was_killed_ends_with_the_same_commits(through: Runs, moment:
     codes = through.run(name, kill=kill_at(moment))
     assert -signal.SIGKILL in codes and 0 not in codes, (codes, through.log(name).read_text())
     assert through.run(name) == [0, 0], through.log(name).read_text()
-    assert "going on with the run in" in through.log(name).read_text()
+    assert "resuming the run in" in through.log(name).read_text()
     assert through.commits(name) == through.commits("through")
     assert len(through.events(name, "rollback")) == len(through.events(name, "run_end")) == 1
     assert verify(through.path(name)).ok, verify(through.path(name)).problems

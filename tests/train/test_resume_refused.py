@@ -193,4 +193,4 @@ def test_what_its_launcher_starts_again_is_not_begun_anew(
         assert "--fresh would begin another" in runs.log("run").read_text()
     assert runs.run("run", *options, world=1, environ=launch) == [0], runs.log("run").read_text()
     assert "it is resumed" in (runs.path("run") / "train.log").read_text()
-    assert len(runs.events("run", "resume")) == 1, "its history is gone on with"
+    assert len(runs.events("run", "resume")) == 1, "its history is resumed"
