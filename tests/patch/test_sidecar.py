@@ -79,7 +79,7 @@ def test_a_sidecar_is_inverted(gate: str, placement: str, normalize: str) -> Non
             assert _error(result.hidden, u, h) <= (2.5 if input_dtype == torch.bfloat16 else bound)
         for strength in (4.0, 64.0) if coupled else ():  # the map's own conditioning makes of it what it will
             h = (sidecar := make(gate, placement, normalize, dtype, strength))(stream(1, 1, dtype=input_dtype)).hidden
-            assert sidecar.inverse(h).residual <= 16 * torch.finfo(input_dtype).eps
+            assert sidecar.inverse(h).residual <= 16 * torch.finfo(dtype).eps
     assert max(changes) > 0.1
 
 
