@@ -51,9 +51,13 @@ def test_what_is_appended_is_read(path: Path) -> None:
     journal = Journal(path)
     assert (journal.head, path.read_bytes()) == (GENESIS, b"")
     journal = a_journal(path)
-    returned = add(journal, "rollback", reason="naïve ☃\nline", window=[400, 500], new_lr_factor=math.nan)
+    sets = {"a": reading(low=-math.inf, block_losses=[1.0, math.inf])}
+    more = {"window": [400, 500], "new_lr_factor": math.nan, "restored": sets}
+    returned = add(journal, "rollback", reason="naïve ☃\nline", **more)
     assert isinstance(returned, RolledBack) and (returned.window, returned.reason) == ([400, 500], "naïve ☃\nline")
     assert math.isnan(returned.new_lr_factor) and journal.records()[-1]["new_lr_factor"] == "NaN"
+    read = Journal(path).events(RolledBack)[0].restored["a"]
+    assert read.block_losses == [1.0, math.inf] and read.low == -math.inf
     assert abs(datetime.fromisoformat(returned.time) - datetime.now(timezone.utc)) < timedelta(minutes=1)
     again = Journal(path, readonly=True)
     assert again.records() == journal.records() and again.warnings == []
@@ -80,7 +84,7 @@ def test_reading_changes_nothing(path: Path) -> None:
     assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("tail", [b'{"seq":5,"time":"2025', b"\0\0\0\0", b'{"seq":5}', b"\xff"])
+@pytest.mark.parametrize("tail", [b'{"seq":5}', b"\xff"])
 def test_a_torn_last_line_is_set_aside_and_recorded(path: Path, tail: bytes) -> None:
     a_journal(path)
     for number in (1, 2):
@@ -233,16 +237,6 @@ def test_what_is_written_is_read_and_is_the_line_again(path: Path, kind: str) ->
     assert set(KNOWN[kind]) <= set(names)
 
 
-def test_numbers_that_are_not_finite_are_spelt_and_read_back(path: Path) -> None:
-    journal = Journal(path)
-    sets = {"a": reading(float("nan"), low=float("-inf"), block_losses=[1.0, float("inf")])}
-    add(journal, "probe", sets=sets, training={"lm": float("nan")})
-    told = journal.records()[0]
-    assert told["sets"]["a"]["block_losses"] == [1.0, "Infinity"] and told["sets"]["a"]["low"] == "-Infinity"
-    assert (told["sets"]["a"]["loss"], told["training"]) == ("NaN", {"lm": "NaN"})
-    assert to_plain(Journal(path).events()[0].as_record()) == told
-
-
 WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("probe", {"step": "7"}, "field step: "),
     ("probe", {"step": True}, "field step: "),
@@ -281,23 +275,13 @@ def test_what_is_wrong_is_not_written_and_is_named_where_it_is_read(
         assert Ledger(path.parent).entries() == []
 
 
-@pytest.mark.parametrize(
-    ("fields", "words"),
-    [
-        ({"seq": 1}, "'seq' is the journal's own"),
-        ({"facts": {"base": {"dtype": object()}}}, r"event 'run'\.facts\.base\.dtype is a object"),
-    ],
-)
-def test_fields_that_cannot_be_recorded(path: Path, fields: dict[str, Any], words: str) -> None:
-    with pytest.raises(JournalError, match=words):
-        add(Journal(path), "run", **fields)
-    assert path.read_bytes() == b""
-
-
 def test_a_kind_of_another_version_is_read_and_not_written(path: Path) -> None:
     journal = Journal(path)
     with pytest.raises(JournalError, match="event 'quarantined': a journal has no such kind; it has run, phase_start"):
         journal.append("quarantined", shard=1)
+    for fields, words in (({"seq": 1}, "'seq' is the journal's own"), ({"facts": {"a": object()}}, r"\.facts\.a is a")):
+        with pytest.raises(JournalError, match=words):
+            add(journal, "run", **fields)
     add_line(journal, "quarantined", shard=1, why={"a": None})
     (event,) = journal.events()
     assert isinstance(event, UnknownEvent) and to_plain(event.as_record()) == journal.records()[0]

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from full_disk import full_disk
 from past_events import RESUME, add
 from past_run import COMMIT, SETS, START, a_run, a_snapshot, contents, flip, good, metadata, tensors
 
@@ -153,15 +152,6 @@ def test_an_orphan_is_not_written_over_an_earlier_one(run: Path) -> None:
     kept = sorted((run / "ledger").glob(f"{NEW}.orphan*"))
     assert [path.name for path in kept] == [f"{NEW}.orphan{end}" for end in ("", "-2", "-3")]
     assert len({path.read_bytes() for path in kept}) == 3
-
-
-def test_a_full_disk(run: Path) -> None:
-    ledger, before = Ledger(run / "ledger"), contents(run)
-    with full_disk(64_000), pytest.raises(OSError, match="File too large"):
-        ledger.record("commit", 1, "imdb", 9, {"w": torch.zeros(50_000)}, {})
-    assert contents(run) == before
-    record(ledger)
-    assert verify(run).ok
 
 
 def test_resuming_sets_aside_what_came_after_and_it_may_be_written_anew(tmp_path: Path) -> None:

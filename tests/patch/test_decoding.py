@@ -58,13 +58,10 @@ def test_a_cache_agrees_with_one_pass(patched: Build, family: str, gate: str, pl
     """To 1e-5 in float32, where rounding hides much; in float64, and with wilder sidecars, to a few thousand eps."""
     for dtype, strength, bound in ((torch.float32, 0.3, TOLERANCE), (torch.float64, 1.0, 1e-12)):
         model = patched(family, dtype, strength, gate=gate, placement=placement)
-        for cuts, rows, padded in (([12], 3, True), ([1] * 12, 3, False), ([1] * 12, 1, True), ([5, 1, 6], 3, True)):
+        for cuts, rows, padded in (([1] * 12, 3, False), ([1] * 12, 1, True), ([5, 1, 6], 3, True)):
             assert agrees(model, cuts, None, rows, padded) <= bound
-        for rows in (1, 3):
-            cache = StaticCache(config=model.config, max_cache_len=20)
-            for padded in (False, True):  # its empty places are not attended to, mask or none
-                assert agrees(model, [5, 1, 1, 5], cache, rows, padded) <= bound
-                cache.reset()
+        for rows, padded in ((3, True), (1, False)):  # empty places are not attended to, mask or none
+            assert agrees(model, [5, 1, 1, 5], StaticCache(model.config, max_cache_len=20), rows, padded) <= bound
 
 
 @every_causal_gate
@@ -119,14 +116,9 @@ def test_sliding_windows(gate: str, full: int, placement: str) -> None:
     for cuts in ([1] * 12, [5, 3, 4]):
         assert agrees(model, cuts) <= TOLERANCE
     ids, mask = left_padded()
-    for beams in (1, 3):
-        runs = [
-            model.generate(ids, attention_mask=mask, **GREEDY, num_beams=beams, **how)
-            for how in ({"use_cache": False}, {"use_cache": True}, {"cache_implementation": "static"})
-        ]
-        assert torch.equal(runs[1], runs[0]) and torch.equal(runs[2], runs[0])
-    expected = model.generate(ids[1:2], **GREEDY, use_cache=False)
-    assert torch.equal(model.generate(ids[1:2], **GREEDY, prompt_lookup_num_tokens=3), expected)
+    plain = model.generate(ids, attention_mask=mask, **GREEDY, num_beams=3, use_cache=False)
+    for how in ({"use_cache": True}, {"cache_implementation": "static"}):
+        assert torch.equal(model.generate(ids, attention_mask=mask, **GREEDY, num_beams=3, **how), plain)
 
 
 @every_causal_gate
@@ -181,9 +173,10 @@ class _Offloaded(DynamicCache):
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
         self.offloading = False
-        states = super().update(*args, **kwargs)
-        self.offloading = True
-        return states
+        try:
+            return super().update(*args, **kwargs)
+        finally:
+            self.offloading = True
 
 
 def other_cache() -> Cache:
@@ -197,34 +190,15 @@ def test_which_caches_and_calls_a_gate_takes(patched: Build, gate: str) -> None:
     pairs = torch.zeros(3, 1, 12, 20, dtype=torch.bool)
     pairs[..., :12] = True  # every token sees every other
     ends = torch.tensor([0, 5, 12], dtype=torch.int32)  # as `generate_batch` packs rows
+    static, packed = StaticCache(model.config, max_cache_len=20), {"cu_seq_lens_q": ends}
     calls: list[tuple[str, str, Callable[[], Any]]] = [
         ("seq", "whole sequence.*use_cache=False", lambda: model(ids, attention_mask=mask, use_cache=True)),
         ("seq", "whole sequence.*use_cache=False", lambda: model.generate(ids, attention_mask=mask, **GREEDY)),
-        (
-            "prefix seq",
-            r"cu_seq_lens_q says.*several sequences.*gate: token",
-            lambda: logits(model, ids, cu_seq_lens_q=ends),
-        ),
-        (
-            "prefix",
-            "DynamicCache or a StaticCache, found _Other",
-            lambda: in_chunks(model, ids, None, [5, 7], other_cache()),
-        ),
-        (
-            "prefix token",
-            "_Offloaded, is offloaded .* layer by layer.* cache_implementation",
-            lambda: in_chunks(model, ids, None, [5, 7], _Offloaded(config=model.config)),
-        ),
-        (
-            "prefix",
-            r"\(batch, time\).*two-dimensional",
-            lambda: in_chunks(model, ids, pairs, [12], StaticCache(config=model.config, max_cache_len=20)),
-        ),
-        (
-            "prefix",
-            "last of the model's 3 blocks.*in place of assistant_early_exit",
-            lambda: model.generate(ids[1:2], **GREEDY, assistant_early_exit=1),
-        ),
+        ("prefix seq", "cu_seq_lens_q says.*several sequences.*gate: token", lambda: logits(model, ids, **packed)),
+        ("prefix", "or a StaticCache, found _Other", lambda: in_chunks(model, ids, None, [5, 7], other_cache())),
+        ("prefix token", "is offloaded .* layer by layer", lambda: in_chunks(model, ids, None, [5], _Offloaded())),
+        ("prefix", "two-dimensional", lambda: in_chunks(model, ids, pairs, [12], static)),
+        ("prefix", "in place of assistant_early", lambda: model.generate(ids[1:2], **GREEDY, assistant_early_exit=1)),
     ]
     for refused, words, call in calls:
         if gate in refused:
@@ -235,7 +209,7 @@ def test_which_caches_and_calls_a_gate_takes(patched: Build, gate: str) -> None:
         elif gate == "token":
             call()
     if gate == "token":
-        assert torch.equal(logits(model, ids, cu_seq_lens_q=ends), logits(model, ids))
+        assert torch.equal(logits(model, ids, **packed), logits(model, ids))
         assert agrees(model, [5, 7], other_cache(), padded=False) <= TOLERANCE
         expected = model.generate(ids[1:2], **GREEDY, use_cache=False)
         assert torch.equal(model.generate(ids[1:2], **GREEDY, assistant_early_exit=1), expected)
@@ -243,42 +217,24 @@ def test_which_caches_and_calls_a_gate_takes(patched: Build, gate: str) -> None:
     assert uncached.shape == (3, 20)
 
 
-def by_the_base(model: Any, run: Callable[[], Any]) -> None:
-    with patch_disabled(model):
+def read_by(others: str, model: Any, run: Callable[[], Any]) -> None:
+    """Let others than the model's patch go over a cache."""
+    if others == "detached":
+        patch = detach(model)
         run()
-
-
-def by_gates_held(mode: Any) -> Callable[..., None]:
-    def read(model: Any, run: Callable[[], Any]) -> None:
-        set_gate(model, mode)
+        attach(model, patch)
+    elif others in ("on", "off"):
+        set_gate(model, others)  # type: ignore[arg-type]
         run()
         set_gate(model, "learned")
-
-    return read
-
-
-def by_another(model: Any, run: Callable[[], Any]) -> None:
-    with active_patch(model, trained(Patch(16, 3, switchboard(model).attached.config), seed=2)):
-        run()
-
-
-def while_detached(model: Any, run: Callable[[], Any]) -> None:
-    patch = detach(model)
-    run()
-    attach(model, patch)
-
-
-OTHERS = {
-    "the base": by_the_base,
-    "open gates": by_gates_held("on"),
-    "closed gates": by_gates_held("off"),
-    "another patch": by_another,
-    "detached": while_detached,
-}
+    else:
+        another = trained(Patch(16, 3, switchboard(model).attached.config), seed=2)
+        with active_patch(model, None if others == "the base" else another):
+            run()
 
 
 @every_causal_gate
-@pytest.mark.parametrize("others", OTHERS)
+@pytest.mark.parametrize("others", ["the base", "on", "off", "another patch", "detached"])
 def test_tokens_that_others_have_read_are_noticed(patched: Build, gate: str, others: str) -> None:
     """Their keys and values are another model's, even if the cache holds no more of them than the patch had read."""
     model, ids = patched("gpt2", gate=gate, layers=[1, 2]), left_padded()[0]
@@ -294,7 +250,7 @@ def test_tokens_that_others_have_read_are_noticed(patched: Build, gate: str, oth
             assert largest(found, logits(model, ids[:, :7])[:, 5:]) <= TOLERANCE
         if crop:
             cache.crop(-crop)
-        OTHERS[others](model, lambda cache=cache: in_chunks(model, ids[:, 3:5], None, [2], cache))
+        read_by(others, model, lambda cache=cache: in_chunks(model, ids[:, 3:5], None, [2], cache))
         with pytest.raises(ValueError, match=words):
             in_chunks(model, ids[:, 5:], None, [7], cache)
         cache.reset()
@@ -313,7 +269,7 @@ def test_other_kinds_of_cache_are_held_to_their_length(patched: Build, change: s
     if change == "crop":
         cache.crop(-2)
     else:
-        OTHERS[change](model, lambda: in_chunks(model, ids[:, 5:6], None, [1], cache))
+        read_by(change, model, lambda: in_chunks(model, ids[:, 5:6], None, [1], cache))
     words = "without this patch" if change == "the base" else "last call there were 5: .* _OtherCache can't say which"
     with pytest.raises(ValueError, match=words):
         in_chunks(model, ids[:, 6:], None, [6], cache)

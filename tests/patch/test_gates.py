@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from patching import every_gate
 from torch import Tensor, nn
 
@@ -41,27 +39,18 @@ def _plain(kind: str, gate: Gate, x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 @every_gate
-@given(
-    time=st.integers(1, 12),
-    pads=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=3),
-    masked=st.booleans(),
-    seed=st.integers(0, 999),
-)
-@settings(max_examples=25)
-def test_a_gate_equals_a_plain_loop(gate: str, time: int, pads: list[tuple[int, int]], masked: bool, seed: int) -> None:
-    torch.manual_seed(seed)
-    module = _gate(gate)
-    x = 3 * torch.randn(len(pads), time, 5, dtype=torch.float64)
-    mask = None
-    if masked:
-        mask = torch.ones(len(pads), time, dtype=torch.long)
-        for row, (left, right) in enumerate(pads):
-            mask[row, : min(left, time)] = 0
-            mask[row, max(time - right, 0) :] = 0
-    value = module(x, mask)
-    assert value.shape == (len(pads), time, 1)
-    # A mean of at most 12 scores of at most 30, each with a few roundings; the sigmoid's slope is at most 1/4.
-    assert (value - _plain(gate, module, x, mask)).abs().max() <= 12 * 30 * EPS
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_gate_equals_a_plain_loop(gate: str, masked: bool) -> None:
+    for seed in range(8):
+        torch.manual_seed(seed)
+        module, x = _gate(gate), 3 * torch.randn(3, 4 + seed, 5, dtype=torch.float64)
+        mask = torch.ones(3, 4 + seed, dtype=torch.long) if masked else None
+        if mask is not None:
+            mask[0, :seed] = mask[1, 4:] = mask[2, :2] = mask[2, 5:] = 0
+        value = module(x, mask)
+        assert value.shape == (3, 4 + seed, 1)
+        # A mean of at most 12 scores of at most 30, each with a few roundings; the sigmoid's slope is at most 1/4.
+        assert (value - _plain(gate, module, x, mask)).abs().max() <= 12 * 30 * EPS
 
 
 @every_gate

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from patching import (
     ROUNDING,
     TOLERANCE,
@@ -31,9 +29,6 @@ from revpatch import Patch, SidecarConfig, attach, detach, patch_disabled, save_
 from revpatch.patch import patched_model
 from revpatch.patch.families import blocks_of, body_of, check_head, head_of, width_of
 from revpatch.patch.patched_model import base_parameters, base_sha256, load_tensors, patch_state, recording, switchboard
-
-ROW_BOUNDS = {torch.float64: ROUNDING * 2**-29, torch.float32: ROUNDING, torch.bfloat16: 8 * 2**-8 * 5}
-"""`ROUNDING` for other dtypes; in bfloat16 a few roundings of a logit of 5, as sums are kept in float32 there."""
 
 
 @every_family
@@ -99,30 +94,21 @@ def test_causality(build: Build, family: str, gate: str, placement: str) -> None
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @every_gate
 @every_placement
-@given(
-    real=st.lists(st.integers(1, 8), min_size=1, max_size=4),
-    pads=st.lists(st.integers(0, 6), min_size=4, max_size=4),
-    left=st.booleans(),
-    junk=st.integers(0, 60),
-)
-@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_padding_and_company_change_nothing(
-    patched: Build, family: str, gate: str, placement: str, real: list[int], pads: list[int], left: bool, junk: int
-) -> None:
+def test_padding_and_company_change_nothing(patched: Build, family: str, gate: str, placement: str) -> None:
     """A row's logits are those it has alone and unpadded, whatever it is padded with and whoever shares the batch."""
-    rows = [some_ids(1, length, seed=index)[0] for index, length in enumerate(real)]
-    width = max(length + pad for length, pad in zip(real, pads, strict=False))
-    ids = torch.full((len(rows), width), junk)
-    mask = torch.zeros_like(ids)
-    for index, row in enumerate(rows):
-        place = slice(width - len(row), width) if left else slice(0, len(row))
-        ids[index, place], mask[index, place] = row, 1
-    for dtype, bound in ROW_BOUNDS.items():
+    rows = [some_ids(1, length, seed=length)[0] for length in (5, 1, 8, 3)]
+    for dtype, bound in ((torch.float64, ROUNDING * 2**-29), (torch.float32, ROUNDING)):
         model = patched(family, dtype, gate=gate, placement=placement)
-        switchboard(model).attached.to(torch.promote_types(dtype, torch.float32))
-        batch = logits(model, ids, mask)
-        for index, row in enumerate(rows):
-            assert largest(batch[index][mask[index].bool()], logits(model, row[None])[0]) <= bound
+        alone = [logits(model, row[None])[0] for row in rows]
+        for left, width, junk in ((True, 8, 0), (False, 13, 60), (True, 13, 7)):
+            ids = torch.full((len(rows), width), junk)
+            mask = torch.zeros_like(ids)
+            for index, row in enumerate(rows):
+                place = slice(width - len(row), width) if left else slice(0, len(row))
+                ids[index, place], mask[index, place] = row, 1
+            batch = logits(model, ids, mask)
+            for index, expected in enumerate(alone):
+                assert largest(batch[index][mask[index].bool()], expected) <= bound
 
 
 @every_family
@@ -295,9 +281,8 @@ class _Recorder:
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-@pytest.mark.parametrize("recorded", [False, True], ids=["alone", "recorded"])
 @pytest.mark.parametrize("use_cache", [False, None], ids=["no cache", "default"])
-def test_checkpointing_changes_memory_only(patched: Build, family: str, recorded: bool, use_cache: bool | None) -> None:
+def test_checkpointing_changes_memory_only(patched: Build, family: str, use_cache: bool | None) -> None:
     model, (ids, mask), runs = patched(family), left_padded(9), []
     patch = switchboard(model).attached
     for block in blocks_of(model):
@@ -307,19 +292,14 @@ def test_checkpointing_changes_memory_only(patched: Build, family: str, recorded
         vars(switchboard(model)).update(switches)
         patch.zero_grad()
         runs.clear()
-        recorder = _Recorder()
-        call = {"attention_mask": mask, "use_cache": use_cache, "output_hidden_states": True}
-        if recorded:
-            with recording(model, recorder):
-                out = model(ids, **call)
-        else:
-            out = model(ids, **call)
+        with recording(model, recorder := _Recorder()):
+            out = model(ids, attention_mask=mask, use_cache=use_cache, output_hidden_states=True)
         loss = nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
         loss = loss + sum(state.square().mean() for state in out.hidden_states)
         for _, _, (gate, update) in recorder.seen:
             loss = loss + gate.mean() + update.square().mean()
         loss.backward()
-        assert len(recorder.seen) == (3 if recorded else 0) and len(out.hidden_states) == 4
+        assert len(recorder.seen) == 3 and len(out.hidden_states) == 4
         return loss.item(), [p.grad.clone() for p in patch.parameters()], len(runs)
 
     plain = run(recompute_sidecars=False)
@@ -342,8 +322,8 @@ def test_recorded_states_are_what_the_blocks_hand_on(build: Build, family: str, 
     model.set_attn_implementation("eager")
     ids, mask = left_padded(6)
 
-    def call(states: Any = True) -> Any:
-        return model(ids, attention_mask=mask, use_cache=False, output_attentions=True, output_hidden_states=states)
+    def call() -> Any:
+        return model(ids, attention_mask=mask, use_cache=False, output_attentions=True, output_hidden_states=True)
 
     if recorded_before:
         call()
@@ -366,9 +346,6 @@ def test_recorded_states_are_what_the_blocks_hand_on(build: Build, family: str, 
         assert [layer for layer, _ in recorder.plain] == ([0, 1, 2] if mode == "off" else [1])
         handed_on = {layer: hidden for layer, hidden, *_ in (*recorder.seen, *recorder.plain)}
         assert handed_on[0] is entering[1] and handed_on[1] is entering[2]
-        some = call([1, -2]).hidden_states
-        assert [state is not None for state in some] == [False, True, True, False]
-        assert all(torch.equal(a, b) for a, b in zip(some[1:3], out.hidden_states[1:3], strict=True))
         outputs[mode] = out
     off, learned = outputs["off"], outputs["learned"]
     assert not torch.equal(learned.hidden_states[1], off.hidden_states[1])

@@ -6,6 +6,7 @@ Tolerances are counted in machine epsilons of the dtype in which h and u are hel
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -78,7 +79,7 @@ def test_a_sidecar_is_inverted(gate: str, placement: str, normalize: str) -> Non
             assert _error(result.hidden, u, h) <= (2.5 if input_dtype == torch.bfloat16 else bound)
         for strength in (4.0, 64.0) if coupled else ():  # the map's own conditioning makes of it what it will
             h = (sidecar := make(gate, placement, normalize, dtype, strength))(stream(1, 1, dtype=input_dtype)).hidden
-            assert sidecar.inverse(h).residual <= 16 * torch.finfo(input_dtype).eps
+            assert sidecar.inverse(h).residual <= 16 * torch.finfo(dtype).eps
     assert max(changes) > 0.1
 
 
@@ -120,15 +121,6 @@ def test_an_inverse_measures_each_token_by_itself(placement: str) -> None:
     h[0, 1, 3] = float("nan")
     result = sidecar.inverse(h)
     assert not result.converged and result.residual != result.residual
-
-
-@every_placement
-def test_inverse_of_the_start_is_the_identity(placement: str) -> None:
-    sidecar, u = Sidecar(16, knobs(placement=placement)), torch.randn(2, 3, 16)
-    assert torch.equal(sidecar(u).hidden, u)
-    result = sidecar.inverse(u)
-    assert torch.equal(result.hidden, u) and result.converged and result.residual == 0
-    assert not result.hidden.requires_grad
 
 
 @every_gate
@@ -229,19 +221,13 @@ def test_a_step_sees_weights_that_change_move_or_are_replaced() -> None:
     one, u = make("token", "residual", "channels"), torch.randn(1, 1, 16)
     before = step(one, u, None, 0)
 
-    def in_place(sidecar: Any) -> None:
-        sidecar.coupling.g.up.bias.add_(1)
-
-    def other_memory(sidecar: Any) -> None:
-        sidecar.coupling.f.down.weight.data = torch.zeros(5, 8)
-
-    def other_channels(sidecar: Any) -> None:
-        sidecar.channels = 2 * sidecar.channels
-
-    def another(sidecar: Any) -> None:
-        sidecar.gates[0].bias = nn.Parameter(torch.full((1,), 3.0))
-
-    for change in (in_place, other_memory, other_channels, another):
+    changes: list[Callable[[Any], object]] = [
+        lambda twin: twin.coupling.g.up.bias.add_(1),
+        lambda twin: setattr(twin.coupling.f.down.weight, "data", torch.zeros(5, 8)),
+        lambda twin: setattr(twin, "channels", 2 * twin.channels),
+        lambda twin: setattr(twin.gates[0], "bias", nn.Parameter(torch.full((1,), 3.0))),
+    ]
+    for change in changes:
         twin = copy.deepcopy(one)
         assert torch.equal(step(twin, u, None, 0), before)
         change(twin)

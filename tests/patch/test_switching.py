@@ -6,9 +6,8 @@ import copy
 import pickle
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from contextvars import copy_context
 from functools import partial
 from pathlib import Path
@@ -23,24 +22,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertLMHeadModel
 from transformers.generation.streamers import BaseStreamer
 
-from revpatch import (
-    Patch,
-    active_patch,
-    add_patch,
-    attach,
-    detach,
-    is_patched,
-    load_patch,
-    patch_disabled,
-    patch_names,
-    remove_patch,
-    save_patch,
-    set_gate,
-    set_patch,
-)
+import revpatch
+from revpatch import Patch, active_patch, add_patch, attach, detach, patch_disabled, remove_patch, set_gate, set_patch
 from revpatch.patch.families import blocks_of
-from revpatch.patch.patched_model import PatchedBlock, patch_state, recording, switchboard
-from revpatch.step.frozen_base import LayerRecorder
+from revpatch.patch.patched_model import PatchedBlock, patch_state, switchboard
 
 WAIT = 60
 Job = Callable[[], Any]
@@ -53,10 +38,7 @@ def bert(_: Any) -> nn.Module:
 
 ON_SEVERAL: dict[str, tuple[Callable[[Any], Any], str]] = {
     "meta": (lambda model: model.to("meta"), "on the meta device"),
-    "a block on meta": (
-        lambda model: model.transformer.h[1].to("meta"),
-        r"transformer\.h\.1\.\S+ is on the meta device",
-    ),
+    "a block on meta": (lambda model: model.transformer.h[1].to("meta"), r"h\.1\.\S+ is on the meta device"),
     "cpu_offload": (lambda model: cpu_offload(model, torch.device("cpu")), "where it offloads to the CPU or the disk"),
     "disk_offload": (lambda model: disk_offload(model, tempfile.mkdtemp(), torch.device("cpu")), "where it offloads"),
     "ZeRO 3": (lambda model: setattr(next(model.parameters()), "ds_id", 0), "lie on several ranks"),
@@ -70,14 +52,14 @@ def test_a_model_that_is_not_whole_on_one_device_is_refused(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     spoil, words = ON_SEVERAL[case]
     model = patched("gpt2")
-    save_patch(model, tmp_path / "a.safetensors")
+    revpatch.save_patch(model, tmp_path / "a.safetensors")
     detach(model)
     spoil(model)
-    for put_on in (lambda: attach(model, knobs()), lambda: load_patch(model, tmp_path / "a.safetensors")):
+    for put_on in (lambda: attach(model, knobs()), lambda: revpatch.load_patch(model, tmp_path / "a.safetensors")):
         with pytest.raises(ValueError, match=words) as caught:
             put_on()
         assert "hold it on one device" in str(caught.value) and "\n" not in str(caught.value)
-        assert not is_patched(model)
+        assert not revpatch.is_patched(model)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +86,10 @@ def test_a_patched_model_is_not_saved_as_if_it_were_the_base(build: Build, tmp_p
     model, ids = build("gpt2"), some_ids()
     base = logits(model, ids)
     patch = trained(attach(model, knobs()))
-    copied = copy.deepcopy(model)
+    learned = logits(model, ids)
+    with patch_disabled(model):  # of which a copy knows nothing
+        copied = copy.deepcopy(model)
+        assert torch.equal(logits(copied, ids), learned)
     for each in (model, copied, pickle.loads(pickle.dumps(model))):  # noqa: S301  (made here)
         with pytest.raises(ValueError, match=r"detach\(model\) first, or revpatch\.save_pretrained"):
             each.save_pretrained(tmp_path / "base")
@@ -157,7 +142,7 @@ def test_each_of_several_patches_gives_what_it_gives_alone(build: Build, family:
     set_gate(model, "learned")
     assert torch.equal(logits(model, ids), alone["a"])
     set_patch(model, "b")
-    assert remove_patch(model, "a") is a and patch_names(model) == ["b"]
+    assert remove_patch(model, "a") is a and revpatch.patch_names(model) == ["b"]
     assert torch.equal(logits(model, ids), alone["b"])
     assert detach(model) is b
     assert torch.equal(logits(model, ids), base)
@@ -176,14 +161,7 @@ def test_refusals_change_nothing(build: Build) -> None:
         ("already: detach.* or add_patch", lambda: attach(model, a)),
         ("'half'.*'learned', 'on' or 'off'", lambda: set_gate(model, "half")),  # type: ignore[arg-type]
     ]
-    for call in (
-        detach,
-        switchboard,
-        patch_state,
-        patch_names,
-        lambda m: set_gate(m, "on"),
-        lambda m: add_patch(m, a, "c"),
-    ):
+    for call in (detach, switchboard, patch_state, revpatch.patch_names, lambda m: add_patch(m, a, "c")):
         calls.append(("carries no patch.*attach", lambda call=call: call(unpatched)))
     for words, job in calls:
         with pytest.raises(ValueError, match=words):
@@ -192,7 +170,7 @@ def test_refusals_change_nothing(build: Build) -> None:
         for switch, to in ((set_patch, "b"), (remove_patch, "b"), (set_gate, "on")):
             with pytest.raises(ValueError, match="is in force: leave it"):
                 switch(model, to)  # type: ignore[operator]
-    assert patch_names(model) == ["a", "b"]
+    assert revpatch.patch_names(model) == ["a", "b"]
     assert torch.equal(logits(model, some_ids()), before)
 
 
@@ -219,9 +197,7 @@ def test_blocks_that_were_moved_are_refused(patched: Build, case: str) -> None:
         set_gate(model, mode)  # type: ignore[arg-type]
         model.transformer.h = nn.ModuleList(move(blocks))
         for call in (lambda: model(ids), lambda: model.generate(ids, max_new_tokens=2)):
-            with pytest.raises(
-                ValueError, match=f"expected blocks 0 to 2 in their order, found {found}: put them back"
-            ):
+            with pytest.raises(ValueError, match=f"expected blocks 0 to 2 .*, found {found}: put them back"):
                 call()
         model.transformer.h = nn.ModuleList(blocks)
         model(ids)
@@ -240,18 +216,9 @@ def test_patched_blocks_that_are_recomputed_in_the_backward_pass_are_refused(pat
 # Several threads, real ones.
 
 
-def padded(pads: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Ids and mask of two rows, one with so many places of padding on its left."""
-    ids = some_ids(2, 9, seed)
-    mask = torch.ones_like(ids)
-    mask[1, :pads] = 0
-    return ids, mask
-
-
-@contextmanager
-def met_in_the_middle(model: Any, threads: int) -> Iterator[None]:
-    """No thread's first call goes beyond the first block before all have come there."""
-    barrier, met = threading.Barrier(threads, timeout=WAIT), threading.local()
+def together(model: Any, *jobs: Job) -> list[Any]:
+    """Return what the jobs give: no thread's first call goes beyond the first block before all have come there."""
+    barrier, met = threading.Barrier(len(jobs), timeout=WAIT), threading.local()
 
     def wait(*_: object) -> None:
         if not getattr(met, "already", False):
@@ -259,16 +226,10 @@ def met_in_the_middle(model: Any, threads: int) -> Iterator[None]:
             barrier.wait()
 
     hook = blocks_of(model)[0].block.register_forward_hook(wait)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-def together(model: Any, *jobs: Job) -> list[Any]:
-    """Return what the jobs give, all begun before any has passed the first block."""
-    with met_in_the_middle(model, len(jobs)), ThreadPoolExecutor(len(jobs)) as pool:
-        return [future.result(WAIT) for future in [pool.submit(job) for job in jobs]]
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        found = [future.result(WAIT) for future in [pool.submit(job) for job in jobs]]
+    hook.remove()
+    return found
 
 
 def greedy(model: Any, ids: Tensor, mask: Tensor | None = None, **more: Any) -> Tensor:
@@ -293,7 +254,11 @@ def test_calls_side_by_side_are_as_alone(build: Build, gate: str, call: Callable
     model, a, b = two(build, gate=gate)
     if gate == "seq" and call is greedy:
         return
-    of = [partial(call, model, *padded(*given)) for given in ((5, 5), (2, 6), (0, 5), (1, 8))]
+    of = []
+    for pads, seed in ((5, 5), (2, 6), (0, 5), (1, 8)):
+        ids, mask = some_ids(2, 9, seed), torch.ones(2, 9, dtype=torch.long)
+        mask[1, :pads] = 0
+        of.append(partial(call, model, ids, mask))
     chosen = [under(model, patch, job) for patch, job in zip((a, None, b, a), of, strict=True)]
     for jobs in (chosen, of):
         alone = [job() for job in jobs]
@@ -368,21 +333,8 @@ def test_a_thread_that_does_not_say_what_it_is_to_run_with_is_refused(build: Bui
         assert torch.equal(pool.submit(logits, model, ids).result(WAIT), learned)
 
 
-def test_a_recording_sees_its_own_threads_calls_alone(patched: Build) -> None:
+def test_a_call_ends_as_it_began_when_a_patch_is_put_on_or_taken_off(patched: Build) -> None:
     model, ids = patched("gpt2"), some_ids()
-    recorders = [LayerRecorder(), LayerRecorder()]
-
-    def record(recorder: LayerRecorder) -> None:
-        with recording(model, recorder):
-            logits(model, ids)
-
-    together(model, *(lambda r=r: record(r) for r in recorders), lambda: logits(model, ids))
-    assert [len(recorder.gates) for recorder in recorders] == [3, 3]
-
-
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_a_call_ends_as_it_began_when_a_patch_is_put_on_or_taken_off(patched: Build, family: str) -> None:
-    model, ids = patched(family), some_ids()
     learned = logits(model, ids)
     patch = detach(model)
     base = logits(model, ids)
@@ -402,20 +354,10 @@ def test_a_call_ends_as_it_began_when_a_patch_is_put_on_or_taken_off(patched: Bu
     assert torch.equal(logits(model, ids), base)
 
 
-def test_errors_and_copies_leave_nothing_behind(patched: Build) -> None:
-    model, (ids, mask) = patched("gpt2"), padded(4, 5)
-    expected, text = logits(model, ids, mask), greedy(model, ids)
+def test_an_error_in_a_call_leaves_nothing_behind(patched: Build) -> None:
+    model, ids = patched("gpt2"), some_ids()
+    expected = logits(model, ids)
     with pytest.raises(IndexError):
-        logits(model, ids + 1000, mask)
+        logits(model, ids + 1000, torch.tensor([[1] * 9, [0] * 4 + [1] * 5]))
     assert switchboard(model).here.call is None
-    assert torch.equal(logits(model, ids, mask), expected)
-    with patch_disabled(model):
-        copied = copy.deepcopy(model)
-        assert torch.equal(logits(copied, ids, mask), expected)
-    del model
-    set_gate(copied, "off")
-    assert not torch.equal(greedy(copied, ids), text)
-    set_gate(copied, "learned")
-    assert torch.equal(greedy(copied, ids), text)
-    detach(copied)
-    assert "generate" not in vars(copied)
+    assert torch.equal(logits(model, ids), expected)
