@@ -17,7 +17,7 @@ from toy import BLOCK_SIZE, Toy, make_text
 from revpatch.corpus.progress import BuildProgress, BuildSpeed
 from revpatch.shards.format import Manifest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 WIDE = {**os.environ, "COLUMNS": "200", "PYTHONPATH": str(ROOT)}
 
 

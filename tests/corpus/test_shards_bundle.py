@@ -22,7 +22,7 @@ from revpatch.corpus.tokenizer import tokenizer_fingerprint
 from revpatch.shards.format import Manifest
 from revpatch.shards.shard_set import ShardSet
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "shards/demo"
 SETS = sorted(path.name for path in DEMO.iterdir())
 CORPORA = [name for name in SETS if not name.endswith("_probe")]
