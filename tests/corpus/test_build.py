@@ -16,7 +16,6 @@ from transformers import PreTrainedTokenizerFast
 
 from revpatch.corpus.build import build_shards
 from revpatch.corpus.encode import is_held_out
-from revpatch.corpus.progress import BuildProgress
 from revpatch.shards.format import Manifest
 
 Corpus = Callable[..., Path]
@@ -165,17 +164,6 @@ def test_the_holdout_is_of_the_size_asked_for_and_grows_with_it() -> None:
     assert abs(len(large) / 4000 - 0.2) < 0.025
     # Pinned: were the hash to change, every probe set in the world would start to leak.
     assert sum(is_held_out(f"pin {i}", 0.5) << i for i in range(32)) == 1414414940
-
-
-def test_progress_counts_up(corpus: Corpus, tokenizer: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("revpatch.corpus.chunks.CHUNK_DOCUMENTS", 10)
-    seen: list[BuildProgress] = []
-    source = corpus([make_text(i) for i in range(95)])
-    manifest = build_shards([source], tokenizer, 8, tmp_path / "out", holdout=0.2, progress=seen.append)
-    probe = Manifest.read(tmp_path / "out_probe")
-    assert [p.documents for p in seen] == [*range(10, 91, 10), 95]
-    size = source.stat().st_size
-    assert seen[-1] == BuildProgress(95, manifest.tokens + probe.tokens, manifest.blocks + probe.blocks, size, size)
 
 
 BAD = ["no json", '{"text": 3}', '{"other": "x"}', '{"text": "\\ud800"}']

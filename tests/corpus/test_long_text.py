@@ -67,9 +67,7 @@ def with_tokens(*tokens: AddedToken) -> Tokenizer:
 TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
     "byte-level BPE": lambda: Tokenizer.from_file(str(BYTE_LEVEL)),
     "a mark put before the text": llama,
-    "Metaspace always": lambda: bpe(None, pre_tokenizers.Metaspace(prepend_scheme="always")),
     "text stripped": lambda: bpe(normalizers.Strip(), pre_tokenizers.ByteLevel(add_prefix_space=True)),
-    "BPE over spaces": bpe,
     "Unigram, not divided": unigram,
     "WordPiece, as BERT": wordpiece,
     "tokens over two words": lambda: with_tokens(AddedToken("the patch"), AddedToken("it's", rstrip=True)),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from toy_shards import BLOCKS, check_broken, second
 from revpatch.shards import remote
 from revpatch.shards.cache import ShardCache
 from revpatch.shards.format import MANIFEST_NAME
-from revpatch.shards.mixture import Lanes
 from revpatch.shards.shard_set import ShardSet
 
 
@@ -72,11 +70,9 @@ def test_a_manifest_that_is_missing_broken_or_out_of_reach(
     server.always[MANIFEST_NAME] = status(503)
     with pytest.raises(ConnectionError, match=f"{server.url}/manifest.json: expected a file, found HTTP 503"):
         ShardSet(server.url, cache)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with pytest.raises(ConnectionError, match=f"127.0.0.1:{port}/manifest.json: .*Cannot connect"):
-        ShardSet(f"http://127.0.0.1:{port}", cache)
+    server.close()
+    with pytest.raises(ConnectionError, match=r"/manifest\.json: .*Cannot connect"):
+        ShardSet(server.url, cache)
 
 
 @pytest.mark.parametrize(
@@ -102,28 +98,6 @@ def test_what_passes_is_waited_for(
     assert all(f"{server.url}/{name}: " in text and re.search(r"retry \d of 3 in \d+.\d s", text) for text in warnings)
 
 
-def test_waits_grow_and_are_capped(monkeypatch: pytest.MonkeyPatch) -> None:
-    waits: list[float] = []
-    monkeypatch.setattr(remote, "FIRST_WAIT_SECONDS", 0.5)
-    monkeypatch.setattr(remote.time, "sleep", waits.append)
-
-    def attempt() -> None:
-        raise ConnectionResetError
-
-    with pytest.raises(ConnectionResetError):
-        remote.with_retries("x", attempt, 9)
-    expected = np.minimum(0.5 * 2.0 ** np.arange(9), 30)
-    assert (0.75 * expected <= waits).all() and (waits <= 1.25 * expected).all()
-    assert len({wait / e for wait, e in zip(waits, expected, strict=True)}) == 9, "without jitter, ranks come together"
-
-
-def test_a_start_at_any_step_fetches_at_most_a_shard_per_lane(server: FlakyServer, cache: ShardCache) -> None:
-    with ShardSet(server.url, cache) as shards:
-        ids = Lanes(shards.manifest, lanes=2, seed=0, shuffle_blocks=1, repeat=False).block_ids(20)
-        np.testing.assert_array_equal(shards.read(ids), BLOCKS[ids])
-    assert 1 <= len([name for name in server.requests if name != MANIFEST_NAME]) <= 2
-
-
 # Faults that stay: named, at once when known, and the other shards stay usable.
 
 
@@ -131,14 +105,12 @@ def test_a_start_at_any_step_fetches_at_most_a_shard_per_lane(server: FlakyServe
     ("fault", "requests", "word"),
     [
         (status(404), 1, "not found"),
-        (status(403), 1, "HTTP 403"),
         (status(503), 4, "HTTP 503"),
-        (drop, 4, "ContentLengthError"),
         (drop_unnoticed, 4, "bytes, found "),
         (other(b"x" * 99999), 2, "found more"),
         (slow(8), 4, "Timeout on reading"),
     ],
-    ids=["404", "403", "503", "drop", "unnoticed drop", "more", "silence"],
+    ids=["404", "503", "unnoticed drop", "more", "silence"],
 )
 def test_a_fault_that_stays_is_named(
     fault: Callable,
@@ -164,7 +136,6 @@ def test_a_fault_that_stays_is_named(
         ("cat {path}; exit 7", "exit code 7"),
         ("head -c 3172 {path}", "found 3172"),
         ("cat {path} {path}", "found more"),
-        ("head -c 3072 {path}; kill -PIPE $$", "exit code -13"),
     ],
 )
 def test_a_command_that_fails_or_ends_early(then: str, word: str, folder: Path, cache: ShardCache) -> None:

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_shards import make_manifest, write_blocks
+from toy_shards import write_blocks
 
 from revpatch.shards.format import Manifest
-from revpatch.shards.mixture import Lanes
 from revpatch.shards.replay import ReplayMixture, block_priority, bottom_k, write_replay
 from revpatch.shards.shard_set import Corpus, ShardSet
 
@@ -37,19 +36,6 @@ def test_the_k_of_smallest_priority_each_once(values: list[int], k: int, seed: i
 def test_the_sample_of_the_parts_samples_is_that_of_the_whole(a: list[int], b: list[int], k: int) -> None:
     parts = np.concatenate([bottom_k(7, ids(part), k) for part in (a, b)])
     assert bottom_k(7, parts, k).tolist() == bottom_k(7, ids(a + b), k).tolist()
-
-
-def test_the_sample_of_a_phase_is_the_same_for_every_world() -> None:
-    stream = Lanes(make_manifest([100, 250, 50]), 24, seed=5, shuffle_blocks=64, repeat=True)
-    steps = range(11)
-    expected = bottom_k(0, np.concatenate([stream.block_ids(k) for k in steps]), 40)
-    for world in (1, 2, 3, 4, 6, 8):
-        share = 24 // world
-        ranks = [
-            bottom_k(0, np.concatenate([stream.block_ids(k, r * share, (r + 1) * share) for k in steps]), 40)
-            for r in range(world)
-        ]
-        np.testing.assert_array_equal(bottom_k(0, np.concatenate(ranks), 40), expected)
 
 
 def test_the_sample_is_uniform() -> None:
@@ -138,20 +124,6 @@ def test_a_replay_block_is_a_function_of_seed_lane_and_step(sets: list[ShardSet]
     assert mixture.locate(0)[1].tolist() != ReplayMixture(sets, 24, seed=10).locate(0)[1].tolist()
 
 
-def test_what_is_read_is_what_was_located_and_its_key_tells_it(sets: list[ShardSet]) -> None:
-    mixture = ReplayMixture(sets, 16, seed=0)
-    which, block_ids = mixture.locate(4, 3, 16)
-    tokens, keys = mixture.read(4, 3, 16)
-    assert tokens.shape == (13, 4)
-    assert tokens.dtype == np.int64
-    np.testing.assert_array_equal(tokens[:, 0], which)
-    np.testing.assert_array_equal(tokens[:, 1], block_ids)
-    digests = [shard_set.manifest.digest for shard_set in sets]
-    assert keys == [(digests[i], block) for i, block in zip(which.tolist(), block_ids.tolist(), strict=True)]
-    tokens, keys = mixture.read(4, 3, 3)
-    assert (tokens.shape, keys) == ((0, 4), [])
-
-
 def test_every_set_has_an_equal_share_and_every_block_of_it_too(sets: list[ShardSet]) -> None:
     mixture = ReplayMixture(sets, 20, seed=1)
     drawn = [mixture.locate(step) for step in range(3000)]
@@ -171,10 +143,4 @@ def test_sets_that_do_not_go_together(sets: list[ShardSet], tmp_path: Path) -> N
     manifest = write_blocks(tmp_path / "foreign", np.zeros((3, 4), dtype=np.int64), blocks_per_shard=5)
     replace(manifest, tokenizer=replace(manifest.tokenizer, fingerprint="1" * 64)).write(tmp_path / "foreign")
     with pytest.raises(ValueError, match="differ in tokenizer"):
-        ReplayMixture([sets[0], ShardSet(tmp_path / "foreign")], 2, seed=0)
-    with pytest.raises(ValueError, match="at least one set"):
-        ReplayMixture([], 2, seed=0)
-    with pytest.raises(ValueError, match="replay lanes 0 to 3 were asked for; there are 2"):
-        ReplayMixture(sets, 2, seed=0).locate(0, 0, 3)
-    with pytest.raises(IndexError, match="step -1"):
-        ReplayMixture(sets, 2, seed=0).locate(-1)
+        Corpus([sets[0], ShardSet(tmp_path / "foreign")])

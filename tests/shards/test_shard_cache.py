@@ -91,18 +91,6 @@ def test_what_is_open_stays_readable_though_it_makes_room(folder: Path, server: 
     assert server.count("shard-000000.tar") == 1
 
 
-def test_what_others_fetch_is_waited_for_and_what_they_keep_there_is_not(server: FlakyServer, where: Path) -> None:
-    server.always["shard-000000.tar"] = slow(0.4)
-    with ShardCache(where, SHARD_BYTES + 1000) as cache, ShardSet(server.url, cache) as shards:
-        shards.want([0])
-        until(lambda: list(where.glob("*.part")), "a fetch")
-        np.testing.assert_array_equal(shards.read(np.array([10])), BLOCKS[[10]])
-        assert not list(where.glob("*.part")), "the other was done before this one began"
-        (where / "notes.txt").write_bytes(bytes(2000))
-        with pytest.raises(ShardCacheError, match="found none: other files take it; raise"):
-            shards.read(np.array([20]))
-
-
 def test_budgets_that_are_too_small(
     server: FlakyServer, where: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,22 +122,6 @@ def test_processes_that_want_one_shard_fetch_it_once_and_a_later_run_not_at_all(
     with ShardCache(where, 10**6) as cache, ShardSet(server.url, cache) as shards:
         np.testing.assert_array_equal(shards.read(np.arange(60)), BLOCKS)
     assert len([name for name in server.requests if name.endswith(".tar")]) == 6
-
-
-def test_threads_and_sets_share_too(folder: Path, server: FlakyServer, where: Path) -> None:
-    server.always["shard-000001.tar"] = slow(0.2)
-    with ShardCache(where, 10**6) as cache:
-        urls = (server.url, f"pipe:cat {folder}/{{name}}", server.url)
-        sets = [ShardSet(url, cache) for url in urls]
-        threads = [threading.Thread(target=shards.read, args=(np.array([10]),)) for shards in sets]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        for shards in sets:
-            np.testing.assert_array_equal(shards.read(np.arange(60)), BLOCKS)
-    assert server.count("shard-000001.tar") <= 1
-    assert len(list(where.glob("*.tar"))) == 6
 
 
 def test_those_who_wait_for_a_shard_that_never_comes_try_once_themselves(

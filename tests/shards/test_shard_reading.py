@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import tarfile
 from pathlib import Path
@@ -62,15 +61,6 @@ def test_blocks_are_read_in_the_order_asked_for_from_a_set_of_any_name(folder: P
         assert (len(ids), ids[0], ids[-1]) == (4, 0, 59)
 
 
-def test_more_shards_than_open_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("revpatch.shards.cache.OPEN_FILES", 3)
-    before = len(list(Path("/proc/self/fd").iterdir()))
-    with ShardSet(folder) as shards:
-        ids = np.random.default_rng(0).integers(0, 60, size=200)
-        np.testing.assert_array_equal(shards.read(ids), BLOCKS[ids])
-        assert len(list(Path("/proc/self/fd").iterdir())) <= before + 3
-
-
 # Shards that are broken.
 
 
@@ -103,12 +93,6 @@ def test_a_shard_that_changes_after_it_was_hashed_is_hashed_again(
         with path.open("r+b") as file:
             file.write(flip(whole, HEADER_BYTES))
         with pytest.raises(ShardError, match=rf"{path.name}.*expected sha256"):
-            shards.read(np.array([11]))
-    path.write_bytes(whole)
-    with ShardSet(folder) as shards:
-        shards.read(np.array([10]))
-        os.truncate(path, len(whole) // 2)
-        with pytest.raises(ShardError, match=rf"expected {len(whole)} bytes, found {len(whole) // 2}"):
             shards.read(np.array([11]))
     path.write_bytes(whole)
     with ShardSet(folder) as shards:
