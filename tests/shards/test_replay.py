@@ -1,4 +1,4 @@
-"""The sample that is rehearsed: uniform, the same for every world, and told from (seed, lane, step)."""
+"""The sample that is replayed: uniform, the same for every world, and a function of (seed, lane, step)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_shards import make_manifest, write_blocks
+from toy_shards import write_blocks
 
 from revpatch.shards.format import Manifest
-from revpatch.shards.mixture import Lanes
 from revpatch.shards.replay import ReplayMixture, block_priority, bottom_k, write_replay
 from revpatch.shards.shard_set import Corpus, ShardSet
 
@@ -23,7 +22,7 @@ def ids(values: list[int]) -> np.ndarray:
     return np.array(values, dtype=np.int64)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40)
 @given(values=IDS, k=st.integers(0, 30), seed=st.integers(0, 2**32))
 def test_the_k_of_smallest_priority_each_once(values: list[int], k: int, seed: int) -> None:
     by_priority = sorted(set(values), key=lambda i: int(block_priority(seed, ids([i]))[0]))
@@ -32,24 +31,11 @@ def test_the_k_of_smallest_priority_each_once(values: list[int], k: int, seed: i
     assert sample.tolist() == by_priority[:k]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40)
 @given(a=IDS, b=IDS, k=st.integers(1, 20))
 def test_the_sample_of_the_parts_samples_is_that_of_the_whole(a: list[int], b: list[int], k: int) -> None:
     parts = np.concatenate([bottom_k(7, ids(part), k) for part in (a, b)])
     assert bottom_k(7, parts, k).tolist() == bottom_k(7, ids(a + b), k).tolist()
-
-
-def test_the_sample_of_a_phase_is_the_same_for_every_world() -> None:
-    stream = Lanes(make_manifest([100, 250, 50]), 24, seed=5, shuffle_blocks=64, repeat=True)
-    steps = range(11)
-    expected = bottom_k(0, np.concatenate([stream.block_ids(k) for k in steps]), 40)
-    for world in (1, 2, 3, 4, 6, 8):
-        share = 24 // world
-        ranks = [
-            bottom_k(0, np.concatenate([stream.block_ids(k, r * share, (r + 1) * share) for k in steps]), 40)
-            for r in range(world)
-        ]
-        np.testing.assert_array_equal(bottom_k(0, np.concatenate(ranks), 40), expected)
 
 
 def test_the_sample_is_uniform() -> None:
@@ -78,63 +64,39 @@ def test_priorities_do_not_collide_and_are_pinned() -> None:
     assert bottom_k(42, np.arange(1000), 5).tolist() == [329, 812, 681, 405, 113]
 
 
-def test_a_negative_sample() -> None:
-    with pytest.raises(ValueError, match="k is -1"):
-        bottom_k(0, np.arange(3), -1)
-
-
 @pytest.fixture
 def source(tmp_path: Path) -> ShardSet:
     write_blocks(tmp_path / "source", np.arange(50 * 8).reshape(50, 8), blocks_per_shard=7)
     return ShardSet(tmp_path / "source")
 
 
-def test_a_replay_set_of_a_mixture(source: ShardSet, tmp_path: Path) -> None:
+def test_a_replay_set_holds_the_blocks_and_is_a_set_like_any_other(source: ShardSet, tmp_path: Path) -> None:
     write_blocks(tmp_path / "more", 1000 + np.arange(16).reshape(2, 8), blocks_per_shard=7)
     corpus = Corpus([source, ShardSet(tmp_path / "more")])
-    manifest = write_replay(corpus, ids([51, 3]), tmp_path / "replay", "a")
-    assert manifest.sources == ("some.txt", "some.txt")
-    with ShardSet(tmp_path / "replay" / "a") as replay:
-        np.testing.assert_array_equal(replay.read(np.arange(2)), corpus.read(ids([3, 51])))
-
-
-def test_a_replay_set_holds_the_blocks_and_is_a_set_like_any_other(source: ShardSet, tmp_path: Path) -> None:
-    manifest = write_replay(Corpus([source]), ids([40, 3, 17, 3]), tmp_path / "replay", "000_wiki")
-    assert sorted(path.name for path in (tmp_path / "replay").iterdir()) == ["000_wiki"]
-    assert sorted(path.name for path in (tmp_path / "replay" / "000_wiki").iterdir()) == [
-        "000_wiki-000000.tar",
-        "manifest.json",
-    ]
-    assert Manifest.read(tmp_path / "replay" / "000_wiki") == manifest
+    manifest = write_replay(corpus, ids([51, 3, 17, 3]), tmp_path / "replay", "000_wiki")
+    folder = tmp_path / "replay" / "000_wiki"
+    assert sorted(path.name for path in folder.iterdir()) == ["000_wiki-000000.tar", "manifest.json"]
+    assert Manifest.read(folder) == manifest
     assert (manifest.split, manifest.blocks, manifest.tokenizer) == ("replay", 3, source.manifest.tokenizer)
-    assert source.manifest.digest in str(manifest.note)
-    with ShardSet(tmp_path / "replay" / "000_wiki") as replay:
-        np.testing.assert_array_equal(replay.read(np.arange(3)), source.read(ids([3, 17, 40])))
-
-
-def test_writing_again_gives_the_same_and_another_sample_is_refused(source: ShardSet, tmp_path: Path) -> None:
-    first = write_replay(Corpus([source]), ids([1, 2]), tmp_path, "a")
-    before = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
-    assert write_replay(Corpus([source]), ids([2, 1]), tmp_path, "a") == first
+    assert manifest.sources == ("some.txt", "some.txt") and source.manifest.digest in str(manifest.note)
+    with ShardSet(folder) as replay:
+        np.testing.assert_array_equal(replay.read(np.arange(3)), corpus.read(ids([3, 17, 51])))
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert write_replay(corpus, ids([3, 17, 51]), tmp_path / "replay", "000_wiki") == manifest
     with pytest.raises(FileExistsError, match="differs in"):
-        write_replay(Corpus([source]), ids([1, 3]), tmp_path, "a")
-    assert {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()} == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "source"]
+        write_replay(corpus, ids([1, 3]), tmp_path / "replay", "000_wiki")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-@pytest.mark.parametrize("name", ["", ".", "../a", "a/b", ".hidden", "a b"])
+@pytest.mark.parametrize("name", ["", "../a", ".hidden", "a b"])
 def test_a_name_cannot_leave_the_folder(source: ShardSet, tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match="replay set name"):
         write_replay(Corpus([source]), ids([1]), tmp_path / "replay", name)
-    assert not (tmp_path / "replay").exists()
-
-
-def test_nothing_to_keep_and_what_is_not_there(source: ShardSet, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no block to keep"):
-        write_replay(Corpus([source]), ids([]), tmp_path, "a")
+        write_replay(Corpus([source]), ids([]), tmp_path / "replay", "a")
     with pytest.raises(IndexError):
-        write_replay(Corpus([source]), ids([50]), tmp_path, "a")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+        write_replay(Corpus([source]), ids([50]), tmp_path / "replay", "a")
+    assert list((tmp_path / "replay").glob("*")) == []
 
 
 @pytest.fixture
@@ -162,20 +124,6 @@ def test_a_replay_block_is_a_function_of_seed_lane_and_step(sets: list[ShardSet]
     assert mixture.locate(0)[1].tolist() != ReplayMixture(sets, 24, seed=10).locate(0)[1].tolist()
 
 
-def test_what_is_read_is_what_was_located_and_its_key_tells_it(sets: list[ShardSet]) -> None:
-    mixture = ReplayMixture(sets, 16, seed=0)
-    which, block_ids = mixture.locate(4, 3, 16)
-    tokens, keys = mixture.read(4, 3, 16)
-    assert tokens.shape == (13, 4)
-    assert tokens.dtype == np.int64
-    np.testing.assert_array_equal(tokens[:, 0], which)
-    np.testing.assert_array_equal(tokens[:, 1], block_ids)
-    digests = [shard_set.manifest.digest for shard_set in sets]
-    assert keys == [(digests[i], block) for i, block in zip(which.tolist(), block_ids.tolist(), strict=True)]
-    tokens, keys = mixture.read(4, 3, 3)
-    assert (tokens.shape, keys) == ((0, 4), [])
-
-
 def test_every_set_has_an_equal_share_and_every_block_of_it_too(sets: list[ShardSet]) -> None:
     mixture = ReplayMixture(sets, 20, seed=1)
     drawn = [mixture.locate(step) for step in range(3000)]
@@ -195,12 +143,4 @@ def test_sets_that_do_not_go_together(sets: list[ShardSet], tmp_path: Path) -> N
     manifest = write_blocks(tmp_path / "foreign", np.zeros((3, 4), dtype=np.int64), blocks_per_shard=5)
     replace(manifest, tokenizer=replace(manifest.tokenizer, fingerprint="1" * 64)).write(tmp_path / "foreign")
     with pytest.raises(ValueError, match="differ in tokenizer"):
-        ReplayMixture([sets[0], ShardSet(tmp_path / "foreign")], 2, seed=0)
-    with pytest.raises(ValueError, match="at least one set"):
-        ReplayMixture([], 2, seed=0)
-    with pytest.raises(ValueError, match="lanes is 0"):
-        ReplayMixture(sets, 0, seed=0)
-    with pytest.raises(ValueError, match="replay lanes 0 to 3 were asked for; there are 2"):
-        ReplayMixture(sets, 2, seed=0).locate(0, 0, 3)
-    with pytest.raises(IndexError, match="step -1"):
-        ReplayMixture(sets, 2, seed=0).locate(-1)
+        Corpus([sets[0], ShardSet(tmp_path / "foreign")])

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+from built import tokens_of
 from command import Call, one_line
 from tokenizers import Tokenizer
 from toy import BLOCK_SIZE, Toy, make_base, make_text, make_tokenizer
@@ -19,7 +19,6 @@ from revpatch.config import ConfigError
 from revpatch.corpus.build import build_shards
 from revpatch.corpus.tokenizer import load_tokenizer, prompt_ids, read_tokenizer, tokenizer_fingerprint
 from revpatch.shards.format import Manifest
-from revpatch.shards.shard_set import ShardSet
 from revpatch.train.preflight import check
 
 Edit = Callable[[dict[str, Any]], object]
@@ -67,12 +66,6 @@ def said() -> Iterator[list[str]]:
     log.removeHandler(handler)
 
 
-def tokens_of(directory: Path) -> list[int]:
-    with ShardSet(directory) as shards:
-        found: list[int] = shards.read(np.arange(len(shards))).ravel().tolist()
-        return found
-
-
 def source_of(folder: Path, *texts: str) -> Path:
     source = folder / "text.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
@@ -97,10 +90,6 @@ def cut(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:500])
 
 
-def of_a_newer_version(folder: Path) -> None:
-    folder_of(folder, lambda state: state["model"].update(type="Hologram"))
-
-
 def without_file(**config: str | dict[str, Any]) -> Callable[[Path], None]:
     def spoil(folder: Path) -> None:
         (folder / "tokenizer.json").unlink()
@@ -109,50 +98,16 @@ def without_file(**config: str | dict[str, Any]) -> Callable[[Path], None]:
     return spoil
 
 
-def a_link_to_nothing(folder: Path) -> None:
-    (folder / "tokenizer.json").unlink()
-    (folder / "tokenizer.json").symlink_to("../blobs/4d7a")
-
-
-def without(state: dict[str, Any], token: str) -> None:
-    del state["model"]["vocab"][token]
-    state["added_tokens"].clear()
-
-
-CODE = {"AutoTokenizer": ["code.Mine", None]}
 DAMAGED: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "cut off": (cut, ("tokenizer.json", "cut off", "copy it again")),
     "empty": (write("tokenizer.json", ""), ("tokenizer.json", "empty", "copy it again")),
     "a git-LFS pointer": (write("tokenizer.json", POINTER), ("tokenizer.json", "git lfs pull")),
-    "a config that is a git-LFS pointer": (write("tokenizer_config.json", POINTER), ("_config.json", "git lfs pull")),
-    "a list": (write("tokenizer.json", "[]"), ("tokenizer.json", "object", "list")),
-    "of a newer version": (of_a_newer_version, ("tokenizer.json", "tokenizers 0.", "newer")),
-    "a config that is cut off": (write("tokenizer_config.json", '{"eos'), ("tokenizer_config.json", "cut off")),
     "missing": (without_file(), ("no tokenizer in it", "tokenizer.json")),
-    "a link to nothing": (a_link_to_nothing, ("tokenizer.json", "leads nowhere")),
     "a slow one": (without_file(tokenizer_class="CanineTokenizer"), ("not a fast tokenizer", "tokenizer.json")),
-    "code of its own": (without_file(tokenizer_class="Mine", auto_map=CODE), ("tokenizer.json",)),
-    "another LFS file": (
-        lambda folder: (without_file()(folder), write("tokenizer.model", POINTER)(folder)),
-        ("tokenizer.model", "git lfs pull"),
-    ),
     "no EOS": (write("tokenizer_config.json", "{}"), ("no end-of-text token",)),
     "an EOS that is not in it": (
         lambda folder: folder_of(folder, eos_token="<eos>"),
         ("tokenizer_config.json: eos_token", "'<eos>'", "tokenizer.json", "name the one that ends a text"),
-    ),
-    "an EOS that is not in it, in the map": (
-        lambda folder: (
-            folder_of(folder, eos_token=None),
-            write("special_tokens_map.json", '{"eos_token": {"content": "<eos>"}}')(folder),
-        ),
-        ("special_tokens_map.json: eos_token", "'<eos>'"),
-    ),
-    "an EOS of its class that is not in it": (
-        lambda folder: folder_of(
-            folder, lambda state: without(state, EOS), tokenizer_class="GPT2Tokenizer", eos_token=None
-        ),
-        ("tokenizer_config.json: eos_token", "'<|endoftext|>'"),
     ),
 }
 
@@ -161,26 +116,11 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
 def test_a_tokenizer_that_cant_be_used_is_named_in_one_line(case: str, revpatch: Call, tmp_path: Path) -> None:
     spoil, words = DAMAGED[case]
     folder = folder_of(tmp_path / "base")
-    (folder / "code.py").write_text("open('ran', 'w')\nclass Mine: pass\n")
     spoil(folder)
     one_line(build(revpatch, folder, tmp_path / "out"), "base", *words)
-    assert not Path("ran").exists()
     assert not (tmp_path / "out").exists()
-
-
-def test_a_name_of_nothing_and_of_a_file(revpatch: Call, tmp_path: Path) -> None:
-    folder = folder_of(tmp_path / "base")
     one_line(build(revpatch, tmp_path / "gone", tmp_path / "out"), "gone", "no such local folder")
-    one_line(build(revpatch, folder / "tokenizer.json", tmp_path / "out"), "tokenizer.json is a file", "folder")
-
-
-@pytest.mark.parametrize("case", ["cut off", "a git-LFS pointer", "of a newer version", "an EOS that is not in it"])
-def test_preflight_and_the_base_of_a_patch_say_the_same(case: str, toy: Toy, revpatch: Call, tmp_path: Path) -> None:
-    spoil, words = DAMAGED[case]
-    base = tmp_path / "base"
-    make_base(len(toy.tokenizer)).save_pretrained(base)
-    spoil(folder_of(base))
-    one_line(revpatch("train", toy.config_file(tmp_path, base={"model": str(base)})), "base.model", *words)
+    one_line(build(revpatch, folder / "tokenizer_config.json", tmp_path / "out"), "is a file", "folder")
 
 
 # --- what the file says --------------------------------------------------------------------------------------------
@@ -196,61 +136,26 @@ def digits_apart(state: dict[str, Any]) -> None:
     state["model"]["merges"].append(["1", "9"])
 
 
-LOWER = {"type": "Lowercase"}
 TEXTS = ["In 1984, 2024 and 30,500 of THEM", "it's DON'T\n\n  x = 10", "the patch learns 77"]
 FILES: dict[str, tuple[Edit, dict[str, Any], tuple[str, ...]]] = {
     # what the file holds, its config, and what is said
     "plain": (lambda _: None, {}, ()),
-    "GPT-2's": (lambda _: None, {"tokenizer_class": "GPT2Tokenizer"}, ()),
     "SmolLM2's, digits apart": (
         digits_apart,
         {"tokenizer_class": "GPT2Tokenizer"},
         ("GPT2Tokenizer", "other ids", "1984"),
-    ),
-    "a normalizer that Qwen2Tokenizer drops": (
-        lambda state: state.update(normalizer=LOWER),
-        {"tokenizer_class": "Qwen2Tokenizer"},
-        ("Qwen2Tokenizer", "other ids"),
-    ),
-    "a byte-level file of LlamaTokenizer": (lambda _: None, {"tokenizer_class": "LlamaTokenizerFast"}, ()),
-    "no EOS but the class's": (
-        digits_apart,
-        {"tokenizer_class": "GPT2Tokenizer", "eos_token": None},
-        ("GPT2Tokenizer",),
-    ),
-    "code of its own": (
-        lambda _: None,
-        {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["code.Mine", None]}},
-        ("auto_map", "never run"),
-    ),
-    "truncation and padding": (
-        lambda state: state.update(
-            truncation={"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0},
-            padding={
-                "strategy": {"Fixed": 64},
-                "direction": "Right",
-                "pad_to_multiple_of": None,
-                "pad_id": 0,
-                "pad_type_id": 0,
-                "pad_token": EOS,
-            },
-        ),
-        {"model_max_length": 2},
-        (),
     ),
     "BOS in the config alone": (
         lambda _: None,
         {"add_bos_token": True, "bos_token": EOS},
         ("no BOS before a text", "add_bos_token"),
     ),
-    "tokens in the config alone": (lambda _: None, {"additional_special_tokens": ["<|im_start|>"]}, ()),
     "an EOS that the config adds": (
         lambda _: None,
         {"eos_token": "<eos>", "added_tokens_decoder": {"300": {"content": "<eos>", "special": True}}},
         (),
     ),
     "dropout": (lambda state: state["model"].update(dropout=0.5), {}, ("dropout is off",)),
-    "upper case is dropped": (lambda state: state.update(normalizer=LOWER), {}, ("no upper case",)),
 }
 
 
@@ -303,12 +208,9 @@ FRAMES: dict[str, tuple[Edit, dict[str, Any], list[int], list[int]]] = {
     # what comes before a document, and what before a prompt
     "no template": (with_template("$"), {}, [], []),
     "BOS": (with_template(BOS, "$"), {"bos_token": BOS}, [300], [300]),
-    "BOS and EOS": (with_template(BOS, "$", EOS), {"bos_token": BOS}, [300], [300]),
     "EOS alone": (with_template("$", EOS), {}, [], []),
-    "two tokens": (with_template(PAD, BOS, "$"), {}, [301, 300], [301, 300]),
     "BOS is EOS": (with_template(EOS, "$"), {"bos_token": EOS}, [], [0]),
     "its config asks for it in vain": (with_template("$"), {"bos_token": BOS, "add_bos_token": True}, [], []),
-    "BOS of no template": (with_template("$"), {"bos_token": BOS}, [], []),
 }
 
 
@@ -331,12 +233,11 @@ def test_documents_and_prompts_are_framed_alike(case: str, revpatch: Call, tmp_p
         assert prompt_ids(loaded, f"{spelled}the patch") == prompt_ids(loaded, "the patch"), "never twice"
 
 
-def test_a_long_document_begins_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_long_document_begins_once(request: pytest.FixtureRequest, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(str(folder_of(tmp_path / "base", with_template(BOS, "$"), bos_token=BOS)))
     source = source_of(tmp_path, make_text(1), " ".join(make_text(i) for i in range(90)), make_text(2))
     build_shards(source, tokenizer, 4, tmp_path / "whole")
-    monkeypatch.setattr("revpatch.corpus.chunks.PIECE_CHARACTERS", 400)
-    monkeypatch.setattr("revpatch.corpus.chunks.LONG_CHARACTERS", 1000)
+    request.getfixturevalue("short_pieces")
     build_shards(source, tokenizer, 4, tmp_path / "pieces")
     assert tokens_of(tmp_path / "pieces") == tokens_of(tmp_path / "whole")
     assert tokens_of(tmp_path / "pieces").count(300) == 3
@@ -395,7 +296,6 @@ CHARACTERS = numbered(*LETTERS)
 FALLBACK = numbered(*LETTERS, *(f"<0x{value:02X}>" for value in range(256)))
 PIECES = [[EOS, 0.0], ["<unk>", -9.0], *([token, -2.0] for token in LETTERS)]
 SPLIT = {"type": "Whitespace"}
-WORDPIECE = {"unk_token": "<unk>", "continuing_subword_prefix": "##", "max_input_chars_per_word": 100}
 REMOVED = {"type": "Split", "pattern": {"Regex": "[А-я]"}, "behavior": "Removed", "invert": False}
 LETTER_COUNT = sum(character.isalpha() for character in CYRILLIC)
 LOSSY: dict[str, tuple[Edit, int]] = {
@@ -404,17 +304,8 @@ LOSSY: dict[str, tuple[Edit, int]] = {
     "falls back to bytes": (model("BPE", FALLBACK, merges=[], byte_fallback=True, unk_token="<unk>"), 0),
     "vanish": (model("BPE", CHARACTERS, merges=[]), LETTER_COUNT),
     "unknown": (model("BPE", CHARACTERS, merges=[], unk_token="<unk>"), LETTER_COUNT),
-    "unknown, fused": (model("BPE", CHARACTERS, merges=[], unk_token="<unk>", fuse_unk=True), LETTER_COUNT),
     "Unigram": (model("Unigram", PIECES, unk_id=1), LETTER_COUNT),
     "WordLevel": (model("WordLevel", numbered("the", "cat", ",", "."), SPLIT, unk_token="<unk>"), LETTER_COUNT),
-    "WordPiece": (
-        model("WordPiece", numbered(*LETTERS, *(f"##{letter}" for letter in LETTERS)), SPLIT, **WORDPIECE),
-        LETTER_COUNT,
-    ),
-    "half of the bytes": (
-        lambda state: state["model"].update(vocab=numbered(*"abcdefghijklmnopqrstuvwxyz,.Ġ"), merges=[]),
-        LETTER_COUNT,
-    ),
     "removed": (
         lambda state: state.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [REMOVED, BYTES]}),
         LETTER_COUNT,
@@ -446,23 +337,11 @@ def test_characters_that_cant_be_spelled_are_counted(
     assert f"lost         {manifest.lost_characters:,} of" in shown.out
 
 
-@pytest.mark.parametrize(("stray", "warned", "code"), [(0, False, 0), (1, False, 0), (20, True, 0), (200, False, 2)])
-def test_few_lost_characters_are_recorded_some_warned_of_many_refused(
-    stray: int, warned: bool, code: int, revpatch: Call, said: list[str], tmp_path: Path
-) -> None:
-    folder = folder_of(tmp_path / "base", LOSSY["unknown"][0])
-    texts = [f"{LATIN} {i * 'a'}" for i in range(40)]
-    result = build(revpatch, folder, tmp_path / "out", *texts, "я" * stray, options=("--holdout", 0.3))
-    assert result.code == code, result
-    assert bool([line for line in said if "can't spell" in line]) == warned
-    if not code:
-        sides = [Manifest.read(tmp_path / name) for name in ("out", "out_probe")]
-        assert sum(side.lost_characters for side in sides) == stray
-
-
-def test_an_end_of_text_that_is_the_unknown_token(revpatch: Call, tmp_path: Path) -> None:
-    edit = model("BPE", CHARACTERS, merges=[], unk_token=EOS)
-    one_line(build(revpatch, folder_of(tmp_path / "base", edit), tmp_path / "out"), EOS, "can't spell", "eos_token")
+def test_pages_of_html_are_counted(revpatch: Call, said: list[str], tmp_path: Path) -> None:
+    pages = ("\ufeff\n <!doctype HTML PUBLIC>a b", "<HTML> and so on\n" * 200, "write <html> at the beginning", "a b")
+    assert build(revpatch, folder_of(tmp_path / "base"), tmp_path / "out", *pages).code == 0
+    (line,) = [line for line in said if "pages of HTML" in line]
+    assert f"{tmp_path}/out: 2 documents" in line and "pandoc" in line
 
 
 def test_special_tokens_that_the_text_spells_are_counted(revpatch: Call, said: list[str], tmp_path: Path) -> None:
@@ -470,33 +349,6 @@ def test_special_tokens_that_the_text_spells_are_counted(revpatch: Call, said: l
     assert build(revpatch, folder, tmp_path / "out", f"one{EOS}two", "three", f"{PAD} four").code == 0
     assert Manifest.read(tmp_path / "out").special_tokens == 2
     assert [line for line in said if "special tokens 2 times" in line]
-
-
-@pytest.mark.parametrize(
-    ("text", "pages"),
-    [
-        ("<!DOCTYPE html>\n<p>a b</p>", 1),
-        ("\ufeff\n <!doctype HTML PUBLIC>a b", 1),
-        ("<html lang='en'>a b</html>", 1),
-        ("<HTML> and so on\n" * 200, 1),
-        ("write <html> at the beginning", 0),
-        ("<htmlx> a b", 0),
-    ],
-    ids=["doctype", "after a mark", "html", "a long one", "within a text", "another tag"],
-)
-def test_pages_of_html_are_counted(
-    text: str, pages: int, revpatch: Call, said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("revpatch.corpus.chunks.PIECE_CHARACTERS", 400)
-    monkeypatch.setattr("revpatch.corpus.chunks.LONG_CHARACTERS", 1000)
-    assert build(revpatch, folder_of(tmp_path / "base"), tmp_path / "out", "one", text, "a b", text).code == 0
-    lines = [line for line in said if "pages of HTML" in line]
-    assert [f"{tmp_path}/out: {2 * pages} documents" in line and "pandoc" in line for line in lines] == [True] * pages
-
-
-def test_a_tokenizer_that_fails_on_text(revpatch: Call, tmp_path: Path) -> None:
-    folder = folder_of(tmp_path / "base", model("WordLevel", numbered("the"), SPLIT, unk_token="<none>"))
-    one_line(build(revpatch, folder, tmp_path / "out"), "tokenizer", "[UNK]")
 
 
 # --- more ids than embeddings --------------------------------------------------------------------------------------
@@ -530,24 +382,3 @@ def test_an_id_without_embedding_is_refused_where_a_block_holds_it(
         one_line(probed, "<pad>", "300 embeddings")
     else:
         assert probed.code == 0, probed
-
-
-def test_a_prompt_without_embedding(padded: Path, toy: Toy, revpatch: Call, tmp_path: Path) -> None:
-    import torch
-
-    import revpatch as package
-    from revpatch.config import SidecarConfig
-
-    torch.manual_seed(0)
-    package.save_patch(package.Patch(32, 2, SidecarConfig(bottleneck=2)), tmp_path / "mine.safetensors")
-    command = ("generate", "--patch", tmp_path / "mine.safetensors", "--base", padded, "--max-new-tokens", 2)
-    one_line(revpatch(*command, "--prompt", f"a {PAD} b"), "--prompt", "'<pad>'", "300 embeddings")
-    (tmp_path / "prompts.txt").write_text(f"a b\n\na {PAD} b\n")
-    one_line(
-        revpatch(*command, "--prompt-file", tmp_path / "prompts.txt"), f"{tmp_path}/prompts.txt:3 holds", "'<pad>'"
-    )
-    assert revpatch(*command, "--prompt", "a b").code == 0
-    samples = {"prompts": [f"x{PAD}"], "max_new_tokens": 4}
-    config = toy.config(tmp_path, base={"model": str(padded)}, monitoring={"samples": samples})
-    with pytest.raises(ConfigError, match=r"monitoring\.samples\.prompts\.0 holds the token '<pad>'"):
-        check(config, 1)
