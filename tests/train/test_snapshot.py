@@ -175,6 +175,7 @@ def test_what_goes_wrong_is_raised_at_the_next_chance_and_once(tmp_path: Path, m
         writer.write(snapshot(8))
     writer.finish()
     monkeypatch.setattr(Snapshot, "pack", lambda self: (_ for _ in ()).throw(MemoryError("no room")))
+    writer = SnapshotWriter(tmp_path)
     writer.write(snapshot(4))
     with pytest.raises(MemoryError):
         writer.finish()
