@@ -76,7 +76,7 @@ def test_killed_in_the_resume_itself_again_and_again(through: Runs) -> None:
         (STEP, 5, "before"),  # an entry of step 4 is newer than the snapshot
         ("revpatch.ledger.ledger:_aside", 1, "before"),
         ("revpatch.train.state:go_back", 1, "after"),
-        (STEP, 4, "before"),
+        ("revpatch.train.trainer:Trainer._commit", 1, "before"),
     ):
         kill = {"rank": 0, "target": target, "call": call, "when": when}
         assert -signal.SIGKILL in through.run("again", kill=kill), through.log("again").read_text()

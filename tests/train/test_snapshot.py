@@ -14,7 +14,7 @@ from past_events import reading
 from revpatch.config import ConfigError
 from revpatch.evaluation.guard import Comparison
 from revpatch.evaluation.probe import Measurement
-from revpatch.ledger.patch_file import EntryError, serialise
+from revpatch.ledger.patch_file import serialise
 from revpatch.shards.format import ShardFault
 from revpatch.step.engine import EngineState
 from revpatch.train.rollback import GoodState
@@ -113,12 +113,6 @@ def test_only_whole_ones_are_believed_newest_first(tmp_path: Path, caplog: pytes
     ]
 
 
-def test_an_entry_is_no_snapshot(tmp_path: Path) -> None:
-    (tmp_path / "x.safetensors").write_bytes(serialise({}, {"kind": "commit"}))
-    with pytest.raises(EntryError, match="expected a snapshot, found something else"):
-        Snapshot.read(tmp_path / "x.safetensors")
-
-
 def test_where_none_can_be_read_a_run_is_not_begun_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for step in (8, 12):
         (tmp_path / f"step{step:012d}.safetensors").write_bytes(snapshot(step).pack()[:1000])
@@ -138,8 +132,9 @@ def test_where_none_can_be_read_a_run_is_not_begun_again(tmp_path: Path, monkeyp
     assert (tmp_path / "step000000000004.safetensors").exists(), "the revpatch that wrote it finds it"
 
 
-def test_names_sort_by_age(tmp_path: Path) -> None:
-    """Also where a signal comes before the first step of the next phase."""
+def test_names_sort_by_age_and_older_ones_go(tmp_path: Path) -> None:
+    """Also where a signal comes before the first step of the next phase. The newest two are kept."""
+    (tmp_path / ".step000000000003.safetensors.ab.tmp").write_bytes(b"half")
     started = snapshot(12)
     assert started.phase is not None
     started.phase.step = 0
@@ -150,18 +145,7 @@ def test_names_sort_by_age(tmp_path: Path) -> None:
         found = newest_snapshot(tmp_path)
         assert found is not None and found.name == one.name
         assert max(path.name for path in tmp_path.iterdir()) == one.name
-
-
-def test_the_newest_are_kept_and_half_written_ones_are_cleared_away(tmp_path: Path) -> None:
-    (tmp_path / ".step000000000003.safetensors.ab.tmp").write_bytes(b"half")
-    writer = SnapshotWriter(tmp_path)
-    for step in (4, 8, 12):
-        writer.write(snapshot(step))
-    writer.finish()
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "step000000000008.safetensors",
-        "step000000000012.safetensors",
-    ]
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_writing_does_not_hold_up_the_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,17 +166,14 @@ def test_writing_does_not_hold_up_the_caller(tmp_path: Path, monkeypatch: pytest
     assert [path.name for path in tmp_path.iterdir()] == ["step000000000004.safetensors"]
 
 
-def test_what_goes_wrong_is_raised_at_the_next_chance_and_once(tmp_path: Path) -> None:
+def test_what_goes_wrong_is_raised_at_the_next_chance_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run without snapshots must not think that it has them; errors of any kind are heard."""
     (tmp_path / "snapshot").write_text("a file where the folder should be")
     writer = SnapshotWriter(tmp_path / "snapshot")
     writer.write(snapshot(4))
     with pytest.raises(OSError, match="snapshot"):
         writer.write(snapshot(8))
     writer.finish()
-
-
-def test_an_error_of_any_kind_is_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that goes on without snapshots must not think that it has them."""
     monkeypatch.setattr(Snapshot, "pack", lambda self: (_ for _ in ()).throw(MemoryError("no room")))
     writer = SnapshotWriter(tmp_path)
     writer.write(snapshot(4))
