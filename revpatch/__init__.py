@@ -54,7 +54,7 @@ __all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:
-    """The names above, when they are first used (PEP 562)."""
+    """Return the names above, when they are first used (PEP 562)."""
     if name not in _HOME:
         raise AttributeError(f"module 'revpatch' has no attribute {name!r}")
     value = globals()[name] = getattr(importlib.import_module(_HOME[name]), name)

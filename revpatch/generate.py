@@ -66,11 +66,11 @@ class Writer:
 
     @classmethod
     def load(cls, patch: str | Path, sampling: Sampling, base: str | None = None) -> Writer:
-        """A writer with the patch and the base that `load_patched` finds; raises as it does."""
+        """Return a writer with the patch and the base that `load_patched` finds; raises as it does."""
         return cls(*load_patched(patch, base), sampling)
 
     def check(self, prompt: str, where: str = "--prompt") -> tuple[Tensor, int]:
-        """The prompt's token ids, (1, time), and how many tokens to write.
+        """Return the prompt's token ids, (1, time), and how many tokens to write.
 
         Args:
             where: what a message calls the prompt.

@@ -34,7 +34,7 @@ from revpatch.patch.patched_model import (
 
 
 def load_patched(patch: str | Path, base: str | None = None) -> tuple[nn.Module, Any]:
-    """The base with a patch attached, in eval mode, and the tokenizer.
+    """Return the base with a patch attached, in eval mode, and the tokenizer.
 
     Args:
         patch: a file, a run, `RUN@REF` (as in `ledger.references`) or a folder that `save_pretrained` wrote.
@@ -287,7 +287,7 @@ def remove_patch(model: nn.Module, name: str) -> Patch:
 
 
 def patch_names(model: nn.Module) -> list[str]:
-    """The names of the patches on a model, in the order in which they came. Raises ValueError if there is none.
+    """Return the names of the patches on a model, in the order in which they came. Raises ValueError if there is none.
 
     >>> import revpatch
     >>> from transformers import GPT2Config, GPT2LMHeadModel

@@ -87,7 +87,7 @@ def build(
                 progress=show,
             )
     except KeyboardInterrupt:
-        say(f"{out}: stopped; run the same command again to go on from where it was a few seconds ago")
+        say(f"{out}: stopped; run the same command again to resume from where it was a few seconds ago")
         raise typer.Exit(130) from None
     say(
         f"{out}: {manifest.blocks:,} blocks of {manifest.block_size} tokens from {manifest.documents:,} documents in "

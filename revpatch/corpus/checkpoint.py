@@ -55,7 +55,7 @@ class Split:
         self.rest = row[whole:].copy()
 
     def state(self) -> dict[str, Any]:
-        """All that `restore` needs, as plain values; what was written is on the disk when this returns."""
+        """Return all that `restore` needs, as plain values; what was written is on the disk when this returns."""
         self.writer.sync()
         return {
             "documents": self.documents,

@@ -98,7 +98,7 @@ class _Decompressing(io.RawIOBase):
         return count
 
     def _next_compressed(self) -> bytes:
-        """Bytes for the stream that is open or, where none is, for the next one; b"" at the end of the last."""
+        """Return bytes for the stream that is open or, where none is, for the next one; b"" at the end of the last."""
         if self._stream is not None and not self._stream.eof:
             data = self._file.read(_CHUNK)
             if not data:

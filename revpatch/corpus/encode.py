@@ -176,7 +176,7 @@ class EncoderRecipe:
 
     @classmethod
     def of(cls, tokenizer: Any, info: TokenizerInfo, dtype: str, holdout: float) -> EncoderRecipe:
-        """The recipe of a fast tokenizer of transformers."""
+        """Return the recipe of a fast tokenizer of transformers."""
         backend = tokenizer.backend_tokenizer
         special = backend.encode_special_tokens
         return cls(backend.to_str(), special, info.bos_token_ids, info.eos_token_id, dtype, holdout)
@@ -283,7 +283,7 @@ class Encoder:
 
 
 def encode_in_order(works: Iterable[Work], recipe: EncoderRecipe, workers: int) -> Iterator[Encoded]:
-    """What each of `works` becomes, in their order; with one worker in this process.
+    """Return what each of `works` becomes, in their order; with one worker in this process.
 
     At most a few works per worker are taken in advance. Raises ChildProcessError when a worker is killed.
     """
@@ -303,7 +303,7 @@ def encode_in_order(works: Iterable[Work], recipe: EncoderRecipe, workers: int) 
     except BrokenProcessPool:
         raise ChildProcessError(
             f"one of {workers} worker processes has died; it may have been killed for want of memory; "
-            "run the same command again to go on, with fewer --workers if so"
+            "run the same command again to resume, with fewer --workers if so"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)

@@ -38,7 +38,7 @@ class BuildSpeed:
         self._first: tuple[float, int, int] | None = None
 
     def describe(self, progress: BuildProgress) -> str:
-        """One line: what is done, how fast, and how long it will take."""
+        """Return one line: what is done, how fast, and how long it will take."""
         now = time.monotonic()
         first = self._first = self._first or (now, progress.tokens, progress.bytes_read)
         seconds = max(now - first[0], 1e-9)

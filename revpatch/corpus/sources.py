@@ -53,7 +53,7 @@ class HubSpec:
 
 
 def hub_input(spec: str) -> Input:
-    """The rows of one split. Raises ValueError for a spec that can't be understood."""
+    """Return the rows of one split. Raises ValueError for a spec that can't be understood."""
     parsed = parse_hub_spec(spec)
     folder = Path(parsed.candidates[0][0])
     files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []

@@ -233,7 +233,7 @@ class EntryWritten(Event):
 
     @property
     def name(self) -> str:
-        """What people call the entry: its file."""
+        """Return what people call the entry: its file."""
         return self.file
 
 

@@ -59,12 +59,12 @@ class LayerDifference:
 
 
 def layer_facts(tensors: dict[str, Tensor]) -> list[LayerFacts]:
-    """The facts of each layer, in order; tensors as an entry holds them. Raises EntryError for other tensors."""
+    """Return the facts of each layer, in order; tensors as an entry holds them. Raises EntryError for other tensors."""
     return [_facts(layer, named) for layer, named in sorted(_by_layer(tensors).items())]
 
 
 def differences(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[LayerDifference]:
-    """The layers of two patches that `check_comparable` has let pass."""
+    """Return the layers of two patches that `check_comparable` has let pass."""
     ours, theirs = _by_layer(first), _by_layer(second)
     found = []
     for layer in sorted(ours):
@@ -195,7 +195,7 @@ class PatchDifference:
 
 
 def inspect(reference: str) -> PatchFacts:
-    """What a patch is, its file checked against the journal first.
+    """Return what a patch is, its file checked against the journal first.
 
     Raises:
         FileNotFoundError, EntryError, JournalError: as `read_patch` does; or it is no patch.
@@ -213,7 +213,7 @@ def inspect(reference: str) -> PatchFacts:
 
 
 def compare_patches(first: str, second: str) -> PatchDifference:
-    """How two patches differ, layer by layer.
+    """Return how two patches differ, layer by layer.
 
     Raises:
         FileNotFoundError, EntryError, JournalError: as `inspect`; or they are of two bases or shapes.

@@ -144,11 +144,11 @@ class Journal:
             )
 
     def holds(self, head: str) -> bool:
-        """Whether a head that was noted earlier is still part of this history."""
+        """Return whether a head that was noted earlier is still part of this history."""
         return head == GENESIS or head in self._digests
 
     def head_after(self, events: int) -> str | None:
-        """The head after the first `events` events; None if there were never so many."""
+        """Return the head after the first `events` events; None if there were never so many."""
         if events > len(self._digests):
             return None
         return self._digests[events - 1] if events else GENESIS

@@ -50,14 +50,15 @@ ENTRY_EVENTS = (EntryWritten, EntriesPruned, RunResumed)
 
 
 def ledger_of(run: Path) -> Path:
-    """The folder of a run's ledger: `run`/ledger, or `run` itself where it is a ledger, whatever it is called."""
+    """Return the folder of a run's ledger: `run`/ledger, or `run` itself where it is a ledger, whatever it is
+    called."""
     inside = run / "ledger"
     return run if (run / JOURNAL_NAME).is_file() and not (inside / JOURNAL_NAME).is_file() else inside
 
 
 def run_of(ledger: Path) -> Path:
-    """The folder of the run that a ledger is of: the one it lies in, or itself where it was copied by itself under
-    another name; then there is nothing else of a run in it."""
+    """Return the folder of the run that a ledger is of: the one it lies in, or itself where it was copied by itself
+    under another name; then there is nothing else of a run in it."""
     ledger = ledger.absolute()
     return ledger.parent if ledger.name == "ledger" else ledger
 
@@ -200,11 +201,11 @@ class Ledger:
         return path, sha256
 
     def entries(self) -> list[EntryWritten]:
-        """The entries that are kept, oldest first."""
+        """Return the entries that are kept, oldest first."""
         return list(self._live.values())
 
     def newest(self, kind: str | None = None) -> EntryWritten | None:
-        """The entry recorded last (of `kind`: start, good, rollback, commit); None if there is none.
+        """Return the entry recorded last (of `kind`: start, good, rollback, commit); None if there is none.
 
         The newest `good` may be of an earlier phase. Raises EntryError for an unknown kind.
         """
@@ -280,7 +281,7 @@ class Ledger:
         return [entry.name for entry in surplus]
 
     def surplus_good(self, keep: int, spared: Collection[str] = ()) -> list[EntryWritten]:
-        """The `good` entries beyond the newest `keep` of each phase, without those whose names are `spared`."""
+        """Return the `good` entries beyond the newest `keep` of each phase, without those whose names are `spared`."""
         if keep < 1:
             raise ValueError(f"keep must be at least 1 (got {keep}): a rollback needs the last good entry")
         by_phase: dict[tuple[int, str], list[EntryWritten]] = {}
@@ -311,7 +312,7 @@ class Ledger:
 
 
 def _aside(path: Path, word: str) -> Path:
-    """A name beside `path` that nothing has yet."""
+    """Return a name beside `path` that nothing has yet."""
     aside, number = path.with_name(f"{path.name}.{word}"), 1
     while aside.exists():
         number += 1

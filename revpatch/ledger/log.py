@@ -54,7 +54,8 @@ class LogRow(NamedTuple):
 
 
 def log_rows(run: Path) -> list[LogRow]:
-    """Every event of the run in `run`, oldest first, unknown ones too. Raises JournalError for a damaged journal."""
+    """Return every event of the run in `run`, oldest first, unknown ones too. Raises JournalError for a damaged
+    journal."""
     return list(rows_of(Journal(ledger_of(run) / JOURNAL_NAME, readonly=True).records()))
 
 
@@ -74,7 +75,7 @@ def rows_of(records: list[dict[str, Any]]) -> Iterator[LogRow]:
 
 
 def as_json(run: Path) -> str:
-    """The run, the journal's head and all events, each with its `state`, as one line of JSON.
+    """Return the run, the journal's head and all events, each with its `state`, as one line of JSON.
 
     The events are the journal's own lines, which are JSON already. Raises JournalError for a damaged or an empty
     journal.
@@ -136,7 +137,7 @@ def _note(event: dict[str, Any]) -> str:
 
 
 def how_made(made_by: Any) -> str:
-    """How an entry was made that was not trained, in words, and that it was forced; empty for any other."""
+    """Return how an entry was made that was not trained, in words, and that it was forced; empty for any other."""
     if not isinstance(made_by, dict):
         return ""
     operation, get = made_by.get("operation"), made_by.get
@@ -267,7 +268,7 @@ def print_log(run: Path, console: Console, last: int | None = 100) -> None:
 
 
 def _file(row: LogRow) -> str:
-    """The name with which the note of an entry begins."""
+    """Return the name with which the note of an entry begins."""
     return row.note.partition(", ")[0]
 
 

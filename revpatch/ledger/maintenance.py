@@ -292,7 +292,7 @@ def restore_run(reference: str, run: Path) -> PatchFile:
 
 
 def is_restored(run: Path) -> bool:
-    """Whether a folder's ledger begins with an origin; only its first line is looked at."""
+    """Return whether a folder's ledger begins with an origin; only its first line is looked at."""
     journal = run / "ledger" / JOURNAL_NAME
     if not journal.is_file():
         return False
@@ -311,7 +311,7 @@ def events_of(origin: PatchFile | None) -> int:
 
 
 def origin_of(run: Path) -> PatchFile | None:
-    """The patch that the run was restored with, checked against its journal; None if it was not restored.
+    """Return the patch that the run was restored with, checked against its journal; None if it was not restored.
 
     Raises:
         EntryError, JournalError: the file or the journal is damaged.

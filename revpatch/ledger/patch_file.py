@@ -316,7 +316,7 @@ def _foreign(path: Path, why: str) -> EntryError:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of a library's message, short enough to be part of a sentence."""
+    """Return the first line of a library's message, short enough to be part of a sentence."""
     lines = str(error).strip().splitlines()
     return lines[0][:160] if lines else type(error).__name__
 

@@ -134,8 +134,8 @@ class Record:
         metadata: dict[str, Any],
         sets: Readings,
     ) -> tuple[str, str | None]:
-        """An entry of the ledger, child of the one its weights come from; its file's name and sha256 ("" and None on
-        other ranks)."""
+        """Return an entry of the ledger, child of the one its weights come from; its file's name and sha256 ("" and
+        None on other ranks)."""
         if self.ledger is None:
             return "", None
         known = {"kind": kind, "phase": phase, "phase_index": phase_index, "step": step}
@@ -250,7 +250,7 @@ class Record:
             self.board.text(global_step, f"samples/{number}", f"{phase}:\n\n    {both}")
 
     def time(self, global_step: int, seconds: Mapping[str, float]) -> None:
-        """How long something took, by its name."""
+        """Return how long something took, by its name."""
         self.board.scalars(global_step, {f"time/{name}": value for name, value in seconds.items()})
 
     def scalar(self, global_step: int, tag: str, value: float) -> None:
@@ -291,7 +291,8 @@ class RunningMean:
         self._count += 1
 
     def take(self) -> Tensor | None:
-        """The mean of this rank's steps since the last call, (len(TERMS) + 2·layers,), or None if there were none."""
+        """Return the mean of this rank's steps since the last call, (len(TERMS) + 2·layers,), or None if there were
+        none."""
         mean = None if self._sum is None else self._sum / self._count
         self._sum, self._count = None, 0
         return mean

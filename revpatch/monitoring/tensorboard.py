@@ -101,7 +101,7 @@ Layout = dict[str, dict[str, tuple[str, list[str]]]]
 
 
 def layout_of(config: Config, peak: float | None) -> Layout:
-    """The page for the probes and parts that this config has; `peak`: of a device, if it is known."""
+    """Return the page for the probes and parts that this config has; `peak`: of a device, if it is known."""
     probes = [probe.name for probe in config.probes.sets]
     taught = [probe.name for probe in config.probes.sets if probe.guard_after is not None]
     forgetting = {
@@ -151,7 +151,7 @@ def layout_of(config: Config, peak: float | None) -> Layout:
 
 
 def hyperparameters(config: Config, facts: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
-    """What tells one run from another: the knobs of the config by dotted name, and on what it runs."""
+    """Return what tells one run from another: the knobs of the config by dotted name, and on what it runs."""
     found: dict[str, bool | int | float | str] = {"seed": config.seed}
     for section in ("sidecar", "teacher", "objective", "optimizer", "batch", "replay", "rollback", "engine"):
         for key, value in config.model_dump(mode="json")[section].items():
@@ -168,7 +168,7 @@ def _of_probes(names: Sequence[str], line: str) -> tuple[str, list[str]]:
 
 
 def _lines(*patterns: str) -> tuple[str, list[str]]:
-    """A chart; TensorBoard matches its patterns from the start of a tag only."""
+    """Return a chart; TensorBoard matches its patterns from the start of a tag only."""
     return "Multiline", [f"^{pattern}$" for pattern in patterns]
 
 
@@ -235,8 +235,8 @@ class Board:
         self.has_shown(name, [float(value) for key, value in lines.items() if key != "rise"])
 
     def has_shown(self, name: str, losses: Sequence[float]) -> None:
-        """What the chart of a probe set holds besides, such as what an earlier process wrote: marks go from the lowest
-        to the highest."""
+        """Return what the chart of a probe set holds besides, such as what an earlier process wrote: marks go from the
+        lowest to the highest."""
         finite = [loss for loss in losses if np.isfinite(loss)]
         if finite:
             low, high = self._ranges.get(name, (np.inf, -np.inf))
@@ -262,8 +262,8 @@ class Board:
                 self._writer.add_image(f"{key}/layer_by_step", picture, step, dataformats="HWC")
 
     def gates(self, step: int, name: str, layers: Mapping[int, Sequence[float]]) -> None:
-        """How the gates are spread over the tokens of a held-out set: for each layer, the share of tokens in each of
-        equal bins from 0 to 1."""
+        """Return how the gates are spread over the tokens of a held-out set: for each layer, the share of tokens in
+        each of equal bins from 0 to 1."""
         if self._writer is None:
             return
         for layer, shares in layers.items():
@@ -328,7 +328,7 @@ class Board:
             self._trackers.close()
 
     def _line(self, name: str) -> _Writer:
-        """The writer of what ends with this name in its tag."""
+        """Return the writer of what ends with this name in its tag."""
         assert self._writer is not None
         if name not in DRAWN_BESIDE:
             return self._writer
@@ -353,7 +353,7 @@ class _Disk:
         self._failed = False
 
     def write(self, directory: Path, act: Callable[[], Any]) -> Any:
-        """What `act` gives; None where it raised OSError, or anything did before."""
+        """Return what `act` gives; None where it raised OSError, or anything did before."""
         if self._failed:
             return None
         try:
@@ -383,7 +383,8 @@ class _Writer:
 
 
 def _quiet_thread(before: Callable[[Any], Any]) -> Callable[[Any], None]:
-    """A hook for what ends a thread, which leaves out tensorboard's: it hands its error to the next call as well."""
+    """Return a hook for what ends a thread, which leaves out tensorboard's: it hands its error to the next call as
+    well."""
 
     def hook(ended: Any) -> None:
         if not type(ended.thread).__module__.startswith("tensorboard."):

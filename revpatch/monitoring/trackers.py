@@ -107,7 +107,7 @@ class _PlainLogger(logging.LoggerAdapter):  # type: ignore[type-arg]  # takes no
 
 
 def _ids_of(run: Path) -> dict[str, str]:
-    """What each service calls this run, as far as one has been told of it."""
+    """Return what each service calls this run, as far as one has been told of it."""
     file = run / IDS_NAME
     try:
         ids = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}

@@ -108,11 +108,11 @@ class Switchboard:
         return {**self.__dict__, "held": []}
 
     def holding(self) -> Held | None:
-        """What holds a choice for this code, innermost; None if nothing does."""
+        """Return what holds a choice for this code, innermost; None if nothing does."""
         return next((held for held in reversed(_HELD.get()) if held.board is self), None)
 
     def current(self) -> Choice:
-        """What a call that begins now runs with.
+        """Return what a call that begins now runs with.
 
         Raises:
             ValueError: another thread holds a choice, and it can't be known whether this call is meant to be under it.
@@ -170,7 +170,7 @@ class Switchboard:
             self.here.call = call.outer
 
     def call(self) -> Call:
-        """The call that is under way in this thread; for a block that is called by itself, one without a mask.
+        """Return the call that is under way in this thread; for a block that is called by itself, one without a mask.
 
         Raises:
             ValueError: a block is computed anew in a backward pass, where nothing says what its call ran with.
@@ -217,7 +217,7 @@ class Recorder(Protocol):
     """Sees what each sidecar does, in the forward pass."""
 
     def measure(self, output: SidecarOutput) -> tuple[Tensor, ...]:
-        """What is to be recorded of a sidecar's output; a pure function, as it may be computed twice."""
+        """Return what is to be recorded of a sidecar's output; a pure function, as it may be computed twice."""
         ...
 
     def record(self, layer: int, hidden: Tensor, measured: tuple[Tensor, ...]) -> None:
@@ -246,7 +246,8 @@ class PatchedBlock(nn.Module):
             return getattr(super().__getattr__("block"), name)  # models read attributes of their blocks
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PatchedBlock:
-        """What `to`, `cuda` and the like call: the sidecars of this block follow it to its device, in their dtype."""
+        """Return what `to`, `cuda` and the like call: the sidecars of this block follow it to its device, in their
+        dtype."""
         super()._apply(fn, recurse)
         device = next(self.block.parameters()).device
         for patch in self._switchboard[0].patches.values():
@@ -286,7 +287,7 @@ class PatchedBlock(nn.Module):
 
 
 def _without_past(call: Call, sidecar: Sidecar, hidden: Tensor, recompute: bool) -> tuple[Tensor, ...]:
-    """What the sidecar makes of a block's output, and what is recorded of it, where its gates have no past."""
+    """Return what the sidecar makes of a block's output, and what is recorded of it, where its gates have no past."""
     mask, gate_open, recorder = call.mask, call.gate_open, call.recorder
 
     def apply(hidden: Tensor) -> tuple[Tensor, ...]:

@@ -59,7 +59,7 @@ class _Step:
         self.run = _run(sidecar)
 
     def current(self) -> bool:
-        """Whether the parameters still lie where they did."""
+        """Return whether the parameters still lie where they did."""
         for owner, name, pointer in self.held:  # noqa: SIM110  (a generator would cost as much as the looking)
             if owner[name].data_ptr() != pointer:
                 return False

@@ -54,7 +54,7 @@ class RunningSums(PatchLayer):
 
     @property
     def half_way(self) -> bool:
-        """Whether the last call ended before all gates had asked."""
+        """Return whether the last call ended before all gates had asked."""
         return self.gates > 0 and len(self.totals) < self.gates
 
     def begin(self, gates: int, mask: Tensor | None, like: Tensor) -> None:
@@ -141,7 +141,7 @@ class Past(NamedTuple):
 
 
 def past_of(cache: Cache, patch: Owner, layer: int, hidden: Tensor, mask: Tensor | None) -> Past:
-    """What the gates of one sidecar know of the tokens before this call.
+    """Return what the gates of one sidecar know of the tokens before this call.
 
     Args:
         cache: the cache, its keys and values already extended by this call's tokens.

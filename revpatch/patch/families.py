@@ -33,7 +33,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(model: nn.Module) -> Family:
-    """The row of a model.
+    """Return the row of a model.
 
     Raises:
         ValueError: there is none; the message says how to add one.
@@ -48,23 +48,23 @@ def family_of(model: nn.Module) -> Family:
 
 
 def body_of(model: nn.Module) -> nn.Module:
-    """The module that maps token ids to the last hidden states (batch, time, d)."""
+    """Return the module that maps token ids to the last hidden states (batch, time, d)."""
     return model.get_submodule(family_of(model).body)
 
 
 def blocks_of(model: nn.Module) -> nn.ModuleList:
-    """The transformer blocks, first to last."""
+    """Return the transformer blocks, first to last."""
     return cast(nn.ModuleList, model.get_submodule(family_of(model).blocks))
 
 
 def blocks_within(model: nn.Module) -> Callable[[nn.Module], nn.ModuleList]:
-    """What finds the blocks in the model's body, or in a copy's."""
+    """Return what finds the blocks in the model's body, or in a copy's."""
     family = family_of(model)
     return attrgetter(family.blocks.removeprefix(f"{family.body}."))
 
 
 def head_of(model: nn.Module) -> nn.Linear:
-    """The head.
+    """Return the head.
 
     Raises:
         ValueError: it is not a plain linear map without a bias, or the model scales or caps its logits.

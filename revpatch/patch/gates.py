@@ -28,7 +28,8 @@ class History(Protocol):
     """What a gate must know of the tokens before this call; kept between calls while decoding."""
 
     def mean(self, scores: Tensor) -> Tensor:
-        """The means over the real tokens up to each of this call's, (batch, time) as their scores, which it keeps."""
+        """Return the means over the real tokens up to each of this call's, (batch, time) as their scores, which it
+        keeps."""
         ...
 
 
@@ -43,7 +44,7 @@ class Gate(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor, mask: Tensor | None = None, history: History | None = None) -> Tensor:
-        """The gate.
+        """Return the gate.
 
         Args:
             x: (batch, time, width).
@@ -101,7 +102,8 @@ class TokenGate(Gate):
 
 
 def _real(z: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The scores with padding's at zero, whatever they were (0 · inf is not zero), and the mask in their dtype."""
+    """Return the scores with padding's at zero, whatever they were (0 · inf is not zero), and the mask in their
+    dtype."""
     real = mask.bool()
     return z.masked_fill(~real, 0), real.to(z.dtype)
 

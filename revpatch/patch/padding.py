@@ -76,8 +76,8 @@ class PaddingReader:
 
 
 def _of_pairs(mask: Tensor, first: int, now: int, window: int) -> Tensor:
-    """The padding mask that a causal mask (batch, 1, now, keys) was made of, whose key `first` is the first token's;
-    ValueError if it was made of more."""
+    """Return the padding mask that a causal mask (batch, 1, now, keys) was made of, whose key `first` is the first
+    token's; ValueError if it was made of more."""
     if not isinstance(mask, Tensor) or mask.dim() != 4:
         _refuse(mask)
     seen = mask[:, 0, :, first : first + now]

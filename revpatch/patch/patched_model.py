@@ -131,7 +131,7 @@ def _refuse_to_save(*_: object, **__: object) -> NoReturn:
 
 
 def is_patched(model: nn.Module) -> bool:
-    """Whether `attach` has wrapped the model's blocks.
+    """Return whether `attach` has wrapped the model's blocks.
 
     >>> import revpatch
     >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -146,7 +146,7 @@ def is_patched(model: nn.Module) -> bool:
 
 
 def switchboard(model: nn.Module) -> Switchboard:
-    """The model's switchboard.
+    """Return the model's switchboard.
 
     Raises:
         ValueError: the model carries no patch.
@@ -269,7 +269,7 @@ def check_fits(model: nn.Module, patch: Patch) -> None:
 
 
 def patch_state(patch: Patch | nn.Module) -> dict[str, Tensor]:
-    """The sidecars' tensors by name, as detached float32 copies on the CPU, in a fixed order."""
+    """Return the sidecars' tensors by name, as detached float32 copies on the CPU, in a fixed order."""
     patch = patch if isinstance(patch, Patch) else switchboard(patch).attached
     state = patch.sidecars.state_dict()
     return {name: state[name].detach().to("cpu", torch.float32, copy=True).contiguous() for name in sorted(state)}
@@ -315,7 +315,7 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def base_sha256(model: nn.Module, rounded: bool = False) -> str:
-    """The sha256 of names, shapes and values of the base's parameters, patched or not.
+    """Return the sha256 of names, shapes and values of the base's parameters, patched or not.
 
     Args:
         rounded: hash the values rounded to bfloat16, so that a base has one identity whether it is held in float32 or

@@ -69,7 +69,7 @@ class Sidecar(nn.Module):
 
     @property
     def causal(self) -> bool:
-        """Whether position t sees no token after t."""
+        """Return whether position t sees no token after t."""
         return all(bool(gate.causal) for gate in self.gates)
 
     @property
@@ -179,7 +179,7 @@ class Patch(nn.Module):
         self.sidecars = nn.ModuleDict({f"{layer:02d}": Sidecar(width, config) for layer in layers})
 
     def sidecar(self, layer: int) -> Sidecar | None:
-        """The sidecar after block `layer`, or None."""
+        """Return the sidecar after block `layer`, or None."""
         return cast("Sidecar | None", self.sidecars._modules.get(f"{layer:02d}"))
 
     def log_scales(self) -> Tensor:

@@ -45,13 +45,13 @@ class Check:
 
     @property
     def passed(self) -> bool | None:
-        """Whether no figure fails; None if none could be judged."""
+        """Return whether no figure fails; None if none could be judged."""
         judged = [row.passed for row in self.rows if row.passed is not None]
         return all(judged) if judged else None
 
 
 def checklist(run: RunHistory, matrix: Matrix | None) -> list[Check]:
-    """The five checks, over the phases that are committed."""
+    """Return the five checks, over the phases that are committed."""
     if matrix is None or not run.committed:
         return []
     return [
@@ -134,8 +134,8 @@ def _ledger(run: RunHistory) -> Check:
 
 
 def _restored(rollback: RollbackHistory) -> tuple[str, bool | None]:
-    """The guarded probe that had risen most, before and as it was measured afterwards, and whether all are within
-    their tolerances now; None if none was measured."""
+    """Return the guarded probe that had risen most, before and as it was measured afterwards, and whether all are
+    within their tolerances now; None if none was measured."""
     restored = _guarded(rollback.restored)
     if not restored:
         return f"back to {rollback.to_file}; no guarded probe was measured there", None
@@ -149,13 +149,13 @@ def _restored(rollback: RollbackHistory) -> tuple[str, bool | None]:
 
 
 def _first_row(check: Check) -> CheckRow | None:
-    """The first that fails, else the first that is judged."""
+    """Return the first that fails, else the first that is judged."""
     judged = [row for row in check.rows if row.passed is not None]
     return next((row for row in judged if not row.passed), judged[0] if judged else None)
 
 
 def _first_figure(check: Check, none: str) -> str:
-    """That of `_first_row`; `none` where nothing is judged."""
+    """Return that of `_first_row`; `none` where nothing is judged."""
     first = _first_row(check)
     return none if first is None else first.figure
 
@@ -205,7 +205,7 @@ class Report:
 
     @property
     def unjudged(self) -> str:
-        """Why there is no checklist; empty if there is one."""
+        """Return why there is no checklist; empty if there is one."""
         if self.checks:
             return ""
         return "The run has no probe sets: nothing is judged." if self.run.committed else "No phase is committed yet."
@@ -272,7 +272,7 @@ def print_report(report: Report, console: Console) -> None:
 
 
 def _matrix(matrix: Matrix) -> Table:
-    """Each column coloured from its worst to its best, as on the page; bold: the phase that teaches it."""
+    """Return each column coloured from its worst to its best, as on the page; bold: the phase that teaches it."""
     table = Table("after", title="R = −loss, nats per token", title_justify="left")
     for name in matrix.sets:
         table.add_column(Text(name), justify="right")

@@ -106,7 +106,7 @@ class RunHistory:
     tolerances: dict[str, float] = field(default_factory=dict)
     confidence: float = 0.95
     begins_with: str = "base"
-    """The bare base, or the file of the patch that a restored run begins with."""
+    """The unpatched base, or the file of the patch that a restored run begins with."""
     happenings: list[TimelineEvent] = field(default_factory=list)
     samples: list[tuple[str, list[Sample]]] = field(default_factory=list)
     """After what (base, or a phase) and the texts, oldest first."""
@@ -263,7 +263,7 @@ class Matrix:
     """For each row and set the loss of each block, if the journal has it."""
     confidence: float
     base: list[float] | None = None
-    """(sets,): R of the bare base, where row 0 is another patch; its losses block by block are not known."""
+    """(sets,): R of the unpatched base, where row 0 is another patch; its losses block by block are not known."""
 
     @property
     def last(self) -> int:
@@ -320,7 +320,7 @@ class Matrix:
 
 
 def matrix_of(run: RunHistory) -> Matrix | None:
-    """The matrix of a run; None before its probes were measured first."""
+    """Return the matrix of a run; None before its probes were measured first."""
     if not run.phases or not run.phases[0].start:
         return None
     committed, start = run.committed, run.phases[0].start

@@ -36,7 +36,7 @@ class Mark:
 
 
 def chart(title: str, lines: Sequence[Line], marks: Sequence[Mark]) -> str:
-    """A <figure> with the lines over steps, the marks in it, and a legend; "" if no line has a point."""
+    """Return a <figure> with the lines over steps, the marks in it, and a legend; "" if no line has a point."""
     finite = [(x, y) for line in lines for x, y in line.points if math.isfinite(y)]
     if not finite:
         return ""
@@ -103,7 +103,7 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _thinned(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, float]]:
-    """At most `_MAX_POINTS`, evenly taken, and the last."""
+    """Return at most `_MAX_POINTS`, evenly taken, and the last."""
     if len(points) <= _MAX_POINTS:
         return points
     stride = math.ceil(len(points) / _MAX_POINTS)
@@ -111,7 +111,7 @@ def _thinned(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, flo
 
 
 def _unbroken(points: Sequence[tuple[float, float]]) -> list[list[tuple[float, float]]]:
-    """The stretches between points that are no numbers."""
+    """Return the stretches between points that are no numbers."""
     runs: list[list[tuple[float, float]]] = [[]]
     for point in points:
         if math.isfinite(point[1]):
@@ -152,7 +152,7 @@ dl{display:grid;grid-template-columns:minmax(7rem,auto) 1fr;gap:.2rem 1rem}dt{co
 
 
 def page_of(report: Report) -> str:
-    """The whole document. Every text of the journal is escaped."""
+    """Return the whole document. Every text of the journal is escaped."""
     title = f"revpatch: {report.run.directory.name}"
     body = [
         f"<h1>{escape(title)}</h1>",
@@ -221,7 +221,7 @@ def _measures(report: Report) -> str:
 
 
 def _charts(report: Report) -> list[str]:
-    """The curves as <figure>s: the training loss, and every probe with its phases' starts and limits."""
+    """Return the curves as <figure>s: the training loss, and every probe with its phases' starts and limits."""
     marks = [Mark(h.step, h.kind, f"step {h.step}: {h.words}") for h in report.run.happenings if h.kind in _MARKED]
     points = [point for phase in report.run.phases for point in phase.probes]
     trained = [(point.step, point.training["lm"]) for point in points if "lm" in point.training]

@@ -409,7 +409,7 @@ def _remove_if_left(part: Path) -> bool:
 
 
 def cache_for(stream: StreamConfig, places: list[str]) -> ShardCache | None:
-    """Where the shards of those places that are not local are kept, if there are any."""
+    """Return where the shards of those places that are not local are kept, if there are any."""
     if stream.shard_cache is None or not any(remote.is_remote(place) for place in places):
         return None
     return ShardCache(Path(stream.shard_cache).expanduser(), int(stream.shard_cache_gb * 1e9))

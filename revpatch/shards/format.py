@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from revpatch.durable import sync_directory, write_atomically
+from revpatch.durable import canonical_json, sync_directory, write_atomically
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_VERSION = 1
@@ -121,7 +121,7 @@ class Manifest:
         return np.cumsum([shard.blocks for shard in self.shards], dtype=np.int64)
 
     def shards_of(self, block_ids: Int64s) -> Int64s:
-        """The index of the shard that each block of the set lies in, (n,) -> (n,)."""
+        """Return the index of the shard that each block of the set lies in, (n,) -> (n,)."""
         return np.searchsorted(self.shard_ends, block_ids, side="right").astype(np.int64)
 
     @classmethod
@@ -200,10 +200,6 @@ def plain(record: Any) -> dict[str, Any]:
             if isinstance(value, tuple):
                 found[item.name] = [asdict(each) if isinstance(each, Shard) else each for each in value]
     return found
-
-
-def canonical_json(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
 
 def _fail(where: str, key: str, expected: Any, found: Any) -> None:
@@ -291,22 +287,22 @@ class ShardError(ValueError):
 
 
 def member_key(block_id: int) -> str:
-    """A block's webdataset key. Wide enough for any corpus, so that every header has one size."""
+    """Return a block's webdataset key. Wide enough for any corpus, so that every header has one size."""
     return f"{block_id:0{_KEY_DIGITS}d}"
 
 
 def member_name(block_id: int) -> str:
-    """The block's file name within its tar."""
+    """Return the block's file name within its tar."""
     return f"{member_key(block_id)}.{_SUFFIX}"
 
 
 def stride_of(block_bytes: int) -> int:
-    """Bytes from one member's header to the next one's."""
+    """Return bytes from one member's header to the next one's."""
     return HEADER_BYTES + -(-block_bytes // 512) * 512
 
 
 def blocks_in(shard_bytes: int, block_bytes: int) -> int:
-    """How many blocks fit a shard of about this size; at least one."""
+    """Return how many blocks fit a shard of about this size; at least one."""
     return max(1, shard_bytes // stride_of(block_bytes))
 
 
@@ -329,7 +325,7 @@ class ShardWriter:
 
     @property
     def open_blocks(self) -> int:
-        """How many blocks of `blocks` are in the shard that is not finished."""
+        """Return how many blocks of `blocks` are in the shard that is not finished."""
         return self._open.blocks if self._open is not None else 0
 
     def write(self, tokens: np.ndarray[Any, Any]) -> None:
@@ -383,7 +379,7 @@ class ShardWriter:
 
 
 def members(blocks: np.ndarray[Any, Any], first_id: int) -> np.ndarray[Any, Any]:
-    """The tar members of (n, block_size) blocks, numbered from `first_id`, as (n, stride) bytes.
+    """Return the tar members of (n, block_size) blocks, numbered from `first_id`, as (n, stride) bytes.
 
     Headers are made for all blocks at once; Python's tarfile takes longer for one than the tokenizer for its block.
     """
@@ -400,7 +396,7 @@ def members(blocks: np.ndarray[Any, Any], first_id: int) -> np.ndarray[Any, Any]
 
 
 def _header(block_bytes: int) -> bytes:
-    """The header of block 0, with spaces for the checksum's digits, as they count in the sum."""
+    """Return the header of block 0, with spaces for the checksum's digits, as they count in the sum."""
     info = tarfile.TarInfo(member_name(0))
     info.size, info.mode, info.mtime = block_bytes, 0o644, 0
     info.uname = info.gname = "revpatch"
@@ -411,7 +407,7 @@ def _header(block_bytes: int) -> bytes:
 
 
 def _digits(numbers: np.ndarray[Any, Any], base: int, count: int) -> np.ndarray[Any, Any]:
-    """The ASCII digits of (n,) numbers, with leading zeros, as (n, count) bytes."""
+    """Return the ASCII digits of (n,) numbers, with leading zeros, as (n, count) bytes."""
     powers = base ** np.arange(count - 1, -1, -1, dtype=np.int64)
     return (numbers[:, None] // powers % base + ord("0")).astype(np.uint8)
 
@@ -475,7 +471,7 @@ def refuse_foreign(folder: Path) -> None:
 
 
 def temporary_folder(folder: Path) -> Path:
-    """A new, empty folder beside `folder`, on the same disk, so that it can take its name by a rename."""
+    """Return a new, empty folder beside `folder`, on the same disk, so that it can take its name by a rename."""
     temporary = folder.with_name(f".{folder.name}.building-{os.getpid()}-{os.urandom(4).hex()}")
     temporary.mkdir(parents=True)
     return temporary

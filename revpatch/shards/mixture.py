@@ -44,7 +44,7 @@ def hash64(*words: Any) -> UInt64s:
 
 
 def permute(index: np.ndarray[Any, Any], size: np.ndarray[Any, Any], key: UInt64s) -> np.ndarray[Any, Any]:
-    """Where a keyed permutation of range(size) sends each index, elementwise: (n,) -> (n,) int64.
+    """Return where a keyed permutation of range(size) sends each index, elementwise: (n,) -> (n,) int64.
 
     A Feistel network on the next power of two above `size`, walked until it lands below `size`. The power is less
     than 2 × size, so that takes 2 rounds on average; time and memory do not depend on `size`.
@@ -128,11 +128,11 @@ class Lanes:
         return self.first_step(epoch + 1) - self.first_step(epoch)
 
     def first_step(self, epoch: int) -> int:
-        """The step an epoch begins at."""
+        """Return the step an epoch begins at."""
         return epoch * self.blocks // self.lanes
 
     def epoch_of(self, step: int) -> int:
-        """The epoch that this step is in. Raises IndexError outside of the data."""
+        """Return the epoch that this step is in. Raises IndexError outside of the data."""
         if step < 0 or (self.total_steps is not None and step >= self.total_steps):
             raise IndexError(
                 f"step {step} is outside of the {self.total_steps or 'endless'} steps that {self.blocks} blocks in "
@@ -141,11 +141,11 @@ class Lanes:
         return ((step + 1) * self.lanes - 1) // self.blocks
 
     def carried(self, epoch: int) -> int:
-        """How many blocks of the epoch before come first in this one; always fewer than `lanes`."""
+        """Return how many blocks of the epoch before come first in this one; always fewer than `lanes`."""
         return epoch * self.blocks % self.lanes
 
     def block_ids(self, step: int, start: int = 0, stop: int | None = None) -> Int64s:
-        """The blocks that lanes start..stop-1 take at this step, as (stop - start,) int64.
+        """Return the blocks that lanes start..stop-1 take at this step, as (stop - start,) int64.
 
         Raises IndexError for a step outside of the data and ValueError for lanes that are not there.
         """
@@ -163,7 +163,8 @@ class Lanes:
         return blocks
 
     def _compute_chunk(self, epoch: int, first: int, start: int, stop: int) -> Int64s:
-        """The blocks of some steps from the epoch's step `first` on, (steps, stop - start): numpy likes company."""
+        """Return the blocks of some steps from the epoch's step `first` on, (steps, stop - start): numpy likes
+        company."""
         steps = self.steps_per_epoch(epoch)
         carried = self.carried(epoch)
         k = np.arange(first, min(first + self._chunk_steps, steps), dtype=np.int64)[:, None]
@@ -176,7 +177,7 @@ class Lanes:
         return blocks
 
     def _ordered(self, epoch: int, positions: Int64s) -> Int64s:
-        """The blocks at these positions of an epoch's order."""
+        """Return the blocks at these positions of an epoch's order."""
         # Windows of nearly one size: a small last one would hardly be shuffled.
         window = ((positions + 1) * self._windows - 1) // self.blocks
         window_start = window * self.blocks // self._windows
@@ -191,7 +192,7 @@ class Lanes:
         return result
 
     def _shards_of(self, epoch: int) -> tuple[Int64s, Int64s]:
-        """The epoch's order of shards, and where each of them ends in it."""
+        """Return the epoch's order of shards, and where each of them ends in it."""
         cached = self._shard_order
         if cached is None or cached[0] != epoch:
             shards = np.arange(len(self._shard_blocks), dtype=np.int64)
@@ -259,12 +260,12 @@ class Mixture:
         return low
 
     def epochs(self, step: int) -> list[int]:
-        """The epoch that each set is in when this step ends."""
+        """Return the epoch that each set is in when this step ends."""
         drawn = self._drawn(step + 1)
         return [part.epoch_of(max(0, n - 1) // part.lanes) for n, part in zip(drawn, self.parts, strict=True)]
 
     def block_ids(self, step: int, start: int = 0, stop: int | None = None) -> Int64s:
-        """The blocks that lanes start..stop-1 take at this step, as (stop - start,) int64.
+        """Return the blocks that lanes start..stop-1 take at this step, as (stop - start,) int64.
 
         Raises IndexError for a step outside of the data and ValueError for lanes that are not there.
         """
@@ -285,7 +286,7 @@ class Mixture:
         return ids
 
     def _drawn(self, steps: int) -> list[int]:
-        """How many blocks of each set the first `steps` steps take."""
+        """Return how many blocks of each set the first `steps` steps take."""
         periods, rest = divmod(steps * self.lanes, len(self._pattern))
         begun = np.bincount(self._pattern[:rest], minlength=len(self._counts))
         drawn: list[int] = (periods * self._counts + begun).tolist()
@@ -293,7 +294,7 @@ class Mixture:
 
 
 def _drawn_from(lanes: Lanes, draws: Int64s) -> Int64s:
-    """The blocks of these draws of one set, (n,) -> (n,): draw n is lane n mod lanes at step n div lanes."""
+    """Return the blocks of these draws of one set, (n,) -> (n,): draw n is lane n mod lanes at step n div lanes."""
     steps, lane = np.divmod(draws, lanes.lanes)
     ids = np.empty(len(draws), dtype=np.int64)
     for step in np.unique(steps).tolist():
@@ -303,7 +304,8 @@ def _drawn_from(lanes: Lanes, draws: Int64s) -> Int64s:
 
 
 def _pattern_of(weights: np.ndarray[Any, np.dtype[np.float64]]) -> tuple[Int64s, Int64s]:
-    """The set of each draw of a period, (period,), and how many draws of that set come before it in the period."""
+    """Return the set of each draw of a period, (period,), and how many draws of that set come before it in the
+    period."""
     shares = weights / weights.sum()
     periods = np.arange(1, _LONGEST_PERIOD + 1)[:, None] * shares
     exact = np.flatnonzero(np.abs(periods - periods.round()).max(axis=1) < 1e-9)

@@ -41,16 +41,16 @@ class Quarantine:
         return not known
 
     def out(self, digest: str, step: int | None = None) -> Int64s:
-        """The shards of a set that are out at a step of the run, or now."""
+        """Return the shards of a set that are out at a step of the run, or now."""
         shards = (b.shard for b in self.broken if b.digest == digest and (step is None or (b.since or 0) <= step))
         return np.array(sorted(shards), dtype=np.int64)
 
     def sound(self, manifest: Manifest, numbers: Int64s) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        """Which of these blocks of a set are in no shard that is out now, (n,) -> (n,)."""
+        """Return which of these blocks of a set are in no shard that is out now, (n,) -> (n,)."""
         return ~np.isin(manifest.shards_of(numbers), self.out(manifest.digest))
 
     def replace(self, manifest: Manifest, numbers: Int64s, step: int, lanes: Int64s) -> Int64s:
-        """The blocks to read at a step of the run instead of these of one set, (n,) -> (n,); most are the same.
+        """Return the blocks to read at a step of the run instead of these of one set, (n,) -> (n,); most are the same.
 
         `lanes` (n,) says whose each block is. Raises ShardError when no shard of the set is left.
         """

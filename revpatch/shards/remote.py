@@ -35,12 +35,12 @@ Result = TypeVar("Result")
 
 
 def is_remote(location: str) -> bool:
-    """Whether this is no path: a `pipe:` command, or an URL."""
+    """Return whether this is no path: a `pipe:` command, or an URL."""
     return location.startswith(_PIPE) or "://" in location
 
 
 def url_in(location: str, name: str) -> str:
-    """The URL of the file `name` in a remote folder.
+    """Return the URL of the file `name` in a remote folder.
 
     Raises ValueError for a `pipe:` without the place of the name, and for an http URL that does not end in a path.
     """
@@ -69,7 +69,7 @@ def stream(url: str) -> Generator[bytes, None, None]:
 
 
 def is_final(error: Exception) -> bool:
-    """Whether trying again is no use: the file is not there, or is not for us."""
+    """Return whether trying again is no use: the file is not there, or is not for us."""
     status = getattr(error, "status", None)
     if isinstance(status, int):
         return status not in _TRANSIENT and status < 500
@@ -77,7 +77,7 @@ def is_final(error: Exception) -> bool:
 
 
 def describe(error: Exception) -> str:
-    """What went wrong, in a few words."""
+    """Return what went wrong, in a few words."""
     if isinstance(error, FileNotFoundError):
         return "nothing (not found, as HTTP 404)"
     if not str(error) and isinstance(error.__cause__, Exception):  # fsspec's time-outs say nothing themselves
@@ -91,7 +91,8 @@ def describe(error: Exception) -> str:
 def with_retries(
     url: str, attempt: Callable[[], Result], retries: int, final: Callable[[Exception], bool] = is_final
 ) -> Result:
-    """What `attempt` returns, made again at most `retries` times. Raises its first final error, or its last one."""
+    """Return what `attempt` returns, made again at most `retries` times. Raises its first final error, or its last
+    one."""
     wait = FIRST_WAIT_SECONDS
     for tried in range(1, retries + 1):
         try:
@@ -114,7 +115,7 @@ def write_all(file: io.RawIOBase, data: bytes) -> None:
 
 
 def read_all(url: str) -> bytes:
-    """A small file, whole.
+    """Return a small file, whole.
 
     Raises FileNotFoundError when it is not there, ValueError as `stream` does, and ConnectionError for all else.
     """

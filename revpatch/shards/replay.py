@@ -1,8 +1,8 @@
-"""The sample of past phases that is rehearsed, and which block of it is rehearsed when.
+"""The sample of past phases that is replayed, and which block of it is replayed when.
 
 Of all blocks trained on in a phase, keep the k with the smallest hash(seed, block id). That sample is uniform, needs no
 coordination, and is the same however the blocks were spread over ranks. At commit it is written as
-a small set of shards of its own, so that the corpus need not be there any more to rehearse it.
+a small set of shards of its own, so that the corpus need not be there any more to replay it.
 Later, which replay block lane i sees at step k is a function of (seed, i, k): nothing to remember here either.
 """
 
@@ -38,12 +38,12 @@ Int64s = np.ndarray[Any, np.dtype[np.int64]]
 
 
 def block_priority(seed: int, block_ids: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.uint64]]:
-    """The hash that decides which blocks are kept, (n,) -> (n,) uint64. No two ids collide under one seed."""
+    """Return the hash that decides which blocks are kept, (n,) -> (n,) uint64. No two ids collide under one seed."""
     return hash64(SAMPLE_VERSION, _PRIORITY, seed, np.asarray(block_ids, dtype=np.int64))
 
 
 def bottom_k(seed: int, block_ids: np.ndarray[Any, Any], k: int) -> Int64s:
-    """The k ids of smallest priority, (n,) -> (min(k, distinct ids),) int64, smallest first.
+    """Return the k ids of smallest priority, (n,) -> (min(k, distinct ids),) int64, smallest first.
 
     An id that was seen several times counts once. Raises ValueError for a negative k.
     """
@@ -104,7 +104,7 @@ def write_replay(corpus: Corpus, block_ids: np.ndarray[Any, Any], directory: str
 
 
 class ReplayMixture:
-    """The rehearsed blocks of several sets, each set with an equal share in expectation.
+    """The replayed blocks of several sets, each set with an equal share in expectation.
 
     Draws are with replacement: no two of (seed, lane, step) depend on one another, so there is no state.
     Raises ValueError for no sets, or for sets of different block sizes or tokenizers.
@@ -129,7 +129,7 @@ class ReplayMixture:
         return dict(zip(self._digests, map(int, self._blocks), strict=True))
 
     def locate(self, step: int, start: int = 0, stop: int | None = None) -> tuple[Int64s, Int64s]:
-        """(index of the set, block id in it) that lanes start..stop-1 rehearse at this step, (stop - start,) int64.
+        """(index of the set, block id in it) that lanes start..stop-1 replay at this step, (stop - start,) int64.
 
         Raises ValueError for lanes that are not there and IndexError for a negative step.
         """
@@ -153,7 +153,8 @@ class ReplayMixture:
     def read(
         self, step: int, start: int = 0, stop: int | None = None, quarantine: Quarantine | None = None
     ) -> tuple[Int64s, list[tuple[str, int]]]:
-        """The blocks of `locate`, (stop - start, block_size) int64, and a key for each: (set's digest, block id).
+        """Return the blocks of `locate`, (stop - start, block_size) int64, and a key for each: (set's digest, block
+        id).
 
         Blocks of shards that are out, in `quarantine`, are replaced. Equal keys mean equal tokens, in any run, so
         that what was computed from a block can be cached under it. Raises ShardError for a broken shard.

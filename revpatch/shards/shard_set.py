@@ -257,7 +257,7 @@ class Corpus:
             yield self.sets[index], rows, block_ids[rows] - (int(self._ends[index]) - len(self.sets[index]))
 
     def read(self, block_ids: np.ndarray[Any, Any]) -> Int64s:
-        """The tokens of these blocks, (n,) -> (n, block_size) int64, in the order asked for.
+        """Return the tokens of these blocks, (n,) -> (n, block_size) int64, in the order asked for.
 
         Raises IndexError for a number that no block has and ShardError for a shard that is broken.
         """

@@ -258,7 +258,7 @@ class _ZeroState:
 
     @torch.no_grad()
     def state(self) -> EngineState:
-        """Every rank fills in what it holds, and one sum brings all together; DeepSpeed's `safe_get_full_...`
+        """Return every rank fills in what it holds, and one sum brings all together; DeepSpeed's `safe_get_full_...`
         would take three for each parameter, and a step would stand still for them."""
         named = dict(self.patch.named_parameters())
         sizes = [parameter.numel() for parameter in named.values()]

@@ -27,7 +27,7 @@ class Crossing:
 
 
 def first_above(loss: Callable[[int], float], states: int, above: float | None) -> Crossing | None:
-    """A state whose loss is above a limit while that of the state before it is not, by bisection.
+    """Return a state whose loss is above a limit while that of the state before it is not, by bisection.
 
     The last and the first state are asked first, so over n states it takes 2 + ⌈log2(n − 1)⌉ questions. If the losses
     only rise there is one such state; if they go up and down there may be several, and it is one of them.
@@ -128,7 +128,7 @@ class Bisection:
     evaluations: list[Evaluation] = field(default_factory=list)
 
     def as_fields(self) -> dict[str, Any]:
-        """The fields by name."""
+        """Return the fields by name."""
         return asdict(self)
 
 
@@ -171,7 +171,7 @@ def bisect(
 
 
 def _states(ledger: Ledger, run: Path) -> list[EntryWritten | None]:
-    """What the run began with, None for the base alone, and every commit, oldest first."""
+    """Return what the run began with, None for the base alone, and every commit, oldest first."""
     entries = ledger.entries()
     commits: list[EntryWritten | None] = [entry for entry in entries if entry.kind == "commit"]
     if not commits:
@@ -199,7 +199,7 @@ class _Search:
         self.seen: dict[int, Losses] = {}
 
     def commits(self, above: float | None, confidence: float) -> Crossing | None:
-        """The first commit above the limit."""
+        """Return the first commit above the limit."""
         last = len(self.states) - 1
         if above is None:
             self._loss(last), self._loss(0)

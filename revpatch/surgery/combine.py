@@ -57,7 +57,7 @@ def weighted(patches: Sequence[Tensors], weights: Sequence[float]) -> Tensors:
 
 
 def bypassed(patch: Tensors, layers: Iterable[int]) -> Tensors:
-    """The patch with the sidecars after these blocks made the identity; shapes stay, and they can learn again.
+    """Return the patch with the sidecars after these blocks made the identity; shapes stay, and they can learn again.
 
     Raises:
         ValueError: there is no sidecar after one of the blocks.
@@ -73,7 +73,7 @@ def bypassed(patch: Tensors, layers: Iterable[int]) -> Tensors:
 
 
 def layers_with_sidecars(patch: Tensors) -> list[int]:
-    """The blocks that have a sidecar, in order."""
+    """Return the blocks that have a sidecar, in order."""
     return sorted({_layer(name) for name in patch})
 
 
@@ -98,8 +98,8 @@ class Probes:
 
     @classmethod
     def of(cls, run: Path | None, shards: list[str], blocks: int | None = None) -> Probes:
-        """Those that `shards` names; else the probe sets of the run's config, and what its base had written to be held
-        out. The rules are the run's in either case, or the defaults where it has no config.
+        """Return those that `shards` names; else the probe sets of the run's config, and what its base had written to
+        be held out. The rules are the run's in either case, or the defaults where it has no config.
 
         Raises:
             ValueError: neither names a set.
@@ -120,8 +120,8 @@ class Probes:
         return cls(sets) if config is None else cls(sets, config.rollback, config.stream)
 
     def guarded(self, taught: set[str], given_up: str | None = None) -> set[str]:
-        """Names of the sets that may not get worse: not those of corpora that no phase in `taught` has taught, nor
-        those of the phase that is `given_up`."""
+        """Return names of the sets that may not get worse: not those of corpora that no phase in `taught` has taught,
+        nor those of the phase that is `given_up`."""
         known = taught - {given_up}
         return {s.name for s in self.sets if s.guard_after is None or s.guard_after in known}
 
@@ -172,7 +172,7 @@ def judge(probes: Probes, subject: Subject, before: list[Patch], after: Patch, g
 
 
 def _own_text_of(run: Path) -> str:
-    """Where the run's base had written its own text, when it last trained."""
+    """Return where the run's base had written its own text, when it last trained."""
     events = Journal(run / "ledger" / JOURNAL_NAME, readonly=True).events(RunBegun, RunResumed)
     noted = [e.facts[FIRST_REPLAY] for e in events if isinstance(e, RunBegun | RunResumed) and FIRST_REPLAY in e.facts]
     if not noted:
@@ -197,7 +197,7 @@ class DerivedCommit:
     sha256: str | None = None
 
     def as_fields(self) -> dict[str, Any]:
-        """The fields by name."""
+        """Return the fields by name."""
         return asdict(self)
 
 
@@ -344,8 +344,8 @@ def _commits_of(commits: list[EntryWritten], phase: str, run: Path) -> list[Entr
 
 
 def _trained(found: list[EntryWritten], run: Path) -> EntryWritten:
-    """The newest of these commits that was not imported: an import stands under its phase's name, but what was learned
-    in that phase is not its difference to the commit before it."""
+    """Return the newest of these commits that was not imported: an import stands under its phase's name, but what was
+    learned in that phase is not its difference to the commit before it."""
     ours = [entry for entry in found if (entry.made_by or {}).get("operation") != "import"]
     if not ours:
         raise ValueError(
@@ -368,7 +368,7 @@ def _refuse_twice(commits: list[EntryWritten], commit: EntryWritten, force: bool
 def _difference(
     ledger: Ledger, commits: list[EntryWritten], commit: EntryWritten, newest: PatchFile
 ) -> tuple[Tensors, dict[str, Any]]:
-    """The tensors, and the sha256 of what was subtracted."""
+    """Return the tensors, and the sha256 of what was subtracted."""
     starts = [e for e in ledger.entries() if e.kind == "start" and e.phase_index == commit.phase_index]
     state = starts[-1] if starts else commits[commits.index(commit) - 1] if commits.index(commit) else None
     if state is None:

@@ -82,7 +82,7 @@ To be filled in: it depends on the licence of {base} and on the rights in the te
 
 
 def model_card(name: str, entry: PatchFile, model: nn.Module, sizes: dict[str, int]) -> str:
-    """The card as Markdown.
+    """Return the card as Markdown.
 
     Args:
         name: the exported folder's name.
@@ -106,7 +106,7 @@ def model_card(name: str, entry: PatchFile, model: nn.Module, sizes: dict[str, i
 
 
 def base_name(entry: PatchFile) -> str:
-    """A hub name as it is; of a folder the last part, as where it lay says nothing on another machine."""
+    """Return a hub name as it is; of a folder the last part, as where it lay says nothing on another machine."""
     model = str(entry.base["model"])
     return Path(model).name if Path(model).is_absolute() or model.startswith(".") else model
 
@@ -129,7 +129,7 @@ def _facts(entry: PatchFile, model: nn.Module, sizes: dict[str, int]) -> Iterabl
 
 
 def _history(entry: PatchFile) -> str:
-    """The commits that led here, and their held-out losses; or what the entry alone says."""
+    """Return the commits that led here, and their held-out losses; or what the entry alone says."""
     ledger, recorded = entry.ledger, entry.event
     if ledger is None or recorded is None:
         phase, losses = str(entry.metadata.get("phase", "")), dict(entry.metadata.get("probes", {}))
@@ -308,7 +308,7 @@ def _unproved(model: Any) -> str:
 
 
 def _public(thing: nn.Module | Any) -> str:
-    """The class's name, if `from transformers import NAME` gives that class."""
+    """Return the class's name, if `from transformers import NAME` gives that class."""
     name = type(thing).__name__
     if getattr(transformers, name, None) is not type(thing):
         raise ValueError(f"{name} is no public class of transformers, so an exported model can't be built on it")

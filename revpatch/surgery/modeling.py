@@ -89,7 +89,7 @@ class RevpatchForCausalLM({model_class}):
 
 
 def modeling_source(model_class: str, config_class: str, kind: str) -> str:
-    """The file's text, for a base of these classes of transformers and this model_type."""
+    """Return the file's text, for a base of these classes of transformers and this model_type."""
     names: dict[str, Any] = {
         "model_class": model_class,
         "config_class": config_class,
@@ -109,7 +109,7 @@ def modeling_source(model_class: str, config_class: str, kind: str) -> str:
 
 
 def _in_order(root: str) -> list[str]:
-    """The modules of the patch that `root` needs, each after those that it needs itself."""
+    """Return the modules of the patch that `root` needs, each after those that it needs itself."""
     order: list[str] = []
 
     def visit(module: str) -> None:
@@ -131,7 +131,8 @@ def _path_of(module: str) -> Path:
 
 
 def _defined(text: str) -> list[str]:
-    """The names that a module defines at its top; of those it imports there are no two of one name by convention."""
+    """Return the names that a module defines at its top; of those it imports there are no two of one name by
+    convention."""
     names: list[str] = []
     for node in ast.parse(text).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -144,7 +145,7 @@ def _defined(text: str) -> list[str]:
 
 
 def _without_own_imports(text: str, module: str) -> str:
-    """The module's lines without its docstring and without imports of its own package and of __future__."""
+    """Return the module's lines without its docstring and without imports of its own package and of __future__."""
     tree, lines = ast.parse(text), text.splitlines()
     top = set(map(id, tree.body))
     if ast.get_docstring(tree) is not None:

@@ -172,7 +172,7 @@ def test_two_builds_into_one_folder_at_once_and_a_full_disk(
     start: Start, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
     code, _, err = end_of(start(tmp_path / "set", limit=100_000))
-    assert code == 1 and "is full" in err and "run the same command again to go on" in err
+    assert code == 1 and "is full" in err and "run the same command again to resume" in err
     assert not (tmp_path / "set").exists()
     first = start(tmp_path / "set")
     assert first.stdout is not None and first.stdout.readline()

@@ -95,7 +95,7 @@ def test_ctrl_c_says_how_to_resume(toy: Toy, tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         said, _ = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "run the same command again to go on" in said
+    assert "run the same command again to resume" in said
 
 
 @pytest.mark.parametrize(("in_all", "limit", "left"), [(11, None, "0:00:10"), (11, 190_000, "0:00:04")])

@@ -1,4 +1,4 @@
-"""Fixtures: what says whose patches these are, and a run that was never trained."""
+"""Fixtures: the metadata of patches of the toy base, and a run that was never trained."""
 
 from __future__ import annotations
 
@@ -20,13 +20,9 @@ from revpatch.patch.patched_model import base_sha256
 @pytest.fixture(scope="session")
 def identity(toy: Toy) -> dict[str, Any]:
     base = AutoModelForCausalLM.from_pretrained(toy.base, dtype=torch.float32)
+    sha256 = base_sha256(base, rounded=True)
     return {
-        "base": {
-            "model": str(toy.base),
-            "revision": None,
-            "sha256": base_sha256(base, rounded=True),
-            "dtype": "float32",
-        },
+        "base": {"model": str(toy.base), "revision": None, "sha256": sha256, "dtype": "float32"},
         "tokenizer": tokenizer_fingerprint(toy.tokenizer),
         "sidecar": SidecarConfig(bottleneck=4).model_dump(mode="json"),
         "seed": 0,
@@ -35,13 +31,5 @@ def identity(toy: Toy) -> dict[str, Any]:
 
 @pytest.fixture
 def make_run(toy: Toy, identity: dict[str, Any], tmp_path: Path) -> Callable[..., MadeUp]:
-    """make_run(name="run", config=True, **overrides of the config)."""
-
-    def make(name: str = "run", config: bool = True, **overrides: Any) -> MadeUp:
-        directory = tmp_path / name
-        directory.mkdir()
-        if config:
-            toy.config_file(directory, output_dir=str(directory), sidecar={"bottleneck": 4}, **overrides)
-        return MadeUp(directory, identity)
-
-    return make
+    """make_run(name="run", config=True)."""
+    return lambda name="run", config=True: MadeUp.of(tmp_path / name, toy, identity, config)

@@ -20,6 +20,10 @@ from revpatch.shards.shard_set import ShardSet
 Tensors = dict[str, Tensor]
 
 
+def equal(one: Tensors, other: Tensors) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
 def patch_tensors(seed: int = 1, strength: float = 0.3, depth: int = LAYERS, **knobs: Any) -> Tensors:
     """A patch that looks trained; strength 0 is the identity."""
     torch.manual_seed(seed)
@@ -63,6 +67,14 @@ class MadeUp:
     directory: Path
     metadata: dict[str, Any]
     phases: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, directory: Path, toy: Toy, metadata: dict[str, Any], config: bool = True) -> MadeUp:
+        """An empty run, with a config or without one."""
+        directory.mkdir()
+        if config:
+            toy.config_file(directory, output_dir=str(directory), sidecar={"bottleneck": 4})
+        return cls(directory, metadata)
 
     @property
     def ledger(self) -> Ledger:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,13 @@ from typing import Any
 import pytest
 import torch
 from made_up import MadeUp, patch_tensors
-from past_events import KNOWN, add, add_line
+from past_events import add, add_line
 from torch import nn
 from toy import Toy, save_base
 from transformers import AutoModelForCausalLM
 
 from revpatch.evaluation import proofs as removal
 from revpatch.evaluation.proofs import fingerprint_base, prove_removal
-from revpatch.ledger.journal import JournalError
 
 Make = Callable[..., MadeUp]
 
@@ -30,30 +28,15 @@ def run(make_run: Make) -> MadeUp:
     return run
 
 
-def test_a_sound_patch_leaves_nothing(run: MadeUp) -> None:
-    report = prove_removal(str(run.directory))
-    assert report.ok
-    assert [check.dtype for check in report.checks] == ["float32"]
-    (check,) = report.checks
-    assert check.untouched == check.off == check.detached
-    assert check.changed > 0.1, "what is compared must be seen to differ at all"
-
-
-def test_it_is_proved_in_the_dtype_of_the_entry_and_in_float32(run: MadeUp) -> None:
+def test_a_sound_patch_leaves_nothing_in_the_dtype_of_the_entry_and_in_float32(run: MadeUp) -> None:
     base = {**run.metadata["base"], "dtype": "bfloat16"}
     run.phase("second", patch_tensors(strength=0), patch_tensors(strength=1.0), base=base)
     report = prove_removal(f"{run.directory}@commit")
-    assert report.ok
-    assert [check.dtype for check in report.checks] == ["bfloat16", "float32"]
+    assert report.ok and [check.dtype for check in report.checks] == ["bfloat16", "float32"]
+    for check in report.checks:
+        assert check.untouched == check.off == check.detached
+        assert check.changed > 0.1, "what is compared must be seen to differ at all"
     assert report.checks[0].untouched != report.checks[1].untouched
-
-
-def test_another_base_is_reported_and_not_run(run: MadeUp, toy: Toy, tmp_path: Path) -> None:
-    other = save_base(tmp_path / "other", toy.tokenizer, seed=5)
-    report = prove_removal(str(run.directory), str(other))
-    assert not report.ok
-    assert report.checks == []
-    assert report.base_expected == run.metadata["base"]["sha256"] != report.base_found
 
 
 def test_a_patch_that_touches_the_base_is_caught(run: MadeUp, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,9 +93,6 @@ END_GONE, TORN = "no event of the run's end", "its last line is cut short"
         (["run", "run_end"], 0, ""),
         (["run", "run_end"], None, END_GONE),  # the whole last line
         (["run", "run_end"], 1, TORN),  # without its line feed alone
-        (["run", "run_end"], 40, TORN),
-        (["run"], 0, END_GONE),  # it trains still, or was stopped
-        (["run", "interrupted"], 0, END_GONE),
         (["run", "run_end", "resume"], 0, END_GONE),
         (["run_end"], 0, "no event of the run's start"),
     ],
@@ -138,21 +118,21 @@ def test_what_the_journal_does_not_say_is_not_proved(
         assert "the patch comes off the base as it is now" in shown.out
 
 
-@pytest.mark.parametrize("event", ["run", "run_end"])
-def test_an_event_that_notes_nothing_of_the_base_proves_nothing(
-    run: MadeUp, revpatch: Callable[..., Any], event: str
-) -> None:
-    fields = {name: value for name, value in KNOWN[event].items() if name != "bare_base"}
-    add_line(run.ledger.journal, event, **fields)
-    line = len(run.ledger.journal.records())
-    words = f"line {line} is no proper `{event}` event: field bare_base: Field required"
+def test_an_event_that_notes_nothing_of_the_base_proves_nothing(run: MadeUp, revpatch: Callable[..., Any]) -> None:
+    add_line(run.ledger.journal, "run_end")
+    words = f"line {len(run.ledger.journal.records())} is no proper `run_end` event: field bare_base: Field required"
     shown = revpatch("ledger", "verify", run.directory, "--removal")
     assert shown.code == 1 and words in shown.out and "the removal was not looked into" in shown.out
-    with pytest.raises(JournalError, match=re.escape(words)):
-        prove_removal(str(run.directory))
 
 
-def test_the_verdict_on_the_ledger_comes_first(run: MadeUp, tmp_path: Path, revpatch: Callable[..., Any]) -> None:
+def test_the_verdict_on_the_ledger_comes_first(
+    run: MadeUp, toy: Toy, tmp_path: Path, revpatch: Callable[..., Any]
+) -> None:
+    other = save_base(tmp_path / "other", toy.tokenizer, seed=5)
+    failed = revpatch("ledger", "verify", run.directory, "--removal", "--base", other)
+    assert failed.code == 1 and "NOT proved" in failed.out
+    report = prove_removal(str(run.directory), str(other))
+    assert not report.ok and report.checks == [] and report.base_expected != report.base_found
     told = revpatch("ledger", "verify", run.directory, "--removal", "--json").json()
     assert told["ok"] and told["removal"]["ok"] and told["removal"]["noted"] == []
     gone = revpatch("ledger", "verify", run.directory, "--removal", "--base", tmp_path / "gone")
@@ -164,16 +144,3 @@ def test_the_verdict_on_the_ledger_comes_first(run: MadeUp, tmp_path: Path, revp
     broken = revpatch("ledger", "verify", run.directory, "--removal")
     assert (broken.code, broken.err) == (1, "")
     assert "line 2 names the line before it" in broken.out and "the removal was not looked into" in broken.out
-
-
-def test_verify_removal_says_so_and_fails_where_it_fails(
-    run: MadeUp, toy: Toy, tmp_path: Path, revpatch: Callable[..., Any]
-) -> None:
-    done = revpatch("ledger", "verify", run.directory, "--removal")
-    assert done.code == 0, done
-    assert "after detach, logits are the base's to the bit" in done.out
-    assert "can be removed without a trace" in done.out
-    other = save_base(tmp_path / "other", toy.tokenizer, seed=5)
-    failed = revpatch("ledger", "verify", run.directory, "--removal", "--base", other)
-    assert failed.code == 1
-    assert "NOT proved" in failed.out

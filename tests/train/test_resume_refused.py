@@ -20,7 +20,7 @@ from toy import Toy, save_base
 from revpatch.ledger.ledger import Ledger, read_patch
 from revpatch.ledger.maintenance import verify
 from revpatch.train import resume
-from revpatch.train.resume import ConfigError, stand
+from revpatch.train.resume import ConfigError, run_status
 from revpatch.train.snapshot import Snapshot
 
 BETWEEN_PHASES = {"rank": 0, "target": "revpatch.train.trainer:Trainer._begin", "call": 2, "when": "before"}
@@ -102,7 +102,7 @@ def test_killed_while_it_is_deleted_to_begin_anew(runs: Runs, copy: str) -> None
     assert [path.name for path in runs.path(copy).iterdir()] == [".lock"]
     (runs.path(copy) / ".config.yaml.0a1b.tmp").touch()
     assert runs.run(copy, world=1) == [0], "what is left is no one's, and in nobody's way"
-    assert "going on with" not in runs.log(copy).read_text()
+    assert "resuming" not in runs.log(copy).read_text()
     assert [event["event"] for event in runs.events(copy, "run")] == ["run"]
 
 
@@ -137,7 +137,7 @@ def test_an_older_snapshot_is_resumed_from_where_the_newest_does_not_fit_or_is_d
     shutil.copytree(run, runs.path("damaged"))
     journal = run / "ledger/journal.jsonl"
     journal.write_text("".join(journal.read_text().splitlines(keepends=True)[: older.events]))
-    advice = re.search(r"remove (snapshot/\S+) to go on from (\S+),", refused(runs, copy))
+    advice = re.search(r"remove (snapshot/\S+) to resume from (\S+),", refused(runs, copy))
     assert advice is not None and advice.groups() == (f"snapshot/{newest.name}", older.name)
     (run / advice[1]).unlink()
     damaged = runs.path("damaged") / "snapshot" / newest.name
@@ -211,5 +211,5 @@ def test_a_run_that_another_process_begins_meanwhile(toy: Toy, tmp_path: Path, m
 
     monkeypatch.setattr(resume, "lock_run", lock_late)
     with pytest.raises(ConfigError, match="another process has begun a run there"):
-        stand(toy.config(tmp_path), fresh=False, overwrite=False)
+        run_status(toy.config(tmp_path), fresh=False, overwrite=False)
     assert (tmp_path / "run/config.yaml").read_text() == "theirs"
