@@ -22,8 +22,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import Unigram, WordLevel
 
 from revpatch.corpus.encode import Spelling
-from revpatch.durable import is_lfs_pointer
-from revpatch.shards.format import Manifest, TokenizerInfo, canonical_json
+from revpatch.durable import canonical_json, is_lfs_pointer
+from revpatch.shards.format import Manifest, TokenizerInfo
 
 _FILE = "tokenizer.json"
 _CONFIG = "tokenizer_config.json"

@@ -112,10 +112,12 @@ def measure(device: torch.device) -> Finding:
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - began)
     world = dist.get_world_size()
-    return judge(2 * (world - 1) / world * BYTES / sorted(times[1:])[ROUNDS // 2] / 1e9, dist.get_backend(), world)
+    return judge_bandwidth(
+        2 * (world - 1) / world * BYTES / sorted(times[1:])[ROUNDS // 2] / 1e9, dist.get_backend(), world
+    )
 
 
-def judge(bandwidth: float, backend: str, ranks: int) -> Finding:
+def judge_bandwidth(bandwidth: float, backend: str, ranks: int) -> Finding:
     """Judge a bandwidth, in 10⁹ bytes/s, by what its backend usually reaches."""
     found = f"{bandwidth:.2f} GB/s between {ranks} ranks, {backend}, {BYTES // 2**20} MiB"
     if bandwidth < SLOW[backend]:

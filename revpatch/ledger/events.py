@@ -298,7 +298,7 @@ class Interrupted(Event):
 
 
 class RunResumed(Event):
-    """The run was taken up again, from a snapshot or from its beginning."""
+    """The run was resumed, from a snapshot or from its beginning."""
 
     event: Literal["resume"]
     undoes_from: Count

@@ -42,7 +42,7 @@ class Trackers:
 
     What belongs to one step goes out at once, when the next step's numbers come. One that fails is named in the log and
     left out from then on: a server that is away is no reason to stop training. The services' ids of the run are in
-    `run`/trackers.json, so that they go on with it when it goes on; without the file they begin another.
+    `run`/trackers.json, so that they resume with it; without the file they begin another.
 
     Raises ValueError if that file is no such thing.
     """

@@ -94,7 +94,7 @@ class Lanes:
         seed: of the order; each epoch has an order of its own.
         shuffle_blocks: blocks are permuted within windows of at most so many, cut from the permuted shards.
             1 keeps each shard's order.
-        repeat: go on with the next epoch when one ends.
+        repeat: begin the next epoch when one ends.
 
     Raises ValueError for fewer blocks than lanes and for numbers that make no sense.
     """

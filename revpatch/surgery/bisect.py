@@ -181,7 +181,7 @@ def _states(ledger: Ledger, run: Path) -> list[EntryWritten | None]:
 
 
 class _Search:
-    """The states of a run, each evaluated once at most and put down as it is."""
+    """The states of a run, each evaluated once at most and reported as it is."""
 
     def __init__(
         self,

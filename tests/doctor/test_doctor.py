@@ -169,7 +169,7 @@ def test_a_launcher(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], 
 
 
 def test_a_bandwidth_is_judged_by_its_backend() -> None:
-    assert [ranks.judge(*row, 2).colour for row in ((0.7, "gloo"), (0.05, "gloo"), (0.7, "nccl"))] == [
+    assert [ranks.judge_bandwidth(*row, 2).colour for row in ((0.7, "gloo"), (0.05, "gloo"), (0.7, "nccl"))] == [
         *("green", "yellow", "yellow")
     ]
 
