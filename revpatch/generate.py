@@ -81,7 +81,7 @@ class Writer:
         embeddings = self.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
         ids = torch.tensor([prompt_ids(self.tokenizer, prompt, embeddings, where)], dtype=torch.int64)
         if ids.shape[1] == 0:
-            raise ValueError(f"{where} is empty: give the model at least one token to go on from")
+            raise ValueError(f"{where} is empty: give the model at least one token to continue")
         wanted, positions = self.sampling.max_new_tokens, int(self.model.config.max_position_embeddings)  # type: ignore[union-attr, arg-type]
         room = positions - ids.shape[1]
         if room < (wanted or 1):

@@ -23,7 +23,7 @@ def generate(
     patch: Annotated[
         str, typer.Option("--patch", "--patch-ckpt", help="A file, a run (its newest commit), RUN@ENTRY or a folder.")
     ],
-    prompt: Annotated[list[str] | None, typer.Option(help="Text to go on from; may be given several times.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="Text to continue; may be given several times.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="Text file with a prompt a line.")] = None,
     base: BaseOption = None,
     gate: Annotated[

@@ -63,7 +63,7 @@ def build(
     licence: Annotated[str | None, typer.Option(help="Rights in the text, kept in the manifest.")] = None,
     note: Annotated[str | None, typer.Option(help="What the text is, kept in the manifest.")] = None,
 ) -> None:
-    """Turn documents into webdataset tars of token blocks with a manifest. The same command goes on after a kill."""
+    """Turn documents into webdataset tars of token blocks with a manifest. The same command resumes after a kill."""
     from revpatch.corpus.build import build_shards
     from revpatch.corpus.progress import shown_progress
 

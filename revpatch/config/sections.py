@@ -298,7 +298,7 @@ class SamplesConfig(Section):
     """Short texts that are written greedily at the run's start and at each commit, for people to read."""
 
     prompts: Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=8)] = []
-    """Texts to go on from; none takes a few tokens of each held-out set."""
+    """Texts to continue; none takes a few tokens of each held-out set."""
     max_new_tokens: NonNegative = 40
     """Tokens to write after each; 0 writes no samples."""
 

@@ -242,7 +242,7 @@ def _opened(
     except BaseException as error:
         keep = unfinished.checkpoint is not None
         if isinstance(error, OSError) and error.errno in _NO_ROOM:
-            goes_on = "go on" if keep else "build it"
+            goes_on = "resume" if keep else "build it"
             raise OSError(
                 error.errno,
                 f"{out}: the disk that it is written to is full ({error.strerror}); make room and run the same "

@@ -1,20 +1,21 @@
 """`wds:URL`: documents out of tars of raw text, whose members are read as files of their endings are.
 
-The URL is a path, or anything that remote.py opens: http(s), `pipe:COMMAND`, what else fsspec knows; that is downloaded
-whole to a temporary file, anew if the connection breaks. A tar that is compressed is known by its first bytes. Python's
-tarfile takes a tar that is cut or overwritten for one that ends there, so all is read up to the last byte: there must
-be headers or zeros, and zeros at the end. Several tars one after another are read as one.
+The URL is a path, or anything that remote.py opens: http(s), `pipe:COMMAND`, what else fsspec knows. What is remote, or
+compressed as its first bytes say, is first written whole to a temporary file. Python's tarfile takes a tar that is cut
+or overwritten for one that ends there, so the end that it finds is checked: zeros up to the file's last byte, or before
+another tar, which is read as well.
 """
 
 from __future__ import annotations
 
 import io
 import logging
+import os
 import tarfile
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -25,7 +26,6 @@ import braceexpand
 from revpatch.corpus.documents import (
     BadDocument,
     BrokenCompression,
-    ByteCounter,
     Document,
     Input,
     Reading,
@@ -38,10 +38,8 @@ from revpatch.corpus.readers import READERS, Place, counted, known_ending, last_
 from revpatch.shards import remote
 
 _log = logging.getLogger(__name__)
-_CHUNK = 2**16
+_CHUNK = 2**20
 _LINKS = "links"
-# Errors of tarfile that its type stubs leave out.
-_EOF, _EMPTY, _SUBSEQUENT = (getattr(tarfile, f"{name}HeaderError") for name in ("EOF", "Empty", "Subsequent"))
 
 
 def tar_inputs(spec: str) -> list[Input]:
@@ -74,25 +72,30 @@ def _read(url: str, reading: Reading) -> Iterator[Document | BadDocument]:
 
 def _read_all(url: str, reading: Reading) -> Iterator[Document | BadDocument]:
     left_out: Counter[str] = Counter()
-    read = 0
+    read = tars = 0
+    start: int | None = 0
     try:
-        with _opened(url) as raw:
-            stream = _Unpacked(raw, reading.meter)
-            with _Tar.open(fileobj=cast(Any, stream), mode="r|", tarinfo=_Member, ignore_zeros=True) as tar:
-                for member in tar:
-                    cast(Any, tar).members = []  # tarfile keeps all it has seen, which nobody asks for again
-                    name = member.name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-                    if member.isdir():
-                        continue
-                    if (reason := _why_left_out(member)) is not None:
-                        left_out[reason] += 1
-                        continue
-                    read += 1
-                    place = Place(f"wds:{url}, member {name}", name)
-                    with io.BufferedReader(_Forwards(tar.extractfile(member)), _CHUNK) as file:
-                        yield from _documents_of(file, place, reading)
-                if tar.tars > 1:
-                    _log.warning("wds:%s: %d tars one after another; all are read", url, tar.tars)
+        with _opened(url) as (file, size):
+            whole = file.seek(0, os.SEEK_END) or 1
+            while start is not None:
+                file.seek(start)
+                with tarfile.open(fileobj=file, mode="r:") as tar:
+                    while (member := tar.next()) is not None:
+                        cast(Any, tar).members = []  # tarfile keeps all it has seen, which nobody asks for again
+                        reading.meter.bytes = size * min(tar.offset, whole) // whole
+                        name = member.name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+                        if member.isdir():
+                            continue
+                        if (reason := _why_left_out(member)) is not None:
+                            left_out[reason] += 1
+                            continue
+                        read += 1
+                        content = cast(BinaryIO, tar.extractfile(member))
+                        yield from _documents_of(content, Place(f"wds:{url}, member {name}", name), reading)
+                start, tars = _next_tar(file, start, tar.offset), tars + 1
+            reading.meter.bytes = size
+            if tars > 1:
+                _log.warning("wds:%s: %d tars one after another; all are read", url, tars)
     except (tarfile.TarError, _BadTar) as error:
         remedy = error.remedy if isinstance(error, _BadTar) else "copy it again"
         raise ValueError(f"wds:{url}: the tar is broken or cut short ({error}); {remedy}") from error
@@ -142,123 +145,94 @@ class _BadTar(Exception):
         self.remedy = remedy
 
 
-class _Tar(tarfile.TarFile):
-    """Tars one after another: how many there were, where this one starts, and blocks of zeros since its last member."""
+def _next_tar(file: BinaryIO, start: int, end: int) -> int | None:
+    """Check a tar's end, which begins at `end`. Return where another tar begins behind it, or None.
 
-    tars = 1
-    start = 0
-    zeros = 0
-
-
-class _Member(tarfile.TarInfo):
-    """A header, of which tarfile with `ignore_zeros` passes over what is none; here that is an error.
-
-    Only zeros up to the end of a record (20 blocks), as tar writes them, may stand between two headers.
+    Only zeros up to the end of a record (20 blocks), as tar writes them, may stand between two tars.
     """
-
-    @classmethod
-    def fromtarfile(cls, tar: Any) -> Any:
-        zeros, at = tar.zeros, tar.fileobj.tell()
-        tar.zeros = 0  # the next header may be read within this call
-        try:
-            member = super().fromtarfile(tar)
-        except _EOF:
-            tar.zeros = zeros + 1
-            raise
-        except _EMPTY:  # the end of the file
-            if not at:
-                raise _BadTar("it is empty") from None
-            if not zeros:
-                raise _BadTar(
-                    f"it ends at byte {at}, after a member and without the zeros of a tar's end",
-                    "copy it again; or, where it is whole and was written so, add the end to the tar (decompressed): "
-                    "head -c 1024 /dev/zero >> TAR",
-                ) from None
-            raise
-        except _SUBSEQUENT:  # which tarfile itself refuses
-            raise
-        except tarfile.HeaderError:
-            raise _BadTar(f"at byte {at} expected a header or the end, found neither") from None
-        if zeros:
-            if zeros < 2 or (at - tar.start) % tarfile.RECORDSIZE:
-                raise _BadTar(
-                    f"at byte {at} expected the end, found a header after {zeros} blocks of zeros",
-                    "copy it again; or, where several tars were put into one file, unpack them all (mkdir FOLDER; "
-                    "tar -xif TAR -C FOLDER) and name the folder",
-                )
-            tar.start, tar.tars = at, tar.tars + 1
-        return member
+    file.seek(end)
+    block, zeros = file.read(tarfile.BLOCKSIZE), 0
+    while block and not any(block):
+        block, zeros = file.read(tarfile.BLOCKSIZE), zeros + 1
+    if not zeros and not block:
+        raise _BadTar(
+            f"it ends at byte {end}, after a member and without the zeros of a tar's end",
+            "copy it again; or, where it is whole and was written so, add the end to the tar (decompressed): "
+            "head -c 1024 /dev/zero >> TAR",
+        )
+    if not block:
+        return None
+    at = end + zeros * tarfile.BLOCKSIZE
+    try:
+        tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        raise _BadTar(f"at byte {at} expected a header or the end, found neither") from None
+    if zeros < 2 or (at - start) % tarfile.RECORDSIZE:
+        raise _BadTar(
+            f"at byte {at} expected the end, found a header after {zeros} blocks of zeros",
+            "copy it again; or, where several tars were put into one file, unpack them all (mkdir FOLDER; "
+            "tar -xif TAR -C FOLDER) and name the folder",
+        )
+    return at
 
 
 @contextmanager
-def _opened(url: str) -> Iterator[io.RawIOBase]:
-    """Open a tar; a remote one is downloaded first, to a file without a name in the folder for temporary files.
+def _opened(url: str) -> Iterator[tuple[BinaryIO, int]]:
+    """Open a tar as a local file that is not compressed, and return its bytes as they were packed.
 
-    Raises FileNotFoundError and ConnectionError for what the host or the command didn't give, and ValueError for a
-    full disk and as `remote.stream` does.
+    What is remote or compressed is first written to a file without a name in the folder for temporary files. Raises
+    FileNotFoundError and ConnectionError for what the host or the command didn't give, and ValueError for a full disk
+    and as `remote.stream` does.
     """
-    if not remote.is_remote(url):
-        with io.FileIO(url) as local:
-            yield local
-        return
-    with tempfile.TemporaryFile(buffering=0) as file:
-        raw = cast(io.RawIOBase, file)
-
-        def attempt() -> None:
-            raw.seek(0)
-            raw.truncate()
-            for chunk in remote.stream(url):
-                try:
-                    remote.write_all(raw, chunk)
-                except OSError as error:
-                    raise ValueError(
-                        f"wds:{url}: expected room for the tar in {tempfile.gettempdir()}, found {error.strerror} "
-                        f"after {raw.tell()} bytes; name a folder on a larger disk in TMPDIR"
-                    ) from error
-
-        try:
-            remote.with_retries(url, attempt, remote.RETRIES)
-        except ValueError:  # says it all, such as a package that is missing
-            raise
-        except Exception as error:  # each implementation of fsspec raises errors of its own
-            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ConnectionError
-            found = f"{remote.describe(error)}, after {raw.tell()} bytes"
-            raise kind(f"wds:{url}: expected a tar, found {found}; check the URL or the command") from error
-        raw.seek(0)
-        yield raw
-
-
-class _Forwards(io.RawIOBase):
-    """Gives a member's file as one that can't seek; tarfile's stream can't say so itself."""
-
-    def __init__(self, member: Any) -> None:
-        self._member = member
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._member.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-
-class _Unpacked:
-    """Gives what tarfile's stream mode asks of a file, `read` alone: the tar's bytes, decompressed."""
-
-    def __init__(self, raw: io.RawIOBase, meter: ByteCounter) -> None:
-        self._raw, self._meter = raw, meter
-        buffered = io.BufferedReader(raw, _CHUNK)
-        start = buffered.peek(512)
+    with ExitStack() as opened:
+        file: BinaryIO
+        if remote.is_remote(url):
+            file = cast(BinaryIO, opened.enter_context(tempfile.TemporaryFile(buffering=0)))
+            _download(url, file)
+        else:
+            file = opened.enter_context(Path(url).open("rb"))
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        start = file.read(512)
+        file.seek(0)
+        if not start:
+            raise _BadTar("it is empty")
         ending = ending_by_content(start)
         if ending is None and (known := found_instead(start)):
             raise _BadTar(f"it is {known[0]}, no tar", known[1])
-        self._file = decompressed(buffered, ending) if ending is not None else cast(BinaryIO, buffered)
+        if ending is not None:
+            packed, file = file, cast(BinaryIO, opened.enter_context(tempfile.TemporaryFile(buffering=0)))
+            try:
+                for chunk in iter(partial(decompressed(packed, ending).read, _CHUNK), b""):
+                    _write(url, file, chunk)
+            except BrokenCompression as error:
+                raise _BadTar(str(error)) from error
+        yield file, size
 
-    def read(self, size: int) -> bytes:
-        try:
-            return self._file.read(size)
-        except BrokenCompression as error:
-            raise _BadTar(str(error)) from error
-        finally:
-            self._meter.bytes = self._raw.tell()
+
+def _download(url: str, file: BinaryIO) -> None:
+    def attempt() -> None:
+        file.seek(0)
+        file.truncate()
+        for chunk in remote.stream(url):
+            _write(url, file, chunk)
+
+    try:
+        remote.with_retries(url, attempt, remote.RETRIES)
+    except ValueError:  # says it all, such as a package that is missing
+        raise
+    except Exception as error:  # each implementation of fsspec raises errors of its own
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ConnectionError
+        found = f"{remote.describe(error)}, after {file.tell()} bytes"
+        raise kind(f"wds:{url}: expected a tar, found {found}; check the URL or the command") from error
+
+
+def _write(url: str, file: BinaryIO, chunk: bytes) -> None:
+    before = file.tell()
+    try:
+        remote.write_all(cast(io.RawIOBase, file), chunk)
+    except OSError as error:
+        raise ValueError(
+            f"wds:{url}: expected room for the tar in {tempfile.gettempdir()}, found {error.strerror} after {before} "
+            "bytes; name a folder on a larger disk in TMPDIR"
+        ) from error

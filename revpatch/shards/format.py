@@ -4,7 +4,7 @@ A member is one block of tokens, named by its number in the whole set, so block 
 
     | header, 512 bytes | block_size tokens, little endian | zeros up to a multiple of 512 |  × blocks  | tar's end |
 
-Time, user, group and mode are fixed: the same blocks give the same bytes, those of webdataset's own TarWriter.
+Time, user, group and mode are fixed: the same blocks give the same bytes, as webdataset's TarWriter writes them.
 `manifest.json` (counts, sizes, hashes, tokenizer) is written last, so a folder that has one is whole. It is read
 strictly: an unknown key, a wrong type or sums that do not add up are refused.
 """
@@ -12,6 +12,7 @@ strictly: an unknown key, a wrong type or sums that do not add up are refused.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 import os
@@ -20,9 +21,10 @@ import tarfile
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, NoReturn
 
 import numpy as np
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from revpatch.durable import canonical_json, sync_directory, write_atomically
 
@@ -31,15 +33,18 @@ MANIFEST_VERSION = 1
 _COUNTED = ("bad_documents", "bad", "highest_id", "characters", "lost_characters", "special_tokens")
 
 Int64s = np.ndarray[Any, np.dtype[np.int64]]
+Count = Annotated[int, Field(ge=0)]
+_NO_OTHER_KEYS = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True)
 class Shard:
     """One tar: its file name in the folder, how many blocks it holds, its size and its sha256 (hex)."""
 
+    __pydantic_config__: ClassVar[ConfigDict] = _NO_OTHER_KEYS
     name: str
-    blocks: int
-    bytes: int
+    blocks: Count
+    bytes: Count
     sha256: str
 
 
@@ -47,11 +52,12 @@ class Shard:
 class TokenizerInfo:
     """What must agree between the shards and the model that trains on them."""
 
+    __pydantic_config__: ClassVar[ConfigDict] = _NO_OTHER_KEYS
     name: str
     fingerprint: str
-    vocab_size: int
-    eos_token_id: int
-    bos_token_ids: tuple[int, ...] = ()
+    vocab_size: Count
+    eos_token_id: Count
+    bos_token_ids: tuple[Count, ...] = ()
     """What a document begins with: what the tokenizer's template puts before a text, most often one BOS; see
     `stream.tokenizer`."""
 
@@ -64,36 +70,37 @@ class Manifest:
     fill a last block. `split` is 'all', 'train' or 'probe' (the two sides of `holdout`), or 'replay'.
     """
 
-    version: int
+    __pydantic_config__: ClassVar[ConfigDict] = _NO_OTHER_KEYS
+    version: Count
     split: str
-    block_size: int
+    block_size: Count
     dtype: str
-    documents: int
-    empty_documents: int
-    tokens: int
-    dropped_tokens: int
-    blocks: int
+    documents: Count
+    empty_documents: Count
+    tokens: Count
+    dropped_tokens: Count
+    blocks: Count
     shards: tuple[Shard, ...]
     tokenizer: TokenizerInfo
     sources: tuple[str, ...]
     text_column: str | None
     holdout: float
-    max_tokens: int | None
+    max_tokens: Count | None
     licence: str | None
     note: str | None
     holdout_rule: str = "hash"
     """How the sides were chosen: by a 'hash' of each text, or as the 'tail' of the only document."""
-    bad_documents: int = 0
+    bad_documents: Count = 0
     """Documents that could not be read and were left out, of both sides together."""
     bad: tuple[str, ...] = ()
     """The first of them, each with the reason."""
-    highest_id: int | None = None
+    highest_id: Count | None = None
     """The highest id in any block, where the vocabulary ends with added tokens that no block holds."""
-    characters: int = 0
+    characters: Count = 0
     """Of the text, where the tokenizer can't spell every character; 0 where it can."""
-    lost_characters: int = 0
+    lost_characters: Count = 0
     """Of these, those that vanished or became the unknown token."""
-    special_tokens: int = 0
+    special_tokens: Count = 0
     """Special tokens that the text itself spelled."""
 
     @property
@@ -148,7 +155,7 @@ class Manifest:
         # Looked at first: a newer version may well have other keys, and the person should be told of the version.
         if isinstance(value, dict) and value.get("version") != MANIFEST_VERSION:
             _fail(where, "version", MANIFEST_VERSION, value.get("version"))
-        manifest: Manifest = _parse(cls, value, where, "")
+        manifest = _parsed(text, where)
         manifest._check(where)
         return manifest
 
@@ -202,50 +209,34 @@ def plain(record: Any) -> dict[str, Any]:
     return found
 
 
-def _fail(where: str, key: str, expected: Any, found: Any) -> None:
+def _fail(where: str, key: str, expected: Any, found: Any) -> NoReturn:
     raise ValueError(
         f"{where}: {key}: expected {expected}, found {found!r}; "
         "if nobody has edited the file, copy or build the shards again"
     )
 
 
-def _parse(cls: type, value: Any, where: str, key: str) -> Any:
-    """Make a dataclass of this module from parsed JSON; its annotations, which are strings here, are the schema."""
-    prefix = f"{key}." if key else ""
-    if not isinstance(value, dict):
-        _fail(where, key or "the whole file", "an object", value)
-    names = [field.name for field in fields(cls)]
-    required = [field.name for field in fields(cls) if field.default is MISSING]
-    for name in (*(n for n in required if n not in value), *(n for n in value if n not in names)):
-        _fail(where, f"{prefix}{name}", "a value" if name in names else "no such key", value.get(name, "nothing"))
-    return cls(
-        **{
-            f.name: _parse_field(str(f.type), value[f.name], where, f"{prefix}{f.name}")
-            for f in fields(cls)
-            if f.name in value
-        }
-    )
+_WORDS = {
+    "missing": "a value",
+    "unexpected_keyword_argument": "no such key",
+    "greater_than_equal": "a whole number, 0 or more",
+    "int_type": "a whole number, 0 or more",
+    "float_type": "a number",
+    "string_type": "text",
+    "tuple_type": "a list",
+    "dataclass_type": "an object",
+}
+"""What is expected, by the kind of pydantic's error."""
 
 
-def _parse_field(kind: str, value: Any, where: str, key: str) -> Any:
-    if kind.endswith(" | None"):
-        return None if value is None else _parse_field(kind.removesuffix(" | None"), value, where, key)
-    if kind == "TokenizerInfo":
-        return _parse(TokenizerInfo, value, where, key)
-    if kind.startswith("tuple["):
-        if not isinstance(value, list):
-            _fail(where, key, "a list", value)
-        item_kind = kind.removeprefix("tuple[").removesuffix(", ...]")
-        if item_kind == "Shard":
-            return tuple(_parse(Shard, item, where, f"{key}[{i}]") for i, item in enumerate(value))
-        return tuple(_parse_field(item_kind, item, where, f"{key}[{i}]") for i, item in enumerate(value))
-    if kind == "int" and not (type(value) is int and value >= 0):
-        _fail(where, key, "a whole number, 0 or more", value)
-    if kind == "float" and type(value) not in (int, float):
-        _fail(where, key, "a number", value)
-    if kind == "str" and not isinstance(value, str):
-        _fail(where, key, "text", value)
-    return float(value) if kind == "float" else value
+def _parsed(text: str | bytes, where: str) -> Manifest:
+    try:
+        return TypeAdapter(Manifest).validate_json(text, strict=True)
+    except ValidationError as refused:
+        first = refused.errors()[0]
+        key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
+        found = "nothing" if first["type"] == "missing" else first["input"]
+        _fail(where, key or "the whole file", _WORDS.get(first["type"], first["msg"]), found)
 
 
 _log = logging.getLogger(__name__)
@@ -286,16 +277,6 @@ class ShardError(ValueError):
         self.fault = fault
 
 
-def member_key(block_id: int) -> str:
-    """Return a block's webdataset key. Wide enough for any corpus, so that every header has one size."""
-    return f"{block_id:0{_KEY_DIGITS}d}"
-
-
-def member_name(block_id: int) -> str:
-    """Return the block's file name within its tar."""
-    return f"{member_key(block_id)}.{_SUFFIX}"
-
-
 def stride_of(block_bytes: int) -> int:
     """Return bytes from one member's header to the next one's."""
     return HEADER_BYTES + -(-block_bytes // 512) * 512
@@ -334,7 +315,7 @@ class ShardWriter:
             if self._open is None:
                 self._open = _OpenShard(self._next_path())
             now = tokens[: self._blocks_per_shard - self._open.blocks]
-            self._open.write(members(now.astype(self._dtype), self.blocks))
+            self._open.write(now.astype(self._dtype), self.blocks)
             self.blocks += len(now)
             tokens = tokens[len(now) :]
             if self._open.blocks == self._blocks_per_shard:
@@ -378,38 +359,15 @@ class ShardWriter:
         self._open = None
 
 
-def members(blocks: np.ndarray[Any, Any], first_id: int) -> np.ndarray[Any, Any]:
-    """Return the tar members of (n, block_size) blocks, numbered from `first_id`, as (n, stride) bytes.
+def members(blocks: np.ndarray[Any, Any], first_id: int) -> memoryview:
+    """Return the tar members of (n, block_size) blocks, numbered from `first_id`, without a tar's end."""
+    from webdataset.writer import TarWriter  # imports torch, which takes seconds
 
-    Headers are made for all blocks at once; Python's tarfile takes longer for one than the tokenizer for its block.
-    """
-    count, block_bytes = len(blocks), blocks.shape[1] * blocks.itemsize
-    rows = np.zeros((count, stride_of(block_bytes)), dtype=np.uint8)
-    rows[:, :HEADER_BYTES] = np.frombuffer(_header(block_bytes), dtype=np.uint8)
-    ids = np.arange(first_id, first_id + count)
-    rows[:, :_KEY_DIGITS] = _digits(ids, 10, _KEY_DIGITS)
-    checksums = rows[:, :HEADER_BYTES].sum(axis=1, dtype=np.int64)
-    rows[:, 148:154] = _digits(checksums, 8, 6)
-    rows[:, 154] = 0
-    rows[:, HEADER_BYTES : HEADER_BYTES + block_bytes] = np.ascontiguousarray(blocks).view(np.uint8)
-    return rows
-
-
-def _header(block_bytes: int) -> bytes:
-    """Return the header of block 0, with spaces for the checksum's digits, as they count in the sum."""
-    info = tarfile.TarInfo(member_name(0))
-    info.size, info.mode, info.mtime = block_bytes, 0o644, 0
-    info.uname = info.gname = "revpatch"
-    header = bytearray(info.tobuf(tarfile.PAX_FORMAT))
-    # The sum is taken over 8 spaces, and written as 6 digits, a zero byte and a space.
-    header[148:156] = b" " * 8
-    return bytes(header)
-
-
-def _digits(numbers: np.ndarray[Any, Any], base: int, count: int) -> np.ndarray[Any, Any]:
-    """Return the ASCII digits of (n,) numbers, with leading zeros, as (n, count) bytes."""
-    powers = base ** np.arange(count - 1, -1, -1, dtype=np.int64)
-    return (numbers[:, None] // powers % base + ord("0")).astype(np.uint8)
+    tar = io.BytesIO()
+    with TarWriter(tar, user="revpatch", group="revpatch", mode=0o644, mtime=0, encoder=False) as writer:
+        for number, block in enumerate(blocks, first_id):
+            writer.write({"__key__": f"{number:0{_KEY_DIGITS}d}", _SUFFIX: block.tobytes()})
+    return tar.getbuffer()[: len(blocks) * stride_of(blocks.shape[1] * blocks.itemsize)]
 
 
 class _OpenShard:
@@ -430,10 +388,10 @@ class _OpenShard:
         self.file.truncate(self.bytes)
         self.file.seek(self.bytes)
 
-    def write(self, rows: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
-        """Append (n, stride) members."""
-        self._append(rows.reshape(-1).data)
-        self.blocks += len(rows)
+    def write(self, blocks: np.ndarray[Any, Any], first_id: int) -> None:
+        """Append (n, block_size) blocks, numbered from `first_id`."""
+        self._append(members(blocks, first_id))
+        self.blocks += len(blocks)
 
     def finish(self) -> Shard:
         """End the tar."""

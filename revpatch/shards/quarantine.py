@@ -26,7 +26,7 @@ class Quarantine:
 
     Args:
         seed: of the run; it decides what is read instead.
-        broken: those known already, as when a run goes on.
+        broken: those known already, as when a run is resumed.
     """
 
     def __init__(self, seed: int, broken: Iterable[ShardFault] = ()) -> None:

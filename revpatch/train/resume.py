@@ -125,7 +125,7 @@ def check_history(directory: Path, origin: PatchFile | None, snapshot: Snapshot 
     events = effective(journal.events(PhaseBegun, RunEnded, RunResumed))
     if snapshot is None and (past := next(filter(_needs_snapshot, events), None)) is not None:
         raise ConfigError(
-            f"{directory}: expected a snapshot in snapshot/ to go on from, found none, and line "
+            f"{directory}: expected a snapshot in snapshot/ to resume from, found none, and line "
             f"{past.seq + 1} of ledger/{JOURNAL_NAME} ({past.event}) was written "
             f"after one: put that folder back, {how_anew(directory, origin)}"
         )

@@ -251,7 +251,7 @@ def snapshots_in(directory: Path) -> list[Path]:
 def newest_snapshot(directory: Path, anew: str = ANEW) -> Snapshot | None:
     """Return the newest snapshot in the folder that is whole, or None if none was ever written there.
 
-    `anew` says what else to do if there is none to go on from. Those that are damaged are named, and renamed
+    `anew` says what else to do if there is none to resume from. Those that are damaged are named, and renamed
     `NAME.damaged`. Raises ConfigError when all are, or one is of another version, and OSError.
     """
     for path in snapshots_in(directory):
@@ -262,8 +262,8 @@ def newest_snapshot(directory: Path, anew: str = ANEW) -> Snapshot | None:
             path.replace(path.with_name(f"{path.name}.damaged"))
     if damaged := sorted(path.name for path in directory.glob("*.damaged")):
         raise ConfigError(
-            f"{directory}: expected a snapshot to go on from, found damaged ones alone ({', '.join(damaged)}). Nothing "
-            f"else was changed: put back a whole one from a copy, {anew}"
+            f"{directory}: expected a snapshot to resume from, found damaged ones alone ({', '.join(damaged)}). "
+            f"Nothing else was changed: put back a whole one from a copy, {anew}"
         )
     return None
 
