@@ -114,30 +114,22 @@ def test_a_loss_that_is_not_finite_regresses(seed, bad, where):
     assert isinstance(decide([found], 0, 5), Rollback)
 
 
-@given(seed=seeds, rise=st.floats(-0.5, 0.5), noise=st.floats(0, 0.2), order=st.randoms())
-def test_the_order_of_blocks_does_not_matter(seed, rise, noise, order):
-    reference = block_losses(seed, 16)
-    losses = reference + rise + np.random.default_rng(seed).normal(0, noise, 16)
-    places = list(range(16))
-    order.shuffle(places)
-    one, other = compared(losses, reference), compared(losses[places], reference[places])
-    assert (other.mean_rise, other.low, other.high) == pytest.approx((one.mean_rise, one.low, one.high), abs=1e-9)
-
-
-@pytest.mark.parametrize(
-    ("losses", "reference", "start"),
-    [((3,), (4,), (4,)), ((4,), (3,), (4,)), ((4,), (4,), (3,)), ((1,),) * 3, ((0,),) * 3, ((2, 2),) * 3],
-)
-def test_other_shapes_are_refused(losses, reference, start):
-    with pytest.raises(ValueError, match="must have one shape"):
-        compared(np.zeros(losses), np.zeros(reference), np.zeros(start))
-
-
-def test_a_reference_that_is_not_finite_is_refused():
-    bad = np.array([1.0, math.nan])
-    for reference, start in ((bad, np.ones(2)), (np.ones(2), bad)):
+def test_what_can_not_be_compared_is_refused():
+    whole, short, bad = np.ones(4), np.ones(3), np.array([1.0, math.nan])
+    for losses, reference, start in (
+        (short, whole, whole),
+        (whole, short, whole),
+        (whole, whole, short),
+        (whole[:1],) * 3,
+    ):
+        with pytest.raises(ValueError, match="must have one shape"):
+            compared(losses, reference, start)
+    for reference, start in ((bad, whole[:2]), (whole[:2], bad)):
         with pytest.raises(ValueError, match="must be finite"):
             compared(np.ones(2), reference, start)
+    for tolerance in (0.0, math.nan):
+        with pytest.raises(ValueError, match="tolerance must be above 0"):
+            ProbeSet("base", tolerance)
 
 
 def test_the_interval_is_the_textbooks():
@@ -145,13 +137,6 @@ def test_the_interval_is_the_textbooks():
     reference = block_losses(11, 4)
     found = compared(reference + np.array([1.0, 2.0, 3.0, 4.0]), reference)
     assert (found.mean_rise, found.low, found.high) == pytest.approx((2.5, 0.4457397, 4.5542603), abs=1e-6)
-
-
-def test_single_precision_losses_are_compared_in_double():
-    reference = block_losses(5, 1000).astype(np.float32)
-    losses = block_losses(6, 1000).astype(np.float32)
-    expected = (losses.astype(np.float64) - reference.astype(np.float64)).mean()
-    assert compared(losses, reference).mean_rise == pytest.approx(expected, abs=1e-13)
 
 
 def test_verdicts():
@@ -194,41 +179,15 @@ def test_a_stopped_phase_keeps_its_last_good_entry_only_if_it_did_no_measurable_
     assert not stopped_phase_keeps([better, worse])
 
 
-def test_what_is_recorded_is_plain():
-    start = block_losses(10)
-    fields = compared(start + 0.02, start, start - 0.01).as_fields()
-    assert fields["rise"] == pytest.approx(0.02)
-    assert fields["drift"] == pytest.approx(0.03)
-    assert fields["loss"] - fields["reference"] == pytest.approx(fields["rise"])
-    assert {type(value) for value in fields.values()} == {float}
-
-
-@pytest.mark.parametrize("tolerance", [0.0, -0.1, math.nan, math.inf])
-def test_a_tolerance_must_be_above_zero(tolerance):
-    with pytest.raises(ValueError, match="tolerance must be above 0"):
-        ProbeSet("base", tolerance)
-
-
 @pytest.mark.parametrize(
     ("confidence", "freedom", "quantile"),
     [
         (0.95, 1, 12.7062047),
-        (0.95, 2, 4.3026527),
-        (0.95, 3, 3.1824463),
         (0.90, 7, 1.8945786),
-        (0.95, 10, 2.2281389),
         (0.99, 5, 4.0321430),
-        (0.95, 30, 2.0422725),
-        (0.95, 120, 1.9799304),
         (0.99, 1000, 2.5807547),
         (0.95, 10**5, 1.9599877),
     ],
 )
 def test_student_t_against_the_tables(confidence, freedom, quantile):
     assert student_t_quantile(confidence, freedom) == pytest.approx(quantile, abs=2e-7)
-
-
-@pytest.mark.parametrize(("confidence", "freedom"), [(0.0, 5), (1.0, 5), (math.nan, 5), (0.95, 0)])
-def test_student_t_refuses_what_has_no_quantile(confidence, freedom):
-    with pytest.raises(ValueError, match="confidence must be"):
-        student_t_quantile(confidence, freedom)

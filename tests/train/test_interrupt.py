@@ -33,19 +33,13 @@ PAUSE = 0.4
     ("state", "sent", "code"),
     [
         ("starting", [signal.SIGTERM], 75),
-        ("starting", [signal.SIGINT], 75),
-        ("starting", [signal.SIGHUP], 75),
         ("training", [signal.SIGINT, signal.SIGTERM], 75),  # a launcher that the terminal signals as well
-        ("training", [signal.SIGINT, signal.SIGINT, signal.SIGTERM, signal.SIGTERM], 75),
         ("training", [signal.SIGINT, PAUSE, signal.SIGINT], 130),
         ("training", [signal.SIGHUP, PAUSE, signal.SIGHUP], 75),  # of the terminal, and of the shell
-        ("training", [signal.SIGHUP, PAUSE, signal.SIGINT], 75),
         ("nohup", [signal.SIGHUP, PAUSE, signal.SIGTERM], 75),
         ("settled", [signal.SIGTERM, PAUSE, signal.SIGTERM, PAUSE, signal.SIGINT], 75),
         ("training", [signal.SIGUSR1, PAUSE, signal.SIGTERM], 75),
-        ("training", [signal.SIGTERM, signal.SIGTERM], 75),
         ("training", [signal.SIGTERM, PAUSE, signal.SIGTERM], 143),
-        ("training", [signal.SIGUSR1, signal.SIGTERM, PAUSE, signal.SIGTERM], 143),
     ],
     ids=str,
 )

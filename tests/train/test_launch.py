@@ -32,63 +32,10 @@ def test_without_a_launcher_it_is_one_process() -> None:
     assert Launch.from_environment() == Launch(0, 1, 0), "and asked again, it is the same"
 
 
-def test_one_process_can_form_a_group_of_its_own() -> None:
-    with process_group(Launch.from_environment(), torch.device("cpu"), timeout_minutes=1) as peers:
-        assert (peers.rank, peers.world) == (0, 1)
-        assert peers.from_rank0({"a": 1}) == {"a": 1}
-        assert peers.gather("mine") == ["mine"]
-        assert peers.mean_(torch.tensor([2.0, 4.0])).tolist() == [2.0, 4.0]
-        peers.barrier()
-    assert not dist.is_initialized()
-
-
 def test_the_group_is_left_when_the_run_fails() -> None:
     with pytest.raises(KeyError), process_group(Launch.from_environment(), torch.device("cpu"), timeout_minutes=1):
         raise KeyError
     assert not dist.is_initialized()
-
-
-def test_a_launcher_is_believed(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in WHOLE.items():
-        monkeypatch.setenv(name, value)
-    assert Launch.from_environment() == Launch(rank=3, world=8, local_rank=1)
-    assert {name: os.environ[name] for name in NAMES} == WHOLE, "nothing of it is changed"
-
-
-@pytest.mark.parametrize("given", ["MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"])
-def test_stray_variables_of_another_tool_make_no_launcher(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
-    monkeypatch.setenv(given, WHOLE[given])
-    assert Launch.from_environment() == Launch(0, 1, 0)
-
-
-@pytest.mark.parametrize("missing", [name for name in NAMES if name != "LOCAL_RANK"])
-def test_half_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
-    for name, value in WHOLE.items():
-        if name != missing:
-            monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=f"{missing} missing.*torchrun"):
-        Launch.from_environment()
-
-
-@pytest.mark.parametrize(
-    ("changed", "words"),
-    [
-        ({"RANK": "8"}, "RANK=8.*WORLD_SIZE-1=7.*unset RANK"),
-        ({"WORLD_SIZE": "1"}, "RANK=3.*for a single process, unset RANK"),
-        ({"RANK": "1.0"}, "RANK='1.0'.*for a single process, unset"),
-        ({"RANK": "-1"}, "RANK=-1"),
-        ({"LOCAL_RANK": "8"}, "LOCAL_RANK=8"),
-        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1"),
-        ({"WORLD_SIZE": "0"}, "WORLD_SIZE"),
-        ({"WORLD_SIZE": "two"}, "whole numbers.*two"),
-        ({"RANK": ""}, "whole numbers"),
-    ],
-)
-def test_contradictions_are_refused(monkeypatch: pytest.MonkeyPatch, changed: dict[str, str], words: str) -> None:
-    for name, value in {**WHOLE, **changed}.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=words):
-        Launch.from_environment()
 
 
 STEP = {
@@ -120,32 +67,24 @@ THERE = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
         (WHOLE, "3/8 1 10.0.0.1:29500"),
         ({k: v for k, v in WHOLE.items() if k != "LOCAL_RANK"}, "3/8 0 10.0.0.1:29500"),
         ({"WORLD_SIZE": "1"}, "0/1 0"),
-        ({"RANK": "0", "WORLD_SIZE": "1"}, "0/1 0"),
         (STEP, "3/4 1 node03:20123 srun"),
-        ({**STEP, "SLURM_STEP_ID": "2"}, "3/4 1 node03:22141"),
         ({**STEP, "SLURM_JOB_NODELIST": "rack[1-2]n[04,06]-ib"}, "3/4 1 rack1n04-ib:20123"),
-        ({**STEP, "SLURM_STEP_NUM_NODES": "1"}, "3/4 1 127.0.0.1:20123"),
         ({**STEP, **THERE, "LOCAL_RANK": "7"}, "3/4 1 10.0.0.1:29500"),
         ({**STEP, **WHOLE}, "3/8 1 10.0.0.1:29500 WORLD_SIZE=8"),
         ({**STEP, **WHOLE, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, "0/1 0 train by themselves"),
-        ({**STEP, **WHOLE, "LOCAL_WORLD_SIZE": "4"}, "3/8 1 10.0.0.1:29500"),
         ({**STEP, "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "1"}, "0/1 0"),
         ({**STEP, "SLURM_PROCID": "0", "SLURM_STEP_ID": "4294967290"}, "0/1 0 has 8 tasks"),
-        ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8"}, "0/1 0 has 8 tasks"),
         ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, "0/1 0"),
         (OMPI, "1/2 1 127.0.0.1:29500 OpenMPI"),
-        ({**OMPI, "PMIX_NAMESPACE": "550371329"}, "1/2 1 127.0.0.1:29897"),
-        ({**STEP, **OMPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, "1/2 1 node03:29500"),
         ({**PMI, **THERE}, "1/2 0 10.0.0.1:29500 MPICH"),
         ({**STEP, "PMI_RANK": "3", "PMI_SIZE": "4"}, "3/4 1 node03:20123 srun"),
         ({**JSM, **OMPI, **THERE}, "3/4 1 10.0.0.1:29500 jsrun"),
         ({**FLUX, "PMI_RANK": "3", "PMI_SIZE": "4", **THERE}, "3/4 1 10.0.0.1:29500 Flux"),
-        ({**FLUX, "FLUX_JOB_NNODES": "1"}, "3/4 1 127.0.0.1:29500 Flux"),
         ({**PALS, **THERE}, "3/4 1 10.0.0.1:29500 PALS"),
-        ({**PALS, "PALS_LOCAL_SIZE": "4"}, "3/4 1 127.0.0.1:29500 PALS"),
         ({"PALS_RANKID": "3", "PALS_LOCAL_RANKID": "1", **WHOLE}, "3/8 1 10.0.0.1:29500 as set"),
         ({"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}, "0/1 0 --multi_gpu"),
         ({"ACCELERATE_USE_CPU": "True"}, "0/1 0"),
+        ({"MASTER_ADDR": "10.0.0.1"}, "0/1 0"),
     ],
 )
 def test_what_launchers_say(variables: dict[str, str], expected: str) -> None:
@@ -164,24 +103,21 @@ def test_what_launchers_say(variables: dict[str, str], expected: str) -> None:
 @pytest.mark.parametrize(
     ("variables", "words"),
     [
-        ({**WHOLE, "MASTER_PORT": "abc"}, "MASTER_PORT=abc is no port"),
-        ({**WHOLE, "MASTER_PORT": "0"}, "MASTER_PORT=0 is no port"),
         ({**WHOLE, "MASTER_PORT": "70000"}, "MASTER_PORT=70000 is no port"),
         ({**WHOLE, "MASTER_ADDR": ""}, "MASTER_ADDR=.*no host"),
         ({**WHOLE, "MASTER_ADDR": "node0:29500"}, "its port is MASTER_PORT"),
-        ({**WHOLE, "MASTER_ADDR": "tcp://node0"}, "no host"),
-        ({**WHOLE, "MASTER_ADDR": "node0\nnode1"}, "names 2 hosts"),
         ({**WHOLE, "MASTER_ADDR": "node[0-1]"}, "has more than a host"),
-        ({**WHOLE, "WORLD_SIZE": "1_0"}, "WORLD_SIZE='1_0'"),
         ({**WHOLE, "RANK": "1.0"}, "RANK='1.0'"),
+        ({**WHOLE, "RANK": "8"}, "RANK=8.*WORLD_SIZE-1=7.*unset RANK"),
+        ({**WHOLE, "WORLD_SIZE": "1"}, "RANK=3.*for a single process, unset RANK"),
+        ({**WHOLE, "LOCAL_RANK": "-1"}, "LOCAL_RANK=-1"),
+        ({**WHOLE, "WORLD_SIZE": "two"}, "whole numbers.*two"),
         ({"WORLD_SIZE": "2"}, "RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT missing.*unset RANK and WORLD_SIZE"),
         ({**STEP, "WORLD_SIZE": "2"}, "WORLD_SIZE=2, but srun started this process as task 3 of 4: unset"),
         ({**STEP, "SLURM_PROCID": "4"}, "task 4 of 4"),
-        ({**STEP, "SLURM_STEP_NUM_TASKS": "x"}, "SLURM_STEP_NUM_TASKS='x'"),
         ({**STEP, "SLURM_JOB_NODELIST": ""}, 'export MASTER_ADDR="\\$\\(scontrol'),
         ({"SLURM_PROCID": "1"}, "SLURM_NTASKS is missing"),
         ({k: v for k, v in OMPI.items() if "LOCAL" not in k}, "mpirun -x MASTER_ADDR=HOST"),
-        ({"OMPI_COMM_WORLD_RANK": "1"}, "OMPI_COMM_WORLD_SIZE is missing"),
         (PMI, "-genv MASTER_ADDR HOST"),
         (JSM, "jsrun started .* export MASTER_ADDR=HOST"),
         (FLUX, "Flux started .* export MASTER_ADDR=HOST"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +23,6 @@ from revpatch.ledger.maintenance import verify
 from revpatch.report.history import read_history
 from revpatch.shards.shard_set import ShardSet
 from revpatch.surgery.combine import Probes, revert
-from revpatch.train import own_text
 from revpatch.train.own_text import build_own_text
 from revpatch.train.preflight import check
 from revpatch.train.startup import BaseWeights, load_frozen_base
@@ -77,17 +75,13 @@ def own(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, ...]:
     return written(load_config(config_file(toy, folder, replay={"own_blocks": 400})))
 
 
-def test_half_of_the_blocks_begin_a_document_and_half_with_any_token(own: tuple[Any, ...]) -> None:
+def test_half_of_the_blocks_begin_a_document_and_half_with_any_token_and_none_is_twice(own: tuple[Any, ...]) -> None:
     _, blocks, held_out = own
     assert (blocks.shape, held_out.shape) == ((400, BLOCK_SIZE), (50, BLOCK_SIZE))
     for some in (blocks, held_out):
         assert (some[::2, 0] == EOS).all() and (some[1::2, 0] != EOS).all()
     assert len(np.unique(blocks[1::2, 0])) > 120, "200 draws of 299 tokens"
-    assert (blocks[:, 1:-1] == EOS).any(), "it goes on after the end of a text"
-
-
-def test_no_block_is_twice_or_on_both_sides(own: tuple[Any, ...]) -> None:
-    _, blocks, held_out = own
+    assert (blocks[:, 1:-1] == EOS).any(), "it continues after the end of a text"
     assert len(np.unique(np.concatenate([blocks, held_out]), axis=0)) == 450
 
 
@@ -126,18 +120,15 @@ def save(folder: Path, tokenizer: Any, embeddings: int) -> dict[str, Any]:
     return {"model": str(folder), "dtype": "float32", "block_size": BLOCK_SIZE}
 
 
-def test_embeddings_without_a_token_are_never_drawn(toy: Toy, tmp_path: Path) -> None:
-    base = save(tmp_path / "wide", toy.tokenizer, 2 * len(toy.tokenizer))
-    _, blocks, _ = written(load_config(config_file(toy, tmp_path, base=base, replay={"own_blocks": 64})))
-    assert blocks.max() < len(toy.tokenizer)
-
-
-def test_tokens_without_an_embedding_are_never_drawn(toy: Toy, tmp_path: Path) -> None:
+def test_only_tokens_with_an_embedding_are_drawn(toy: Toy, tmp_path: Path) -> None:
+    wide = save(tmp_path / "wide", toy.tokenizer, 2 * len(toy.tokenizer))
+    _, blocks, _ = written(load_config(config_file(toy, tmp_path, base=wide, replay={"own_blocks": 64})))
+    assert blocks.max() < len(toy.tokenizer), "and an id"
     tokenizer = make_tokenizer()
     embeddings = len(tokenizer)
     tokenizer.add_tokens(["<new>"])
-    config = load_config(config_file(toy, tmp_path, base=save(tmp_path / "more", tokenizer, embeddings)))
-    folder, blocks, _ = written(config)
+    more = save(tmp_path / "more", tokenizer, embeddings)
+    folder, blocks, _ = written(load_config(config_file(toy, tmp_path, base=more)))
     assert blocks.max() < embeddings
     assert ShardSet(folder).manifest.last_id == embeddings - 1, "so that the base takes it"
 
@@ -161,9 +152,7 @@ def test_a_base_whose_documents_begin_with_bos_writes_such(toy: Toy, tmp_path: P
     ("changes", "same"),
     [
         ({"seed": 5, "batch": {"new_blocks": 8, "replay_blocks": 8, "micro_blocks": 8}}, True),
-        ({"output_dir": "elsewhere"}, True),
         ({"replay": {"own_blocks": 41}}, False),
-        ({"base": {"block_size": 8}}, False),
         ({"base": {"model": "another"}}, False),
     ],
 )
@@ -184,20 +173,6 @@ def test_what_decides_the_content_decides_the_folder(
     assert np.array_equal(blocks, others) == same
 
 
-def test_how_far_it_is_is_told(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[tuple[int, int, str]] = []
-
-    @contextmanager
-    def doing(*_: Any) -> Iterator[Any]:
-        yield lambda *far: told.append(far)
-
-    monkeypatch.setattr(own_text, "doing", doing)
-    written(load_config(config_file(toy, tmp_path)))
-    assert {far[1:] for far in told} == {(56, "blocks")}
-    done = [far[0] for far in told]
-    assert done == sorted(done) and done[0] <= 2 and done[-1] >= 54
-
-
 # The runs
 
 
@@ -211,9 +186,15 @@ def runs(toy: Toy, server: RunServer, tmp_path_factory: pytest.TempPathFactory) 
     yield found
 
 
-def test_any_number_of_ranks_writes_the_same(runs: Runs) -> None:
+def test_any_number_of_ranks_writes_the_same_and_a_later_run_reads_it(runs: Runs) -> None:
     assert contents(runs.folder / "built") == contents(runs.folder / "other") != {}
     assert runs.log("two").read_text().count("blocks of text of its own") == 1
+    before = hashes(runs.folder / "built")
+    assert runs.run("again", "--set", "seed=3", world=1) == [0], runs.log("again").read_text()
+    assert "text of its own" not in runs.log("again").read_text()
+    assert hashes(runs.folder / "built") == before
+    kept = load_config(runs.path("one") / "config.yaml")
+    assert kept.replay.base == "self" and kept.probes.sets == [], "the run keeps the config as it was given"
 
 
 def test_the_held_out_part_is_probed_and_guarded(runs: Runs) -> None:
@@ -227,11 +208,6 @@ def test_the_held_out_part_is_probed_and_guarded(runs: Runs) -> None:
     assert verify(runs.path("one")).ok
 
 
-def test_the_run_keeps_the_config_as_it_was_given(runs: Runs) -> None:
-    kept = load_config(runs.path("one") / "config.yaml")
-    assert kept.replay.base == "self" and kept.probes.sets == []
-
-
 def test_a_patch_that_is_made_of_its_patches_is_held_to_it(runs: Runs, tmp_path: Path) -> None:
     probes = Probes.of(runs.path("two"), [])
     (own,) = probes.sets
@@ -240,14 +216,7 @@ def test_a_patch_that_is_made_of_its_patches_is_held_to_it(runs: Runs, tmp_path:
     assert made.sets[OWN_TEXT].guarded, made
 
 
-def test_a_later_run_of_the_base_reads_what_is_there(runs: Runs) -> None:
-    before = hashes(runs.folder / "built")
-    assert runs.run("again", "--set", "seed=3") == [0, 0], runs.log("again").read_text()
-    assert "text of its own" not in runs.log("again").read_text()
-    assert hashes(runs.folder / "built") == before
-
-
-def test_a_run_goes_on_with_it_and_with_nothing_else(runs: Runs) -> None:
+def test_a_run_is_resumed_with_it_and_with_nothing_else(runs: Runs) -> None:
     killed = {"rank": 0, "target": "revpatch.train.trainer:Trainer._commit", "call": 1, "when": "before"}
     assert -9 in runs.run("on", "--set", "snapshot.every=1", kill=killed), runs.log("on").read_text()
     own = next(path for path in (runs.folder / "other").iterdir() if not path.name.endswith("_probe"))
@@ -260,69 +229,51 @@ def test_a_run_goes_on_with_it_and_with_nothing_else(runs: Runs) -> None:
     assert load_config(runs.path("on") / "config.yaml").replay.base == "self"
 
 
-@pytest.mark.parametrize(
-    ("target", "call", "when"), [("install_folder", 1, "before"), ("install_folder", 2, "before"), ("_draw", 9, "")]
-)
+@pytest.fixture
+def here(runs: Runs, toy: Toy, tmp_path: Path) -> Runs:
+    """Runs whose own text is not yet written."""
+    return Runs(runs.server, config_file(toy, tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize(("target", "call", "when"), [("install_folder", 2, "before"), ("_Writer._draw", 9, "after")])
 def test_one_that_was_killed_while_it_wrote_is_written_again(
-    runs: Runs, toy: Toy, tmp_path: Path, target: str, call: int, when: str
+    runs: Runs, here: Runs, target: str, call: int, when: str
 ) -> None:
-    here = Runs(runs.server, config_file(toy, tmp_path), tmp_path)
-    where = f"revpatch.train.own_text:{'_Writer.' if target == '_draw' else ''}{target}"
-    kill = {"rank": 0, "target": where, "call": call, "when": when or "after"}
+    kill = {"rank": 0, "target": f"revpatch.train.own_text:{target}", "call": call, "when": when}
     assert -9 in here.run("run", kill=kill), here.log("run").read_text()
     assert here.run("run") == [0, 0], here.log("run").read_text()
-    whole = {name: sha256 for name, sha256 in contents(tmp_path / "built").items() if not name.startswith(".")}
+    whole = {name: sha256 for name, sha256 in contents(here.folder / "built").items() if not name.startswith(".")}
     assert whole == contents(runs.folder / "other")
 
 
-def test_what_keeps_rank_0_from_writing_is_said_by_all(runs: Runs, toy: Toy, tmp_path: Path) -> None:
-    (tmp_path / "built").write_text("a file")
-    here = Runs(runs.server, config_file(toy, tmp_path), tmp_path)
-    assert here.run("run") == [2, 2]
-    assert (
-        "replay.base = self: " in here.log("run").read_text() and str(tmp_path / "built") in here.log("run").read_text()
-    )
-    (tmp_path / "built").unlink()
-    assert here.run("run") == [0, 0], "the same command begins the run then"
-
-
-def test_nothing_is_written_for_a_run_whose_folder_is_taken(runs: Runs, toy: Toy, tmp_path: Path) -> None:
-    here = Runs(runs.server, config_file(toy, tmp_path), tmp_path)
+def test_what_is_refused_before_or_while_it_is_written(here: Runs) -> None:
+    built, log = here.folder / "built", here.log("run")
+    assert here.run("run", "--set", "phases.0.shards=nowhere") == [2, 2]
+    assert "phases.0.shards = nowhere" in log.read_text() and not built.exists()
     here.path("run").mkdir()
     (here.path("run") / "thesis.txt").write_text("mine")
     assert here.run("run") == [2, 2]
-    assert not (tmp_path / "built").exists() and (here.path("run") / "thesis.txt").read_text() == "mine"
-
-
-@pytest.mark.parametrize("part", ["", "_probe"])
-def test_a_broken_shard_of_it_is_named(runs: Runs, toy: Toy, tmp_path: Path, part: str) -> None:
-    here = Runs(runs.server, config_file(toy, tmp_path), tmp_path)
-    folder, _, _ = written(load_config(here.config))
-    shard = Path(f"{folder}{part}") / "shard-000000.tar"
-    shard.write_bytes(shard.read_bytes()[:-512])
+    assert not built.exists() and (here.path("run") / "thesis.txt").read_text() == "mine"
+    shutil.rmtree(here.path("run"))
+    built.write_text("a file")
     assert here.run("run") == [2, 2]
-    words = here.log("run").read_text()
-    assert f"replay.base = self: {shard}: " in words and f"delete {folder}{part}, and the base writes it again" in words
+    assert "replay.base = self: " in log.read_text() and str(built) in log.read_text()
+    built.unlink()
+    folder, _, _ = written(load_config(here.config))
+    for part in ("", "_probe"):
+        shard = Path(f"{folder}{part}") / "shard-000000.tar"
+        whole = shard.read_bytes()
+        shard.write_bytes(whole[:-512])
+        assert here.run("run") == [2, 2]
+        assert f"replay.base = self: {shard}: " in log.read_text()
+        assert f"delete {folder}{part}, and the base writes it again" in log.read_text()
+        shard.write_bytes(whole)
+    assert here.run("run", also={"rank": 1, "options": ["--set", f"replay.base={folder}"]}) == [2, 2]
+    assert "replay.base: 'self' on rank 0" in log.read_text()
 
 
-def test_ranks_that_read_unlike_text_are_refused(runs: Runs) -> None:
-    own = next(path for path in (runs.folder / "built").iterdir() if not path.name.endswith("_probe"))
-    assert runs.run("unlike", also={"rank": 1, "options": ["--set", f"replay.base={own}"]}) == [2, 2]
-    assert "replay.base: 'self' on rank 0" in runs.log("unlike").read_text()
-
-
-def test_what_can_be_refused_is_refused_before_it_is_written(runs: Runs, toy: Toy, tmp_path: Path) -> None:
-    here = Runs(runs.server, config_file(toy, tmp_path), tmp_path)
-    assert here.run("run", "--set", "phases.0.shards=nowhere") == [2, 2]
-    assert "phases.0.shards = nowhere" in here.log("run").read_text()
-    assert not (tmp_path / "built").exists()
-
-
-def test_without_replay_nothing_is_written(runs: Runs, toy: Toy, tmp_path: Path) -> None:
-    here = Runs(runs.server, config_file(toy, tmp_path, batch={"new_blocks": 4, "replay_blocks": 0}), tmp_path)
-    assert here.run("run", world=1) == [0], here.log("run").read_text()
-    assert not (tmp_path / "built").exists()
-    plan = check(load_config(here.config), 1)
+def test_without_replay_nothing_is_written(toy: Toy, tmp_path: Path) -> None:
+    plan = check(load_config(config_file(toy, tmp_path, batch={"new_blocks": 4, "replay_blocks": 0})), 1)
     assert plan.replay_base is None and plan.probes == []
 
 
