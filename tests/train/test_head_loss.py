@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from revpatch.step import head_loss as head_chunk
-from revpatch.step.head_loss import MIN_ROWS, Buffers, ChunkLoss, compiled, frozen_head_loss, in_place, token_nll
+from revpatch.step.head_loss import MIN_ROWS, Buffers, compiled, frozen_head_loss, in_place, token_nll
 
 COUNT, WIDTH, VOCAB = 50, 24, 97
 CHUNKS = {"a row": 1, "7 rows": 7 * 4 * VOCAB, "all rows": 2**20}
@@ -70,8 +70,8 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("large_head", [False, True])
 @pytest.mark.parametrize("chunk", CHUNKS)
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
-@pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0), (0.7, 1.9)])
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+@pytest.mark.parametrize("weights", [(0.0, 1.0), (0.7, 1.9)])
 def test_values_and_gradient_are_those_of_the_definition(
     inputs: Inputs,
     monkeypatch: pytest.MonkeyPatch,
@@ -122,27 +122,12 @@ def test_ignored_tokens_have_no_loss_and_no_gradient(inputs: Inputs, chunk: str,
     torch.testing.assert_close(*(torch.autograd.grad(x, sound)[0] for x in (loss, expected)), rtol=1e-10, atol=1e-14)
 
 
-def test_where_every_token_is_ignored_the_loss_is_zero(inputs: Inputs) -> None:
-    hidden, targets, head, teacher = inputs(torch.float32)
-    found = frozen_head_loss(hidden, torch.full_like(targets, -100), head, teacher, 1.0, 1.0)
-    found[0].backward()
-    assert [x.item() for x in found] == [0, 0, 0]
-    assert hidden.grad is not None and not hidden.grad.any()
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_the_formula_that_is_compiled_gives_the_same(inputs: Inputs, temperature: float) -> None:
-    same(inputs, temperature, compiled("eager"))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_the_kernel_of_a_chunk_gives_the_same(inputs: Inputs, temperature: float) -> None:
-    same(inputs, temperature, compiled())
-
-
-def same(inputs: Inputs, temperature: float, chunk: ChunkLoss) -> None:
+@pytest.mark.parametrize(
+    ("temperature", "backend"), [(2.0, "eager"), *(pytest.param(t, None, marks=pytest.mark.slow) for t in (1.0, 2.0))]
+)
+def test_the_formula_that_is_compiled_gives_the_same(inputs: Inputs, temperature: float, backend: str | None) -> None:
     """With and without a teacher, in chunks of which the last is short, some tokens ignored, float32."""
+    chunk = compiled() if backend is None else compiled(backend)
     hidden, targets, head, teacher = inputs(torch.float32)
     targets[::4] = -100
     for taught, weights in ((teacher, (0.7, 1.9)), (None, (1.0, 0.0))):
@@ -155,26 +140,13 @@ def same(inputs: Inputs, temperature: float, chunk: ChunkLoss) -> None:
         torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-7)
 
 
-def test_without_a_teacher_it_is_the_cross_entropy(inputs: Inputs) -> None:
-    hidden, targets, head, teacher = inputs()
-    expected = oracle(hidden, targets, head, teacher, (1.0, 0.0), 1.0)
-    loss, ce, kl = frozen_head_loss(hidden, targets, head)
-    loss.backward()
-    assert hidden.grad is not None
-    assert error(hidden.grad, expected[3]) < 1e-12
-    assert loss.item() == ce.item() == pytest.approx(expected[1].item(), rel=1e-12)
-    assert kl == 0
-
-
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize("chunk", CHUNKS)
 def test_in_lower_precision_the_gradient_is_near_the_exact_one(
-    inputs: Inputs, dtype: torch.dtype, limit: float, temperature: float, chunk: str
+    inputs: Inputs, dtype: torch.dtype, limit: float
 ) -> None:
     hidden, targets, head, teacher = inputs(dtype)
-    expected = oracle(hidden, targets, head, teacher, (1.0, 1.0), temperature)
-    loss, ce, kl = frozen_head_loss(hidden, targets, head, teacher, 1.0, 1.0, temperature, CHUNKS[chunk])
+    expected = oracle(hidden, targets, head, teacher, (1.0, 1.0), 2.0)
+    loss, ce, kl = frozen_head_loss(hidden, targets, head, teacher, 1.0, 1.0, 2.0, CHUNKS["7 rows"])
     loss.backward()
     assert hidden.grad is not None
     assert hidden.grad.dtype == dtype
@@ -183,9 +155,9 @@ def test_in_lower_precision_the_gradient_is_near_the_exact_one(
     assert error(loss.detach(), expected[0]) < limit
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_in_bfloat16_only_the_products_are_rounded(inputs: Inputs, temperature: float) -> None:
+def test_in_bfloat16_only_the_products_are_rounded(inputs: Inputs) -> None:
     """Softmaxes, logarithms and sums over the vocabulary are float32: their roundings would not cancel."""
+    temperature = 2.0
     hidden, targets, head, teacher = inputs(torch.bfloat16)
     logits, taught = ((x.detach() @ head.T).float() for x in (hidden, teacher))
     log_q, log_t = ((x / temperature).log_softmax(-1) for x in (logits, taught))
@@ -218,23 +190,6 @@ def test_only_the_hidden_states_get_a_gradient(inputs: Inputs) -> None:
     assert teacher.grad is None
 
 
-def test_where_nothing_learns_the_values_are_the_same(inputs: Inputs) -> None:
-    hidden, targets, head, teacher = inputs()
-    learning = frozen_head_loss(hidden, targets, head, teacher, 0.5, 2.0, 1.5)
-    still = frozen_head_loss(hidden.detach(), targets, head, teacher, 0.5, 2.0, 1.5)
-    assert not still[0].requires_grad
-    assert [x.item() for x in learning] == [x.item() for x in still]
-
-
-def test_a_student_that_is_its_teacher_has_no_kl_and_no_gradient(inputs: Inputs) -> None:
-    hidden, targets, head, _ = inputs()
-    loss, _, kl = frozen_head_loss(hidden, targets, head, hidden.detach().clone(), 0.0, 1.0, 2.0)
-    loss.backward()
-    assert hidden.grad is not None
-    assert abs(float(kl)) < 1e-12
-    assert float(hidden.grad.norm()) < 1e-12
-
-
 def test_logits_of_any_size_stay_finite(inputs: Inputs) -> None:
     hidden, targets, head, teacher = inputs(torch.float32)
     expected = oracle(1000 * hidden, targets, head, 1000 * teacher, (1.0, 0.0), 1.0)
@@ -257,12 +212,6 @@ def test_autocast_does_not_reach_the_products(inputs: Inputs, monkeypatch: pytes
                 loss, *_ = frozen_head_loss(hidden, targets, head, teacher, 1.0, 1.0)
             found.append((loss.detach(), torch.autograd.grad(loss, hidden)[0]))
         torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
-
-
-def test_a_kl_needs_a_teacher(inputs: Inputs) -> None:
-    hidden, targets, head, _ = inputs()
-    with pytest.raises(AssertionError, match="teacher"):
-        frozen_head_loss(hidden, targets, head, None, 1.0, 1.0)
 
 
 @pytest.mark.parametrize("large_head", [False, True])
@@ -303,7 +252,7 @@ class LogitsSpy(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("large_head", [False, True])
-@pytest.mark.parametrize("rows", [1, 7, 16])
+@pytest.mark.parametrize("rows", [1, 16])
 def test_two_chunks_of_logits_are_held_and_slices(
     inputs: Inputs, monkeypatch: pytest.MonkeyPatch, rows: int, large_head: bool
 ) -> None:

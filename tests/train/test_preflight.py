@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -47,10 +46,6 @@ def holds(message: str, *words: object) -> None:
     assert not missing, f"{missing} not in: {message}"
 
 
-def one_phase(shards: Path, steps: int = 12, **more: Any) -> list[dict[str, Any]]:
-    return [{"name": "only", "shards": str(shards), "steps": steps, **more}]
-
-
 NO_PROBES = {"sets": []}
 
 
@@ -80,181 +75,126 @@ def test_a_mixture_is_planned(toy: Toy, tmp_path: Path) -> None:
     ]
 
 
-def test_parts_of_a_mixture_that_do_not_go_together(toy: Toy, refused: Refused, tmp_path: Path) -> None:
-    parts = [{"shards": str(toy.shards("first"))}, {"shards": str(tmp_path / "nowhere")}]
-    message = refused(phases=[{"name": "both", "shards": parts, "steps": 12}], probes=NO_PROBES)
-    holds(message, "phases.0.shards.1.shards", tmp_path / "nowhere")
-    parts[1] = {"shards": str(toy.shards("second")), "weight": 1e-9}
-    holds(
-        refused(phases=[{"name": "both", "shards": parts, "steps": 12}], probes=NO_PROBES), "weight 1e-09", "raise it"
-    )
+def phase(shards: object, steps: int = 12, **more: Any) -> dict[str, Any]:
+    return {"phases": [{"name": "only", "shards": shards, "steps": steps, **more}], "probes": NO_PROBES}
 
 
-def test_no_replay_and_no_probes_are_planned(toy: Toy, tmp_path: Path) -> None:
-    plan = check(toy.config(tmp_path, batch={"replay_blocks": 0}, replay={"base": "self"}, probes=NO_PROBES), 1)
-    assert plan.replay_base is None
-    assert plan.probes == []
+def probed(shards: object, **more: Any) -> dict[str, Any]:
+    return {"probes": {"sets": [{"name": "p", "shards": str(shards), **more}]}}
 
 
-@pytest.mark.parametrize("key", ["phases.1.shards", "replay.base", "probes.sets.0.shards"])
-def test_missing_shards(toy: Toy, refused: Refused, tmp_path: Path, key: str) -> None:
-    nowhere = tmp_path / "nowhere"
-    overrides: dict[str, Any] = {
-        "phases.1.shards": {
-            "phases": [
-                {"name": "first", "shards": str(toy.shards("first")), "steps": 12},
-                {"name": "b", "shards": str(nowhere), "steps": 12},
-            ],
-            "probes": NO_PROBES,
-        },
-        "replay.base": {"replay": {"base": str(nowhere)}},
-        "probes.sets.0.shards": {"probes": {"sets": [{"name": "a", "shards": str(nowhere)}]}},
-    }[key]
-    holds(refused(**overrides), key, nowhere, "revpatch shards build")
-
-
-def test_a_shard_that_was_cut(toy: Toy, refused: Refused, tmp_path: Path) -> None:
+@pytest.fixture
+def places(toy: Toy, tmp_path: Path) -> dict[str, Path]:
+    """Folders to be refused, by name, and those of the toy."""
     cut = shutil.copytree(toy.shards("first"), tmp_path / "cut")
     tar = next(cut.glob("*.tar"))
     tar.write_bytes(tar.read_bytes()[:-512])
-    message = refused(phases=one_phase(cut), probes=NO_PROBES)
-    holds(message, "phases.0.shards", tar, "bytes", "build the shards again")
-
-
-def test_shards_of_another_block_size(toy: Toy, refused: Refused) -> None:
-    message = refused(base={"block_size": BLOCK_SIZE * 2})
-    holds(message, "phases.0.shards", toy.shards("first"), BLOCK_SIZE, "base.block_size", BLOCK_SIZE * 2, "anew")
-
-
-def test_a_block_size_beyond_the_positions(toy: Toy, refused: Refused) -> None:
-    message = refused(base={"block_size": POSITIONS + 1})
-    holds(message, f"base.block_size = {POSITIONS + 1}", toy.base, f"at most {POSITIONS}", "lower it")
-
-
-def test_shards_of_another_tokenizer(refused: Refused, tmp_path: Path) -> None:
-    other = make_tokenizer(vocab_size=280)
     source = tmp_path / "text.txt"
     source.write_text("\n".join(make_text(i) for i in range(100)), encoding="utf-8")
-    build_shards([source], other, BLOCK_SIZE, tmp_path / "other")
-    message = refused(phases=one_phase(tmp_path / "other"), probes=NO_PROBES)
-    holds(message, "phases.0.shards", tmp_path / "other", "tokenizer", "fingerprint", "--tokenizer")
-
-
-def test_a_base_of_odd_width(toy: Toy, refused: Refused, tmp_path: Path) -> None:
-    base = save_base(tmp_path / "odd", toy.tokenizer, width=31)
-    holds(refused(base={"model": str(base)}), "base.model", base, "31", "odd", "even width")
-
-
-def test_a_base_that_is_not_there(refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    holds(refused(base={"model": str(tmp_path / "none")}), "base.model", tmp_path / "none", "local folder")
-    monkeypatch.setattr("revpatch.base.cached_file", Mock(side_effect=TimeoutError()))
-    holds(refused(base={"model": "some/base"}), "base.model", "not to be had from the hub: TimeoutError")
-
-
-def test_a_base_of_an_unknown_family(toy: Toy, refused: Refused, tmp_path: Path) -> None:
-    base = Path(shutil.copytree(toy.base, tmp_path / "bert"))
-    (base / "config.json").write_text(json.dumps({"model_type": "bert"}), encoding="utf-8")
-    holds(refused(base={"model": str(base)}), "base.model", base, "'bert'", "FAMILIES", "gpt2")
-
-
-def test_a_base_without_a_tokenizer(refused: Refused, tmp_path: Path) -> None:
+    build_shards([source], make_tokenizer(vocab_size=280), BLOCK_SIZE, tmp_path / "tokenized")
+    build_shards(
+        [toy.folder / "first.jsonl"], toy.tokenizer, BLOCK_SIZE, tmp_path / "noted", holdout=0.2, note="another"
+    )
+    shutil.copytree(toy.shards("first"), tmp_path / "copied")
+    bert = Path(shutil.copytree(toy.base, tmp_path / "bert"))
+    (bert / "config.json").write_text(json.dumps({"model_type": "bert"}), encoding="utf-8")
+    save_base(tmp_path / "odd", toy.tokenizer, width=31)
     make_base(300).save_pretrained(tmp_path / "mute")
-    holds(refused(base={"model": str(tmp_path / "mute")}), "base.model", tmp_path / "mute", "tokenizer")
+    made = ("cut", "tokenized", "noted", "copied", "bert", "odd", "mute", "nowhere")
+    return {"toy_base": toy.base, **{n: toy.shards(n) for n in ("base", "first", "second", "first_probe")}} | {
+        name: tmp_path / name for name in made
+    }
 
 
-def test_a_sidecar_after_a_block_that_is_not_there(refused: Refused) -> None:
-    holds(refused(sidecar={"layers": [0, 2]}), "sidecar.layers", "[0, 2]", "2", "0 to 1")
+Places = dict[str, Path]
+REFUSALS: list[tuple[Callable[[Places], dict[str, Any]], str]] = [
+    (lambda at: phase(str(at["nowhere"])), "phases.0.shards; {nowhere}; revpatch shards build"),
+    (lambda at: {"replay": {"base": str(at["nowhere"])}}, "replay.base; {nowhere}; revpatch shards build"),
+    (lambda at: probed(at["nowhere"]), "probes.sets.0.shards; {nowhere}"),
+    (
+        lambda at: phase([{"shards": str(at["first"])}, {"shards": str(at["nowhere"])}]),
+        "phases.0.shards.1.shards; {nowhere}",
+    ),
+    (
+        lambda at: phase([{"shards": str(at["first"])}, {"shards": str(at["second"]), "weight": 1e-9}]),
+        "weight 1e-09; raise it",
+    ),
+    (lambda at: phase(str(at["cut"])), "phases.0.shards; {cut}; bytes; build the shards again"),
+    (
+        lambda at: {"base": {"block_size": BLOCK_SIZE * 2}},
+        f"phases.0.shards; {{first}}; {BLOCK_SIZE}; base.block_size is {BLOCK_SIZE * 2}; anew",
+    ),
+    (
+        lambda at: {"base": {"block_size": POSITIONS + 1}},
+        f"base.block_size = {POSITIONS + 1}; {{toy_base}}; at most {POSITIONS}; lower it",
+    ),
+    (lambda at: phase(str(at["tokenized"])), "phases.0.shards; {tokenized}; tokenizer; fingerprint; --tokenizer"),
+    (lambda at: {"base": {"model": str(at["odd"])}}, "base.model; {odd}; 31; odd; even width"),
+    (lambda at: {"base": {"model": str(at["nowhere"])}}, "base.model; {nowhere}; local folder"),
+    (lambda at: {"base": {"model": str(at["bert"])}}, "base.model; {bert}; 'bert'; FAMILIES; gpt2"),
+    (lambda at: {"base": {"model": str(at["mute"])}}, "base.model; {mute}; tokenizer"),
+    (lambda at: {"sidecar": {"layers": [0, 2]}}, "sidecar.layers; [0, 2]; 0 to 1"),
+    (
+        lambda at: {"batch": {"new_blocks": 4096, "micro_blocks": 4096, "replay_blocks": 4096}},
+        "phases.0.shards; {first}; 4096 lanes; batch.new_blocks; larger corpus",
+    ),
+    (lambda at: probed(at["copied"]), "probes.sets.0.shards = {copied}; phases.0.shards; held out; --holdout; _probe"),
+    (lambda at: probed(at["base"]), "probes.sets.0.shards = {base}; replay.base"),
+    (lambda at: phase(str(at["copied"])) | probed(at["noted"]), "probes.sets.0.shards"),
+    (lambda at: probed(at["first_probe"], max_blocks=1), "probes.sets.0; 1 block; at least 2; max_blocks"),
+    (lambda at: {"world": 3}, "batch.new_blocks = 4; 3 ranks; multiple of 3"),
+    (lambda at: {"world": 2, "batch": {"replay_blocks": 3}}, "batch.replay_blocks = 3; 2 ranks; multiple of 2"),
+    (lambda at: {"batch": {"micro_blocks": 1}}, "batch.micro_blocks = 1; raise micro_blocks"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), REFUSALS)
+def test_what_can_not_be_trained_is_refused(
+    refused: Refused, places: Places, change: Callable[[Places], dict[str, Any]], words: str
+) -> None:
+    holds(refused(**change(places)), *words.format(**places).split("; "))
 
 
 def test_more_steps_than_one_epoch_without_repeat(toy: Toy, refused: Refused, tmp_path: Path) -> None:
     shards = toy.shards("first")
-    blocks = json.loads((shards / "manifest.json").read_text(encoding="utf-8"))["blocks"]
-    epoch = blocks // 4
-    message = refused(phases=one_phase(shards, steps=epoch + 1, repeat=False), probes=NO_PROBES)
+    epoch = json.loads((shards / "manifest.json").read_text(encoding="utf-8"))["blocks"] // 4
+    message = refused(**phase(str(shards), steps=epoch + 1, repeat=False))
     holds(message, f"phases.0.steps = {epoch + 1}", shards, f"{epoch} steps", "repeat: true", f"at most {epoch}")
-    check(toy.config(tmp_path, phases=one_phase(shards, steps=epoch, repeat=False), probes=NO_PROBES), 1)
-    check(toy.config(tmp_path, phases=one_phase(shards, steps=epoch + 1, repeat=True), probes=NO_PROBES), 1)
-
-
-def test_fewer_blocks_than_lanes(toy: Toy, refused: Refused) -> None:
-    message = refused(batch={"new_blocks": 4096, "micro_blocks": 4096, "replay_blocks": 4096})
-    holds(message, "phases.0.shards", toy.shards("first"), "4096 lanes", "batch.new_blocks", "larger corpus")
-
-
-@pytest.mark.parametrize(("name", "key"), [("first", "phases.0.shards"), ("base", "replay.base")])
-def test_a_probe_set_that_is_trained_on(toy: Toy, refused: Refused, name: str, key: str, tmp_path: Path) -> None:
-    copied = shutil.copytree(toy.shards(name), tmp_path / "copied")
-    for folder in (toy.shards(name), copied):
-        message = refused(probes={"sets": [{"name": "p", "shards": str(folder)}]})
-        holds(message, f"probes.sets.0.shards = {folder}", key, "held out", "--holdout", "_probe")
-
-
-def test_a_probe_set_of_the_same_text_under_another_note(toy: Toy, refused: Refused, tmp_path: Path) -> None:
-    for note, out in (("one", "train"), ("two", "copy")):
-        build_shards([toy.folder / "first.jsonl"], toy.tokenizer, BLOCK_SIZE, tmp_path / out, note=note)
-    sets = [{"name": "p", "shards": str(tmp_path / "copy")}]
-    message = refused(phases=one_phase(tmp_path / "train"), probes={"sets": sets})
-    holds(message, "probes.sets.0.shards", "phases.0.shards", "held out")
-
-
-def test_a_probe_of_one_block(toy: Toy, refused: Refused) -> None:
-    sets = [{"name": "p", "shards": str(toy.shards("first_probe")), "max_blocks": 1}]
-    holds(refused(probes={"sets": sets}), "probes.sets.0", "1 block", "at least 2", "max_blocks")
+    check(toy.config(tmp_path, **phase(str(shards), steps=epoch, repeat=False)), 1)
+    check(toy.config(tmp_path, **phase(str(shards), steps=epoch + 1, repeat=True)), 1)
 
 
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
         ({"zero_optimization": {"stage": 3}}, ["zero_optimization.stage = 3", "replicated", "0, 1 or 2"]),
-        ({"zero_optimization": {"stage": 4}}, ["zero_optimization.stage = 4", "0, 1 or 2"]),
-        ({"zero_optimization": {"stage": "1"}}, ["zero_optimization.stage = '1'", "0, 1 or 2"]),
         ({"zero_optimization": {"stage": True}}, ["zero_optimization.stage = True", "0, 1 or 2"]),
         ({"zero_optimization": 1}, ["zero_optimization", "1"]),
         ({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}, ["offload", "leave it out"]),
         ({"optimizer": {"type": "Adam"}}, ["optimizer", "take it out"]),
-        ({"scheduler": {"type": "WarmupLR"}}, ["scheduler", "optimizer", "take it out"]),
         ({"train_batch_size": 8}, ["train_batch_size", "batch", "take it out"]),
-        ({"gradient_accumulation_steps": 2}, ["gradient_accumulation_steps", "batch", "take it out"]),
         ({"gradient_clipping": 1.0}, ["gradient_clipping", "optimizer.max_grad_norm", "take it out"]),
         ({"fp16": {"enabled": True}}, ["fp16", "float32", "take it out"]),
-        ({"bf16": {"enabled": True}}, ["bf16", "float32", "take it out"]),
-        ({"fp16": True}, ["fp16", "True"]),
         ([1], ["keys and values", "list"]),
+        ("{", ["engine.deepspeed"]),
     ],
 )
 def test_a_deepspeed_file_that_asks_for_what_is_decided_elsewhere(
     refused: Refused, tmp_path: Path, settings: Any, words: list[str]
 ) -> None:
     file = tmp_path / "ds.json"
-    file.write_text(json.dumps(settings), encoding="utf-8")
+    file.write_text(settings if isinstance(settings, str) else json.dumps(settings), encoding="utf-8")
     holds(refused(engine={"kind": "deepspeed", "deepspeed": str(file)}), file, *words)
 
 
-@pytest.mark.parametrize(("text", "error"), [(None, FileNotFoundError), ("{", ConfigError), ("\xff", ConfigError)])
-def test_a_deepspeed_file_that_cant_be_read(
-    refused: Refused, tmp_path: Path, text: str | None, error: type[Exception]
-) -> None:
-    file = tmp_path / "ds.json"
-    if text is not None:
-        file.write_bytes(text.encode("latin-1"))
-    holds(refused(error=error, engine={"kind": "deepspeed", "deepspeed": str(file)}), "engine.deepspeed", file)
-
-
-@pytest.mark.parametrize("file", sorted((ROOT / "configs/deepspeed").glob("*.json")), ids=lambda path: path.name)
-def test_the_bundled_deepspeed_files_are_taken(toy: Toy, tmp_path: Path, file: Path) -> None:
-    check(toy.config(tmp_path, engine={"kind": "deepspeed", "deepspeed": str(file)}), 2)
-
-
-def test_precision_sections_that_are_switched_off_are_harmless(toy: Toy, tmp_path: Path) -> None:
-    file = tmp_path / "ds.json"
-    file.write_text(json.dumps({"fp16": {"enabled": False}, "zero_optimization": {"stage": 1}}), encoding="utf-8")
-    check(toy.config(tmp_path, engine={"kind": "deepspeed", "deepspeed": str(file)}), 1)
-
-
-def test_a_batch_that_the_ranks_cant_share(refused: Refused) -> None:
-    holds(refused(world=3), "batch.new_blocks = 4", "3 ranks", "multiple of 3")
-    holds(refused(world=2, batch={"replay_blocks": 3}), "batch.replay_blocks = 3", "2 ranks", "multiple of 2")
-    holds(refused(world=1, batch={"micro_blocks": 1}), "batch.micro_blocks = 1", "raise micro_blocks")
+def test_sound_deepspeed_files_are_taken(toy: Toy, tmp_path: Path) -> None:
+    """The bundled ones, and one whose precision sections are switched off."""
+    off = tmp_path / "ds.json"
+    off.write_text(json.dumps({"fp16": {"enabled": False}, "zero_optimization": {"stage": 1}}), encoding="utf-8")
+    files = sorted((ROOT / "configs/deepspeed").glob("*.json"))
+    assert files
+    for file in (*files, off):
+        check(toy.config(tmp_path, engine={"kind": "deepspeed", "deepspeed": str(file)}), 2)
 
 
 def test_the_command_line_refuses_before_a_process_group_and_before_the_folder_is_made(
