@@ -14,7 +14,8 @@ from typing import Any
 
 from revpatch.evaluation.losses import HeldOut, Losses, Subject, interval, of_base, sets_of
 from revpatch.ledger.events import EntryWritten
-from revpatch.ledger.ledger import Ledger, PatchFile, ledger_of
+from revpatch.ledger.ledger import Ledger, ledger_of
+from revpatch.patch.patched_model import Patch
 from revpatch.surgery.combine import bypassed, layers_with_sidecars
 
 
@@ -151,113 +152,69 @@ def bisect(
             not finite, every loss that is lies below the limit.
         base, blocks: as in `probe`.
         confidence: of the interval that makes the rise measurable.
-        report: is told of each evaluation as it is made.
+        report: gets each evaluation as it is made.
 
     Raises:
         ValueError, OSError: the run has no commit; or as `probe`.
     """
     ledger = Ledger(ledger_of(run), readonly=True)
-    states = _states(ledger, run)
-    newest = states[-1]
-    assert newest is not None
-    subject = Subject.of(str(ledger.directory / newest.name), base)
-    search = _Search(subject, ledger, states, HeldOut(subject, sets_of([shards], blocks)), report)
-    search.found.above = above
-    crossing = search.commits(above, confidence)
-    search.found.evaluations_to_commit = len(search.found.evaluations)
-    if crossing is not None:
-        search.layers(crossing)
-    return search.found
-
-
-def _states(ledger: Ledger, run: Path) -> list[EntryWritten | None]:
-    """Return what the run began with, None for the base alone, and every commit, oldest first."""
     entries = ledger.entries()
-    commits: list[EntryWritten | None] = [entry for entry in entries if entry.kind == "commit"]
+    commits = [entry for entry in entries if entry.kind == "commit"]
     if not commits:
         raise ValueError(f"{run} has no commit yet, so there is nothing to search")
-    start = next((entry for entry in entries if entry.kind == "start" and entry.seq < commits[0].seq), None)  # type: ignore[union-attr]
-    return [start, *commits]
+    start = next((entry for entry in entries if entry.kind == "start" and entry.seq < commits[0].seq), None)
+    states: list[EntryWritten | None] = [start, *commits]  # None is the base alone
+    names = [BASE if state is None else state.name for state in states]
+    subject = Subject.of(str(ledger.directory / names[-1]), base)
+    held_out = HeldOut(subject, sets_of([shards], blocks))
+    (config,) = held_out.sets
+    found = Bisection(config.shards, held_out.blocks[config.name], above)
+    seen: dict[int, Losses] = {}
 
+    def measure(patch: Patch | None, state: str, without: list[int]) -> Losses:
+        losses = held_out.measure(patch)[config.name].losses
+        loss = float(losses.mean())
+        above = None if found.above is None else not loss <= found.above
+        found.evaluations.append(Evaluation(len(found.evaluations) + 1, state, without, loss, above))
+        report(found.evaluations[-1])
+        return losses
 
-class _Search:
-    """The states of a run, each evaluated once at most and reported as it is."""
+    def loss_of(index: int) -> float:
+        if index not in seen:
+            state = states[index]
+            patch = None if state is None else subject.patch_of(of_base(ledger.read(state.name)))
+            seen[index] = measure(patch, names[index], [])
+        return float(seen[index].mean())
 
-    def __init__(
-        self,
-        subject: Subject,
-        ledger: Ledger,
-        states: list[EntryWritten | None],
-        held_out: HeldOut,
-        report: Callable[[Evaluation], None],
-    ) -> None:
-        self.subject, self.ledger, self.states = subject, ledger, states
-        self.held_out, self.report = held_out, report
-        (config,) = held_out.sets
-        self.name = config.name
-        self.found = Bisection(config.shards, held_out.blocks[config.name])
-        self.seen: dict[int, Losses] = {}
+    last = len(commits)
+    if found.above is None:
+        middle = (loss_of(last) + loss_of(0)) / 2
+        rise, low, _ = interval(seen[last] - seen[0], confidence)
+        if (rise if low is None else low) <= 0:  # not what is not a number: that is as bad as can be
+            found.note = (
+                f"the newest commit is not measurably worse than {names[0]} ({rise:+.4f} nats per token): "
+                "there is nothing to find; name a limit with --above to search all the same"
+            )
+            found.evaluations_to_commit = len(found.evaluations)
+            return found
+        found.above = middle if math.isfinite(middle) else sys.float_info.max
+    crossing = first_above(loss_of, len(states), found.above)
+    found.evaluations_to_commit = len(found.evaluations)
+    if crossing is None:
+        high = not seen[last].mean() <= found.above
+        what = f"{names[0]} is above the limit already" if high else "the newest commit is not above the limit"
+        found.note = f"{what} of {found.above:.4f} nats per token: there is nothing to find"
+        return found
+    worse = crossing.worse
+    found.commit, found.before = names[worse], names[worse - 1]
+    found.loss, found.loss_before = loss_of(worse), loss_of(worse - 1)
+    entry = of_base(ledger.read(found.commit))
 
-    def commits(self, above: float | None, confidence: float) -> Crossing | None:
-        """Return the first commit above the limit."""
-        last = len(self.states) - 1
-        if above is None:
-            self._loss(last), self._loss(0)
-            rise, low, _ = interval(self.seen[last] - self.seen[0], confidence)
-            if (rise if low is None else low) <= 0:  # not what is not a number: that is as bad as can be
-                self.found.note = (
-                    f"the newest commit is not measurably worse than {self._name(0)} ({rise:+.4f} nats per token): "
-                    "there is nothing to find; name a limit with --above to search all the same"
-                )
-                return None
-            middle = float((self.seen[last].mean() + self.seen[0].mean()) / 2)
-            self.found.above = above = middle if math.isfinite(middle) else sys.float_info.max
-        crossing = first_above(self._loss, last + 1, above)
-        if crossing is None:
-            high = not self.seen[last].mean() <= above
-            what = f"{self._name(0)} is above the limit already" if high else "the newest commit is not above the limit"
-            self.found.note = f"{what} of {above:.4f} nats per token: there is nothing to find"
-            return None
-        worse = crossing.worse
-        self.found.commit, self.found.before = self._name(worse), self._name(worse - 1)
-        self.found.loss, self.found.loss_before = (float(self.seen[i].mean()) for i in (worse, worse - 1))
-        return crossing
+    def loss_without(layers: frozenset[int]) -> float:
+        patch = subject.patch_from(entry, bypassed(entry.tensors, layers))
+        return float(measure(patch, names[worse], sorted(layers)).mean())
 
-    def layers(self, crossing: Crossing) -> None:
-        """The sidecars of that commit without which the loss is not above the limit."""
-        entry = self._entry(crossing.worse)
-        assert entry is not None
-
-        def loss(without: frozenset[int]) -> float:
-            patch = self.subject.patch_from(entry, bypassed(entry.tensors, without))
-            losses = self.held_out.measure(patch)[self.name].losses
-            return self._put_down(self._name(crossing.worse), losses, sorted(without))
-
-        layers = layers_with_sidecars(entry.tensors)
-        self.found.layers = fewest_to_blame(loss, layers, crossing.above)
-        if self.found.layers is None:
-            self.found.note = "with all sidecars bypassed the loss is still above the limit: it is the base's own"
-
-    def _loss(self, index: int) -> float:
-        if index not in self.seen:
-            entry = self._entry(index)
-            patch = None if entry is None else self.subject.patch_of(entry)
-            self.seen[index] = self.held_out.measure(patch)[self.name].losses
-            self._put_down(self._name(index), self.seen[index], [])
-        return float(self.seen[index].mean())
-
-    def _put_down(self, state: str, losses: Losses, without: list[int]) -> float:
-        loss, limit = float(losses.mean()), self.found.above
-        above = None if limit is None else not loss <= limit
-        evaluation = Evaluation(len(self.found.evaluations) + 1, state, without, loss, above)
-        self.found.evaluations.append(evaluation)
-        self.report(evaluation)
-        return loss
-
-    def _entry(self, index: int) -> PatchFile | None:
-        state = self.states[index]
-        return None if state is None else of_base(self.ledger.read(state.name))
-
-    def _name(self, index: int) -> str:
-        state = self.states[index]
-        return BASE if state is None else state.name
+    found.layers = fewest_to_blame(loss_without, layers_with_sidecars(entry.tensors), crossing.above)
+    if found.layers is None:
+        found.note = "with all sidecars bypassed the loss is still above the limit: it is the base's own"
+    return found

@@ -259,7 +259,10 @@ def write(
         return DerivedCommit(str(run), made_by, agrees, reason, sets)
     if not agrees:
         made_by = {**made_by, "forced": reason}
-    index = _next_index(ledger)
+    # Above that of every entry there ever was, and of every phase that the run's config has.
+    file = run / CONFIG_NAME
+    phases = len(load_config(file).phases) if file.is_file() else 0
+    index = max([phases, *(entry.phase_index + 1 for entry in ledger.journal.events(EntryWritten))])
     kept: dict[str, Any] = {key: of.metadata[key] for key in _KEPT if key in of.metadata}
     metadata: dict[str, Any] = {
         "kind": "commit",
@@ -277,14 +280,6 @@ def write(
         known["base_at"] = place
     path, sha256 = ledger.record("commit", index, name, 0, tensors, metadata, **known)
     return DerivedCommit(str(run), made_by, agrees, reason, sets, path.name, sha256)
-
-
-def _next_index(ledger: Ledger) -> int:
-    """Above that of every entry there ever was, and of every phase that the run's config has."""
-    used = [entry.phase_index for entry in ledger.journal.events(EntryWritten)]
-    file = ledger.directory.parent / CONFIG_NAME
-    phases = len(load_config(file).phases) if file.is_file() else 0
-    return max([phases, *(index + 1 for index in used)])
 
 
 def revert(
@@ -315,71 +310,52 @@ def revert(
     probes = Probes.of(run, shards or [], blocks)
     with claimed(run) as ledger:
         commits = [entry for entry in ledger.entries() if entry.kind == "commit"]
-        found = _commits_of(commits, phase, run)
+        if phase not in {entry.phase for entry in commits}:
+            committed = ", ".join(entry.phase for entry in commits) or "none"
+            raise ValueError(f"{run} has no commit of a phase {phase!r}; committed are {committed}")
         newest = of_base(ledger.read(commits[-1].name))
         made_by: dict[str, Any] = {"operation": "revert", "phase": phase, "newest": newest.sha256}
         if layers is None:
-            commit = _trained(found, run)
-            _refuse_twice(commits, commit, force)
-            tensors, parts = _difference(ledger, commits, commit, newest)
-            made_by |= {"method": "difference", **parts}
+            after, before = (of_base(ledger.read(name)) for name in _ends_of(ledger, commits, phase, force))
+            check_one_kind(newest, after, before)
+            tensors = taken_out(newest.tensors, after.tensors, before.tensors)
+            made_by |= {"method": "difference", "commit": after.sha256, "before": before.sha256}
         else:
             tensors = bypassed(newest.tensors, layers)
             made_by |= {"method": "bypass", "layers": sorted(set(layers))}
         check_finite(tensors, f"the revert of {phase}")
         subject = Subject.of(str(ledger.directory / newest.reference), base)
-        before, after = subject.patch_of(newest), subject.patch_from(newest, tensors)
         guarded = probes.guarded({entry.phase for entry in commits}, given_up=phase)
-        judgement = judge(probes, subject, [before], after, guarded)
+        old, new = subject.patch_of(newest), subject.patch_from(newest, tensors)
+        judgement = judge(probes, subject, [old], new, guarded)
         return write(ledger, f"revert-{phase}", tensors, newest, made_by, judgement, force)
 
 
-def _commits_of(commits: list[EntryWritten], phase: str, run: Path) -> list[EntryWritten]:
+def _ends_of(ledger: Ledger, commits: list[EntryWritten], phase: str, force: bool) -> tuple[str, str]:
+    """Return the names of the phase's newest commit that was trained here, and of the state before it."""
     found = [entry for entry in commits if entry.phase == phase]
-    if not found:
-        raise ValueError(
-            f"{run} has no commit of a phase {phase!r}; committed are {', '.join(e.phase for e in commits) or 'none'}"
-        )
-    return found
-
-
-def _trained(found: list[EntryWritten], run: Path) -> EntryWritten:
-    """Return the newest of these commits that was not imported: an import stands under its phase's name, but what was
-    learned in that phase is not its difference to the commit before it."""
+    # An import stands under its phase's name, but what was learned is not its difference to the commit before it.
     ours = [entry for entry in found if (entry.made_by or {}).get("operation") != "import"]
     if not ours:
         raise ValueError(
-            f"{found[-1].name} was imported into {run}, so what the phase {found[-1].phase!r} changed is unknown "
-            "here; bypass sidecars instead (--layers)"
+            f"{found[-1].name} was imported into {ledger.directory.parent}, so what the phase {phase!r} changed is "
+            "unknown here; bypass sidecars instead (--layers)"
         )
-    return ours[-1]
-
-
-def _refuse_twice(commits: list[EntryWritten], commit: EntryWritten, force: bool) -> None:
-    for later in commits[commits.index(commit) + 1 :]:
+    commit, number = ours[-1], commits.index(ours[-1])
+    for later in commits[number + 1 :]:
         made_by = later.made_by or {}
         if not force and made_by.get("commit") == commit.sha256 and made_by.get("method") == "difference":
             raise ValueError(
                 f"{commit.name} was taken out already, by {later.name}: to subtract it once more would put its "
                 "opposite in; --force does it all the same"
             )
-
-
-def _difference(
-    ledger: Ledger, commits: list[EntryWritten], commit: EntryWritten, newest: PatchFile
-) -> tuple[Tensors, dict[str, Any]]:
-    """Return the tensors, and the sha256 of what was subtracted."""
     starts = [e for e in ledger.entries() if e.kind == "start" and e.phase_index == commit.phase_index]
-    state = starts[-1] if starts else commits[commits.index(commit) - 1] if commits.index(commit) else None
-    if state is None:
+    if not starts and number == 0:
         raise ValueError(
-            f"{ledger.directory} has neither a start entry of phase {commit.phase!r} nor an earlier commit, so what "
-            "the phase changed is unknown; bypass sidecars instead (--layers)"
+            f"{ledger.directory} has neither a start entry of phase {phase!r} nor an earlier commit, so what the "
+            "phase changed is unknown; bypass sidecars instead (--layers)"
         )
-    after, before = of_base(ledger.read(commit.name)), of_base(ledger.read(state.name))
-    check_one_kind(newest, after, before)
-    tensors = taken_out(newest.tensors, after.tensors, before.tensors)
-    return tensors, {"commit": after.sha256, "before": before.sha256}
+    return commit.name, (starts[-1] if starts else commits[number - 1]).name
 
 
 def merge(

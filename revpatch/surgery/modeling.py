@@ -90,12 +90,7 @@ class RevpatchForCausalLM({model_class}):
 
 def modeling_source(model_class: str, config_class: str, kind: str) -> str:
     """Return the file's text, for a base of these classes of transformers and this model_type."""
-    names: dict[str, Any] = {
-        "model_class": model_class,
-        "config_class": config_class,
-        "kind": kind,
-        "prefix": MODEL_TYPE,
-    }
+    names: dict[str, Any] = {"model_class": model_class, "config_class": config_class, "kind": kind}
     names |= {"prefix": MODEL_TYPE, "version": transformers.__version__, "family": FAMILIES[kind]}
     seen: dict[str, str] = {}
     parts = [_HEAD.format(**names)]

@@ -51,13 +51,10 @@ def test_the_measures_are_those_of_the_literature() -> None:
 
 
 def test_a_run_that_is_not_over_is_measured_as_far_as_it_is() -> None:
-    assert {name: of is not None for name, of in made_up(rows=1).measures().items()} == dict.fromkeys(
-        ("average", "BWT", "forgetting", "FWT", "base text since the base"), False
-    )
+    assert not any(made_up(rows=1).measures().values())
     two = made_up(rows=3).measures()
-    assert two["average"].value == pytest.approx((-4.3 - 5.0) / 2)
-    assert two["BWT"].value == pytest.approx(-0.3)
-    assert two["FWT"].value == pytest.approx(0.5)
+    found = [two[name].value for name in ("average", "BWT", "FWT")]
+    assert found == pytest.approx([(-4.3 - 5.0) / 2, -0.3, 0.5])
 
 
 def test_a_run_that_began_with_a_patch_is_held_to_the_base_for_what_the_base_knew() -> None:

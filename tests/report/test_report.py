@@ -17,18 +17,7 @@ from typer.testing import CliRunner
 
 from revpatch.cli import app
 from revpatch.config import ConfigError
-from revpatch.durable import to_plain
-from revpatch.ledger.events import (
-    EntryWritten,
-    PhaseBegun,
-    PhaseCommitted,
-    Probed,
-    RolledBack,
-    RunBegun,
-    RunEnded,
-    Sample,
-    SamplesWritten,
-)
+from revpatch.ledger.events import Sample
 from revpatch.ledger.journal import Journal, JournalError
 from revpatch.report import Report, report_of
 from revpatch.report.history import RunHistory, TimelineEvent
@@ -47,15 +36,6 @@ def run(toy: Toy, server: RunServer, tmp_path_factory: pytest.TempPathFactory) -
     harm = [[0, 6], [1, 6], [1, 12]]
     assert server.run("train", config, output=folder / "log", harm=harm) == [0], (folder / "log").read_text()
     return folder / "run"
-
-
-def test_every_line_of_a_run_is_its_event_again(run: Path) -> None:
-    journal = Journal(run / "ledger/journal.jsonl", readonly=True)
-    kinds = set()
-    for event, line in zip(journal.events(), journal.lines(), strict=True):
-        kinds.add(type(event))
-        assert json.dumps(to_plain(event.as_record()), separators=(",", ":"), allow_nan=False).encode() == line
-    assert kinds >= {RunBegun, PhaseBegun, Probed, SamplesWritten, EntryWritten, RolledBack, PhaseCommitted, RunEnded}
 
 
 def test_the_report_is_of_the_journal(run: Path) -> None:
@@ -96,14 +76,9 @@ def test_the_report_is_of_the_journal(run: Path) -> None:
 def test_the_command_prints_writes_and_gives_json(run: Path, tmp_path: Path) -> None:
     shown = CliRunner().invoke(app, ["report", str(run), "--html"])
     assert shown.exit_code == 0, shown.output
-    seen = (
-        "plasticity",
-        "BWT",
-        "rolled back to 000_first_start.safetensors",
-        "intervals of 95%",
-        "sample, base: the <b>patch</b>",
-    )
-    for words in (*seen, "sample, base: the <b>patch</b>", "head of the journal"):
+    for words in ("plasticity", "BWT", "rolled back to 000_first_start.safetensors", "intervals of 95%"):
+        assert words in shown.output
+    for words in ("sample, base: the <b>patch</b>", "head of the journal"):
         assert words in shown.output
     page = (run / "report.html").read_text("utf-8")
     assert "the &lt;b&gt;patch&lt;/b&gt;" in page
@@ -115,68 +90,38 @@ def test_the_command_prints_writes_and_gives_json(run: Path, tmp_path: Path) -> 
     assert (tmp_path / "page.html").read_text("utf-8") == page
 
 
-def test_a_run_that_was_killed_early_and_journals_without_blocks_are_reported_as_far_as_they_go(
-    run: Path, tmp_path: Path
-) -> None:
+def test_a_run_that_was_killed_is_reported_as_far_as_it_goes(run: Path, tmp_path: Path) -> None:
     lines = (run / "ledger/journal.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "ledger").mkdir()
+    shutil.copy(run / "config.yaml", tmp_path)
     for count in range(1, len(lines)):
-        part = tmp_path / f"{count}"
-        (part / "ledger").mkdir(parents=True)
-        shutil.copy(run / "config.yaml", part)
-        (part / "ledger/journal.jsonl").write_text("".join(lines[:count]))
-        assert page_of(report_of(part)).endswith("</html>\n")
-    old = Journal(tmp_path / "old/ledger/journal.jsonl")
-    shutil.copy(run / "config.yaml", tmp_path / "old")
-    for line in lines:
-        own = ("seq", "time", "previous")
-        event = {k: v for k, v in json.loads(line).items() if k not in own}
-        event |= {key: {} for key in ("training", "restored") if key in event}
-        for values in event.get("sets", {}).values():
-            values.pop("block_losses", None)
-            values.pop("sparsity", None)
-        if event["event"] != "samples":
-            old.append(event.pop("event"), **event)
-    found = report_of(tmp_path / "old")
-    assert found.measures["BWT"].value == 0
-    assert found.measures["BWT"].low is None
-    assert [row.passed for row in found.checks[-1].rows] == [None, True] * 3, "nobody had probed what was restored"
-    assert "Samples" not in page_of(found)
+        (tmp_path / "ledger/journal.jsonl").write_text("".join(lines[:count]))
+        found = report_of(tmp_path)
+        assert page_of(found).endswith("</html>\n")
+        rollbacks = [rollback for phase in found.run.phases for rollback in phase.rollbacks]
+        if rollbacks and json.loads(lines[count - 1])["event"] == "rollback":
+            assert rollbacks[-1].went_on == ""
+            journal = Journal(tmp_path / "ledger/journal.jsonl")
+            add(journal, "interrupted", phase=found.run.phases[-1].name, step=6)  # which needs no step of training
+            assert report_of(tmp_path).run.phases[-1].rollbacks[-1].went_on == ""
 
 
-@pytest.mark.parametrize("next_one", ["interrupted", "quarantine", "commit"])
-def test_what_needs_no_step_is_no_proof_that_training_went_on(run: Path, tmp_path: Path, next_one: str) -> None:
-    """Cut off after the first rollback, and one more event that a run comes to without training on."""
-    shutil.copy(run / "config.yaml", tmp_path)
-    journal = Journal(tmp_path / "ledger/journal.jsonl")
-    for event in Journal(run / "ledger/journal.jsonl", readonly=True).records():
-        journal.append(
-            event["event"], **{k: v for k, v in event.items() if k not in ("seq", "time", "previous", "event")}
-        )
-        if event["event"] == "rollback":
-            break
-    add(journal, next_one, phase="first", step=6)
-    (rollback,) = report_of(tmp_path).run.phases[0].rollbacks
-    assert rollback.went_on == ""
-
-
-def test_a_phase_that_was_taken_out_is_told(run: Path, tmp_path: Path) -> None:
-    shutil.copytree(run / "ledger", tmp_path / "ledger")
-    shutil.copy(run / "config.yaml", tmp_path)
+def test_what_came_after_the_run_and_a_run_without_probe_sets_are_reported(run: Path, tmp_path: Path) -> None:
+    after, bare = tmp_path / "after", tmp_path / "bare"
+    for folder in (after, bare):
+        folder.mkdir()
+        shutil.copy(run / "config.yaml", folder)
+    shutil.copytree(run / "ledger", after / "ledger")
     made = {"operation": "revert", "phase": "first"}
     named = {"kind": "commit", "phase": "revert-first", "phase_index": 2, "step": 0, "file": "002_x_commit.safetensors"}
-    add(Journal(tmp_path / "ledger/journal.jsonl"), "entry", **named, made_by=made)
-    assert report_of(tmp_path).run.happenings[-1].words == "revert made 002_x_commit.safetensors"
-
-
-def test_a_run_without_probe_sets_is_not_called_uncommitted(run: Path, tmp_path: Path) -> None:
+    add(Journal(after / "ledger/journal.jsonl"), "entry", **named, made_by=made)
+    assert report_of(after).run.happenings[-1].words == "revert made 002_x_commit.safetensors"
     config = yaml.safe_load((run / "config.yaml").read_text())
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**config, "probes": {"sets": []}}))
-    journal = Journal(tmp_path / "ledger/journal.jsonl")
-    for name in ("first", "second"):
-        add(journal, "phase_start", phase=name)
-        add(journal, "commit", phase=name)
-    add(journal, "run_end")
-    found = report_of(tmp_path)
+    (bare / "config.yaml").write_text(yaml.safe_dump({**config, "probes": {"sets": []}}))
+    journal = Journal(bare / "ledger/journal.jsonl")
+    add(journal, "phase_start", phase="first")
+    add(journal, "commit", phase="first")
+    found = report_of(bare)
     assert found.unjudged == "The run has no probe sets: nothing is judged."
     assert found.unjudged in page_of(found)
 
