@@ -24,6 +24,7 @@ from revpatch.shards.format import Manifest
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = """
 import json, sys
+sys.modules["torch"] = None  # takes seconds, and webdataset does without it
 import revpatch.corpus.build, revpatch.corpus.chunks
 from tokenizers import Tokenizer
 
